@@ -1,0 +1,33 @@
+"""memtl: memory-efficient transfer learning.
+
+Training memory is mostly what autograd keeps between forward and backward. memtl leaves the
+forward pass exact and makes what is kept a choice::
+
+    import memtl
+
+    report = memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+    print(report)
+
+See README.md for the commands, DESIGN.md for how it is built.
+"""
+
+from . import backends
+
+backends.load()
+
+from . import functional, memory, nn, storage  # noqa: E402
+from .backends import BackendUnavailable  # noqa: E402
+from .methods import BackRazorConfig, apply, unconvert  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackRazorConfig",
+    "BackendUnavailable",
+    "apply",
+    "functional",
+    "memory",
+    "nn",
+    "storage",
+    "unconvert",
+]

@@ -1,0 +1,234 @@
+"""Every operator of memtl: its schema, and beside it the fake that gives shapes and dtypes.
+
+This file imports torch alone. Who computes an operator is decided once, in :mod:`memtl.backends`;
+what it computes is written readably in :mod:`memtl.reference`.
+
+Families and the layouts they share
+-----------------------------------
+``topk``   A row of ``n`` elements is cut into blocks of 256 (the last one may be shorter). The kept
+           entries of a block stand in order of position. Two ways to say how many a block keeps:
+           a fixed quota (``k`` in a full block, ``k_tail`` in the last, short one; ``counts`` is
+           empty), or ``k`` a row (``counts[r, b]`` entries in block ``b``).
+           ``values`` [R, K] float32, bfloat16, float16 or int8. ``scale`` [R, blocks] bfloat16 for
+           int8 values, else empty. int8 codes: -126..126 times the block's scale, 127 and -127 for
+           the infinities, -128 for NaN. ``positions`` uint8: [R, K], the position in the block,
+           or, with ``bitmap``, [R, ceil(n / 8)], one bit an element, least significant bit first.
+``quant``  The flat tensor is cut into groups of 64; the last one is padded with its own last
+           element. ``codes`` uint8 [groups, 8 * bits]: byte ``i`` holds elements ``i``,
+           ``i + 8 * bits``, ... from its low bits up. ``params`` [groups, 2] bfloat16: scale and
+           offset. Rounding is stochastic; the dither is a pure function of the seed and the data
+           (see :func:`memtl.reference.quant.dither`), so no random-number state is read.
+``bits``   One bit an element of the flat tensor, least significant bit first.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements in a top-k block."""
+GROUP = 64
+"""Elements in a quantisation group."""
+
+NAMES: list[str] = []
+"""Every operator, in the order of definition."""
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What an operator takes as input; float64 is rounded to float32 before it is packed."""
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+_library = torch.library.Library("memtl", "DEF")
+
+
+def _define(name: str, schema: str):
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    NAMES.append(name)
+
+    def register(fake):
+        torch.library.register_fake(f"memtl::{name}", fake, lib=_library)
+        return fake
+
+    return register
+
+
+def ceil_div(a, b):
+    """ceil(a / b) for non-negative integers."""
+    return (a + b - 1) // b
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    torch._check_type(
+        x.dtype in FLOATING,
+        lambda: f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}",
+    )
+
+
+def _check_bits(name: str, bits: int) -> None:
+    torch._check_value(bits in (8, 4, 2), lambda: f"{name}: bits must be 8, 4 or 2, got {bits}")
+
+
+# ------------------------------------------------------------------------------------------- topk
+
+
+@_define(
+    "topk_pack",
+    "(Tensor x, int k, int k_tail, ScalarType value_dtype, bool bitmap) -> (Tensor, Tensor, Tensor)",
+)
+def _(x, k, k_tail, value_dtype, bitmap):
+    """x [R, n] -> values [R, K], positions, scale: the ``k`` largest magnitudes of every block."""
+    _check_floating("topk_pack", x)
+    torch._check(x.dim() == 2, lambda: f"topk_pack: expected x [R, n], got {tuple(x.shape)}")
+    rows, n = x.shape
+    kept = (n // BLOCK) * k + (k_tail if n % BLOCK else 0)
+    return (
+        x.new_empty((rows, kept), dtype=value_dtype),
+        x.new_empty((rows, ceil_div(n, 8) if bitmap else kept), dtype=torch.uint8),
+        _new_scale(x, rows, n, value_dtype),
+    )
+
+
+@_define(
+    "topk_pack_sample",
+    "(Tensor x, int k, ScalarType value_dtype, bool bitmap) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _(x, k, value_dtype, bitmap):
+    """x [R, n] -> values [R, k], positions, scale, counts [R, blocks] int16: k a row."""
+    _check_floating("topk_pack_sample", x)
+    torch._check(x.dim() == 2, lambda: f"topk_pack_sample: expected x [R, n], got {tuple(x.shape)}")
+    rows, n = x.shape
+    return (
+        x.new_empty((rows, k), dtype=value_dtype),
+        x.new_empty((rows, ceil_div(n, 8) if bitmap else k), dtype=torch.uint8),
+        _new_scale(x, rows, n, value_dtype),
+        x.new_empty((rows, ceil_div(n, BLOCK)), dtype=torch.int16),
+    )
+
+
+def _new_scale(x, rows, n, value_dtype):
+    shape = (rows, ceil_div(n, BLOCK)) if value_dtype == torch.int8 else (0,)
+    return x.new_empty(shape, dtype=torch.bfloat16)
+
+
+@_define(
+    "topk_unpack",
+    "(Tensor values, Tensor positions, Tensor scale, Tensor counts, SymInt n, int k, int k_tail, "
+    "bool bitmap, ScalarType dtype) -> Tensor",
+)
+def _(values, positions, scale, counts, n, k, k_tail, bitmap, dtype):
+    """The dense [R, n] tensor, zero where nothing was kept."""
+    return values.new_empty((values.shape[0], n), dtype=dtype)
+
+
+@_define(
+    "topk_weight_grad",
+    "(Tensor values, Tensor positions, Tensor scale, Tensor counts, Tensor grad_out, SymInt n, "
+    "SymInt features, int k, int k_tail, bool bitmap) -> Tensor",
+)
+def _(values, positions, scale, counts, grad_out, n, features, k, k_tail, bitmap):
+    """grad_out [T, O] -> grad_out^T x [O, D] in float32; x [T, D] is what was packed: a row of n
+    elements holds n / D tokens, D being ``features``. x is never rebuilt."""
+    _check_floating("topk_weight_grad", grad_out)
+    torch._check(
+        grad_out.dim() == 2,
+        lambda: f"topk_weight_grad: expected grad_out [T, O], got {tuple(grad_out.shape)}",
+    )
+    tokens, outputs = grad_out.shape
+    torch._check(
+        tokens * features == values.shape[0] * n,
+        lambda: f"topk_weight_grad: {values.shape[0]} rows of {n} are not {tokens} tokens of "
+        f"{features} features",
+    )
+    return grad_out.new_empty((outputs, features), dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------ quant
+
+
+@_define("quant_pack", "(Tensor x, int bits, int seed) -> (Tensor, Tensor)")
+def _(x, bits, seed):
+    """x, any shape -> codes uint8 [groups, 8 * bits], params bfloat16 [groups, 2]."""
+    _check_floating("quant_pack", x)
+    _check_bits("quant_pack", bits)
+    groups = ceil_div(x.numel(), GROUP)
+    return (
+        x.new_empty((groups, 8 * bits), dtype=torch.uint8),
+        x.new_empty((groups, 2), dtype=torch.bfloat16),
+    )
+
+
+@_define(
+    "quant_unpack",
+    "(Tensor codes, Tensor params, int bits, SymInt[] size, ScalarType dtype) -> Tensor",
+)
+def _(codes, params, bits, size, dtype):
+    """The tensor of shape ``size``: offset + code * scale."""
+    _check_bits("quant_unpack", bits)
+    return codes.new_empty(size, dtype=dtype)
+
+
+@_define("quant_pack_range", "(Tensor x, int bits, float lo, float hi, int seed) -> Tensor")
+def _(x, bits, lo, hi, seed):
+    """x, any shape, clamped to [lo, hi] -> codes uint8 [groups, 8 * bits] on 2**bits - 1 even
+    levels from lo to hi; the last code stands for NaN."""
+    _check_floating("quant_pack_range", x)
+    _check_bits("quant_pack_range", bits)
+    torch._check_value(lo < hi, lambda: f"quant_pack_range: expected lo < hi, got {lo} and {hi}")
+    return x.new_empty((ceil_div(x.numel(), GROUP), 8 * bits), dtype=torch.uint8)
+
+
+@_define(
+    "quant_unpack_range",
+    "(Tensor codes, int bits, float lo, float hi, SymInt[] size, ScalarType dtype) -> Tensor",
+)
+def _(codes, bits, lo, hi, size, dtype):
+    """The tensor of shape ``size``: lo + code * (hi - lo) / (2**bits - 2)."""
+    _check_bits("quant_unpack_range", bits)
+    return codes.new_empty(size, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------- bits
+
+
+@_define("bits_pack", "(Tensor mask) -> Tensor")
+def _(mask):
+    """mask, bool, any shape -> uint8 [ceil(numel / 8)]."""
+    torch._check_type(
+        mask.dtype == torch.bool, lambda: f"bits_pack: expected a bool tensor, got {mask.dtype}"
+    )
+    return mask.new_empty((ceil_div(mask.numel(), 8),), dtype=torch.uint8)
+
+
+@_define("bits_apply", "(Tensor x, Tensor bits, float scale) -> Tensor")
+def _(x, bits, scale):
+    """x * scale where the bit is set, else 0; x any shape, the result contiguous."""
+    _check_floating("bits_apply", x)
+    torch._check_type(
+        bits.dtype == torch.uint8, lambda: f"bits_apply: expected uint8 bits, got {bits.dtype}"
+    )
+    torch._check(
+        bits.numel() == ceil_div(x.numel(), 8),
+        lambda: f"bits_apply: {x.numel()} elements need {ceil_div(x.numel(), 8)} bytes of bits, "
+        f"got {bits.numel()}",
+    )
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+@_define(
+    "attention_grad",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, "
+    "Tensor? rng_state, bool is_causal, float? scale, bool enable_gqa, bool mask_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _(grad_out, q, k, v, mask, dropout_p, rng_state, is_causal, scale, enable_gqa, mask_grad):
+    """Gradients of scaled_dot_product_attention(q [B, H, N, d], ...) in q, k, v and, when
+    ``mask_grad``, the mask (else empty), from operands alone: the forward is run again.
+    ``rng_state`` is the generator's state before the first forward when ``dropout_p`` > 0."""
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(q, memory_format=contiguous),
+        torch.empty_like(k, memory_format=contiguous),
+        torch.empty_like(v, memory_format=contiguous),
+        torch.empty_like(mask, memory_format=contiguous) if mask_grad else q.new_empty((0,)),
+    )

@@ -1,0 +1,122 @@
+"""Normalisations: the normalised input x-hat is kept in any format, one number a row exactly."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .keep import keep, kept
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """y = x-hat * w + b, x-hat = (x - mean) * rstd over the last dimensions.
+
+    The bias gradient is exact. Memory: ``format.nbytes(x)`` for x-hat where x or the weight needs a
+    gradient, and rstd (one number a row) where x does. Returns y, mean and rstd.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, shape, eps, format, need_x, need_weight):
+        return torch.native_layer_norm(x, shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, shape, eps, format, need_x, need_weight = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.shape = shape
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        x_hat = None
+        if need_x or need_weight:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x_hat = (x.to(wide) - mean) * rstd
+        exact = (rstd, weight) if need_x else (None, None)
+        keep(ctx, (x_hat, format), exact=exact)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _mean, _rstd):
+        (x_hat,), (rstd, weight) = kept(ctx)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        grad_out = grad_out.to(wide)
+        grad_x = grad_weight = grad_bias = None
+        rows = grad_out.dim() - len(ctx.shape)
+        if need_bias:
+            grad_bias = grad_out.flatten(0, rows - 1).sum(0) if rows else grad_out
+        if need_x or need_weight:
+            x_hat = x_hat.unpack(wide)
+            # x-hat is its own normalised form: mean 0, rstd 1; the true rstd multiplies at the end.
+            unit = torch.ones((*grad_out.shape[:rows], *(1,) * len(ctx.shape)), device=x_hat.device)
+            unit = unit.to(wide)
+            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                grad_out.contiguous(),
+                x_hat,
+                ctx.shape,
+                torch.zeros_like(unit),
+                unit,
+                None if weight is None else weight.to(wide),
+                None,
+                # Without a weight in hand the library wants none asked for; it is one product.
+                [need_x, False, False],
+            )
+            grad_x = (grad_x * rstd).to(ctx.dtypes[0]) if need_x else None
+            if need_weight:
+                grad_weight = (grad_out * x_hat).flatten(0, rows - 1).sum(0) if rows else None
+                grad_weight = grad_out * x_hat if grad_weight is None else grad_weight
+        return (
+            grad_x,
+            None if grad_weight is None else grad_weight.to(ctx.dtypes[1]),
+            None if grad_bias is None else grad_bias.to(ctx.dtypes[2]),
+            *(None,) * 5,
+        )
+
+
+def llama_rms_norm(x, weight, eps):
+    """The forward that transformers' language models share, operation by operation."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions.
+
+    Memory: as :class:`LayerNormFunction`. ``llama``: compute the forward as transformers does.
+    """
+
+    @staticmethod
+    def forward(x, weight, shape, eps, format, llama, need_x, need_weight):
+        return llama_rms_norm(x, weight, eps) if llama else F.rms_norm(x, shape, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, shape, eps, format, llama, need_x, need_weight = inputs
+        ctx.rows = x.dim() - len(shape)
+        ctx.dims = tuple(range(ctx.rows, x.dim()))
+        ctx.dtypes = (x.dtype, None if weight is None else weight.dtype)
+        x_hat = rstd = None
+        if need_x or need_weight:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            eps = torch.finfo(x.dtype).eps if eps is None else eps
+            rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
+            x_hat = wide * rstd
+        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        (x_hat,), (rstd, weight) = kept(ctx)
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        grad_out = grad_out.to(wide)
+        x_hat = x_hat.unpack(wide)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            scaled = grad_out if weight is None else grad_out * weight.to(wide)
+            projection = (scaled * x_hat).mean(ctx.dims, keepdim=True)
+            grad_x = ((scaled - x_hat * projection) * rstd).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_out * x_hat).sum(tuple(range(ctx.rows))) if ctx.rows else grad_out * x_hat
+            grad_weight = grad_weight.to(ctx.dtypes[1])
+        return grad_x, grad_weight, *(None,) * 6

@@ -1,0 +1,198 @@
+"""Measuring what training keeps: bytes saved for backward, layer by layer, and the peak.
+
+The headline is the saved bytes: exact, deterministic, the same on every device. The peak, from the
+allocator (CUDA) or the resident set (CPU, Linux), is reported beside it, never instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module_hooks
+
+__all__ = ["Profile", "SavedTensors", "peak_bytes", "profile", "saved_bytes"]
+
+MIB = 2**20
+
+
+class SavedTensors:
+    """Context manager that counts what autograd saves while it is active.
+
+    Storages are counted once, whole, whoever saves them how often; parameters and buffers of the
+    modules that run, which are there anyway, are left out. What is counted is held until the
+    context object goes, so that no address is mistaken for another.
+
+    Args:
+        model: names the layers of the breakdown; without it they go by class.
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self._names = {} if model is None else {m: n for n, m in model.named_modules()}
+        self._running: list[str] = []
+        self._storages: dict[int, tuple[str, Any]] = {}
+        self._own: set[int] = set()
+        self._exits: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> SavedTensors:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        # Hooks of torch's own, for as long as the measurement lasts: they see every module run.
+        handles = (
+            _module_hooks.register_module_forward_pre_hook(self._enter_module),
+            _module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
+        )
+        hooks.__enter__()
+        self._exits = [lambda: hooks.__exit__(None, None, None), *(h.remove for h in handles)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for leave in self._exits:
+            leave()
+
+    def _enter_module(self, module: nn.Module, _inputs: object) -> None:
+        self._running.append(self._names.get(module, type(module).__name__))
+        for t in (*module.parameters(), *module.buffers()):
+            if t.layout == torch.strided:
+                self._own.add(t.untyped_storage().data_ptr())
+
+    def _leave_module(self, *_: object) -> None:
+        self._running.pop()
+
+    def _pack(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        layer = self._running[-1] if self._running else ""
+        self._storages.setdefault(storage.data_ptr(), (layer, storage))
+        return t
+
+    @property
+    def by_layer(self) -> dict[str, int]:
+        """Bytes by the innermost module that was running when a storage was first saved."""
+        result: dict[str, int] = {}
+        for address, (layer, storage) in self._storages.items():
+            if address not in self._own and storage.nbytes():
+                result[layer] = result.get(layer, 0) + storage.nbytes()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        """All of them together."""
+        return sum(self.by_layer.values())
+
+
+def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Bytes that autograd keeps for backward from running ``fn(*args, **kwargs)``.
+
+    Deduplicated by storage; parameters and buffers of the modules that run are left out. The input
+    is counted where it is saved: a layer that keeps it keeps it alive.
+
+    Raises:
+        TypeError: ``fn`` cannot be called.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    with SavedTensors(fn if isinstance(fn, nn.Module) else None) as saved:
+        result = fn(*args, **kwargs)
+    del result
+    return saved.bytes
+
+
+def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
+    """The most memory that was in use while ``fn()`` ran, above what was in use before.
+
+    On CUDA from torch's allocator. On a CPU under Linux from the resident set, whose high-water
+    mark the kernel resets on request: it includes what libraries allocate for themselves, and the
+    allocator's habits, so compare figures of one run, and read small differences as noise. None
+    where neither can be had.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not _reset_resident_peak():
+        fn()
+        return None
+    before = _resident("VmRSS")
+    fn()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _reset_resident_peak() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, so that reuse counts as use
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What one training step of a model keeps: bytes, and the same by layer."""
+
+    saved: int
+    peak: int | None
+    by_layer: dict[str, int]
+    batch_size: int
+
+    @property
+    def saved_per_sample(self) -> float:
+        """Bytes saved for backward, divided by the batch size."""
+        return self.saved / self.batch_size
+
+
+def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) -> Profile:
+    """Run forward and backward of ``model(*args, **kwargs)`` and measure both ends.
+
+    The loss is the sum of every floating-point output; gradients of the parameters are left unset.
+
+    Raises:
+        ValueError: nothing in the output depends on a parameter or input that needs a gradient.
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    with SavedTensors(model) as saved:
+        total = _sum_outputs(model(*args, **kwargs))
+    by_layer, count = saved.by_layer, saved.bytes
+    del saved, total
+    model.zero_grad(set_to_none=True)
+    peak = peak_bytes(lambda: _sum_outputs(model(*args, **kwargs)).backward(), device)
+    model.zero_grad(set_to_none=True)
+    return Profile(count, peak, by_layer, batch_size)
+
+
+def _sum_outputs(output: Any) -> Tensor:
+    tensors = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
+    if not tensors:
+        raise ValueError("no output needs a gradient: does any parameter require one?")
+    return torch.stack([t.sum(dtype=torch.float32) for t in tensors]).sum()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)

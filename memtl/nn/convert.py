@@ -1,0 +1,220 @@
+"""convert() and unconvert(): every layer memtl knows, in place, with a report of what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from ..storage import Format
+from .calls import CALLS, CallsLayer, calls_of
+from .layers import ROLES, forward_owner, layer_for
+from .swap import is_swapped, swap, unswap
+
+Patterns = str | Sequence[str] | None
+
+KEEPS_NOTHING = (nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One module in the coverage table: converted (``reason`` empty) or skipped, and why."""
+
+    name: str
+    kind: str
+    role: str = ""
+    kept: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion did: the coverage table. ``print`` it."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def converted(self) -> tuple[Row, ...]:
+        """The rows of converted modules."""
+        return tuple(row for row in self.rows if not row.reason)
+
+    @property
+    def skipped(self) -> tuple[Row, ...]:
+        """The rows of modules left as they were, each with its reason."""
+        return tuple(row for row in self.rows if row.reason)
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)} modules, left {len(self.skipped)}"]
+        lines += _table(
+            ("layer", "kind", "role", "keeps"),
+            [(r.name, r.kind, r.role, r.kept) for r in self.converted],
+        )
+        if self.skipped:
+            lines += ["", "left as they are"]
+            lines += _table(
+                ("layer", "kind", "reason"), [(r.name, r.kind, r.reason) for r in self.skipped]
+            )
+        return "\n".join(lines)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows that differ only in a layer's number become one: ``blocks.*.attn.qkv  x12``."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *rest in rows:
+        groups.setdefault((re.sub(r"\b\d+\b", "*", name), *rest), []).append(name)
+    body = []
+    for (pattern, *rest), names in groups.items():
+        label = f"{pattern} x{len(names)}" if len(names) > 1 else names[0] or "(the model itself)"
+        body.append((label, *rest))
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *body]
+    ]
+
+
+def convert(
+    model: nn.Module,
+    formats: Mapping[str, Format | None],
+    *,
+    target_modules: Patterns = None,
+    exclude_modules: Patterns = None,
+) -> Report:
+    """Make every layer of ``model`` that memtl knows keep what its role's format says, in place.
+
+    Only the class of each instance changes: ``isinstance``, ``state_dict`` keys, parameters, hooks
+    and the forward's result stay as they were.
+
+    Args:
+        model: any module.
+        formats: role ("linear", "convolution", "attention", "norm", "activation") -> format; a role
+            that is absent or None is left alone.
+        target_modules: None for all; a regular expression matched against whole module names; or
+            names, each matching itself, whatever ends in ".name", and everything inside it.
+        exclude_modules: the same, for what is to be left alone.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: nothing could be converted, a pattern matches nothing, a role is unknown, or
+            the model is already converted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if unknown := sorted(set(formats) - set(ROLES)):
+        raise ValueError(f"roles must be among {ROLES}, got {unknown}")
+    modules = {_plain(name): module for name, module in model.named_modules()}
+    if done := sum(map(is_swapped, modules.values())):
+        raise ValueError(
+            f"this model is already converted ({done} modules): memtl.unconvert(model) first"
+        )
+    targeted = _matching(modules, target_modules, "target_modules")
+    excluded = _matching(modules, exclude_modules, "exclude_modules") if exclude_modules else set()
+    chosen = {role: format for role, format in formats.items() if format is not None}
+
+    plan: list[tuple[nn.Module, type, dict]] = []
+    rows: list[Row] = []
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if name in excluded or name not in targeted:
+            if _is_leaf(module):
+                rows.append(Row(name, kind, reason="excluded" if name in excluded else "not targeted"))
+            continue
+        row, step = _plan(name, module, kind, chosen)
+        if step is not None:
+            plan.append((module, *step))
+        if row is not None:
+            rows.append(row)
+    if not plan:
+        raise ValueError(f"nothing to convert in {type(model).__name__}:\n{Report(tuple(rows))}")
+    for module, mixin, attributes in plan:
+        swap(module, mixin, **attributes)
+    return Report(tuple(rows))
+
+
+def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]):
+    """What happens to one module: its row in the report, and mixin and attributes of the swap."""
+    mixin = layer_for(module)
+    if mixin is not None:
+        if (reason := mixin.refuses(module)) is not None:
+            return Row(name, kind, reason=reason), None
+        if mixin.role not in formats:
+            return Row(name, kind, reason=f"no format is given for the role {mixin.role}"), None
+        format = formats[mixin.role]
+        row = Row(name, kind, mixin.role, mixin.describe(format))
+        return row, (mixin, {"memtl_format": format})
+    calls = calls_of(module)
+    roles = {CALLS[call][0] for call in calls if call in CALLS} & set(formats)
+    if roles:
+        names = "multi_head_attention_forward" if kind == "MultiheadAttention" else ", ".join(
+            sorted({call.__name__ for call in calls if CALLS[call][0] in roles})
+        )
+        shown = ", ".join(str(formats[role]) for role in sorted(roles))
+        attributes = {"memtl_formats": dict(formats), "memtl_calls": calls}
+        return Row(name, f"{kind} calls {names}", "/".join(sorted(roles)), shown), (
+            CallsLayer,
+            attributes,
+        )
+    if not _is_leaf(module) or isinstance(module, KEEPS_NOTHING):
+        return None, None
+    return Row(name, kind, reason=_reason(module)), None
+
+
+def _reason(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "keeps its integer indices only"
+    for base in type(module).__mro__[1:]:
+        if base is not nn.Module and base.__module__.startswith("torch.nn.modules"):
+            if layer_for_class(base):
+                return f"{forward_owner(type(module)).__name__} overrides {base.__name__}.forward"
+    return "memtl has no layer for it"
+
+
+def layer_for_class(cls: type[nn.Module]) -> bool:
+    """Whether memtl has a layer for the forward that ``cls`` itself defines."""
+    from .layers import LAYERS
+
+    return f"{cls.__module__}.{cls.__qualname__}" in LAYERS
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _plain(name: str) -> str:
+    """A module's name without the prefixes of torch.compile and of parallel wrappers."""
+    return re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).lstrip(".")
+
+
+def _matching(names: Iterable[str], patterns: Patterns, option: str) -> set[str]:
+    names = list(names)
+    if patterns is None:
+        return set(names)
+    if isinstance(patterns, str):
+        found = {n for n in names if re.fullmatch(patterns, n)}
+        if not found:
+            raise ValueError(f"{option} {patterns!r} matches no module")
+        return found
+    found = set()
+    for pattern in patterns:
+        inside = re.compile(rf"(.*\.)?{re.escape(pattern)}(\..*)?")
+        matched = {n for n in names if n and inside.fullmatch(n)}
+        if not matched:
+            raise ValueError(f"{option}: {pattern!r} matches no module")
+        found |= matched
+    return found
+
+
+def unconvert(model: nn.Module) -> int:
+    """Give every converted module its own class back; returns how many there were.
+
+    Raises:
+        ValueError: nothing in ``model`` is converted.
+    """
+    swapped = [module for module in model.modules() if is_swapped(module)]
+    if not swapped:
+        raise ValueError(f"nothing in this {type(model).__name__} is converted")
+    for module in swapped:
+        unswap(module)
+    return len(swapped)

@@ -1,0 +1,252 @@
+"""The layers memtl knows. To add one: a class with ``@layer(role, names...)`` and a ``forward``.
+
+A class here is mixed in front of a module's own class (:func:`memtl.nn.swap.swap`), so it adds a
+``forward`` and nothing else: parameters, buffers, hooks and ``state_dict`` keys stay where they
+are. ``self.memtl_format`` is how the layer keeps what it keeps. The names are those of the classes
+that own the ``forward`` being replaced, so that a subclass with a forward of its own is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import functional
+from ..storage import Format
+
+ROLES = ("linear", "convolution", "attention", "norm", "activation")
+
+LAYERS: dict[str, type[Layer]] = {}
+"""Qualified name of the class that owns a forward -> the layer that replaces it."""
+
+
+class Layer:
+    """Base of every mixin: its role, and whether one particular module can be served."""
+
+    role: str
+    memtl_format: Format
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Why this module cannot be converted, or None."""
+        return None
+
+    @classmethod
+    def describe(cls, format: Format) -> str:
+        """What the layer keeps, for the report."""
+        return str(format)
+
+
+def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
+    """Register a mixin for the named classes."""
+
+    def register(cls: type[Layer]) -> type[Layer]:
+        cls.role = role
+        LAYERS.update(dict.fromkeys(names, cls))
+        return cls
+
+    return register
+
+
+@layer("linear", "torch.nn.modules.linear.Linear")
+class LinearLayer(Layer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias, format=self.memtl_format)
+
+
+@layer("linear", "transformers.pytorch_utils.Conv1D")
+class TransposedLinearLayer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(
+            x, self.weight, self.bias, format=self.memtl_format, transposed=True
+        )
+
+
+@layer("convolution", "torch.nn.modules.conv.Conv2d")
+class PatchConvolutionLayer(Layer):
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1)
+        if module.stride == module.kernel_size and plain and module.groups == 1:
+            return None
+        return "only convolutions whose stride equals their kernel (patches) are converted so far"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.patch_conv2d(input, self.weight, self.bias, format=self.memtl_format)
+
+
+@layer(
+    "norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"
+)
+class LayerNormLayer(Layer):
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return "timm's fast norm (apex) is on" if getattr(module, "_fast_norm", False) else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            format=self.memtl_format,
+        )
+
+
+@layer("norm", "torch.nn.modules.normalization.RMSNorm")
+class RMSNormLayer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, format=self.memtl_format
+        )
+
+
+@layer("norm", "transformers.models.llama.modeling_llama.LlamaRMSNorm")
+class LlamaRMSNormLayer(Layer):
+    """Also serves every class of transformers whose forward is LlamaRMSNorm's, byte for byte."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return functional.rms_norm(
+            hidden_states,
+            self.weight.shape,
+            self.weight,
+            self.variance_epsilon,
+            format=self.memtl_format,
+            llama=True,
+        )
+
+
+class ActivationLayer(Layer):
+    """An elementwise activation without parameters: one function of :mod:`memtl.functional`."""
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return "works in place" if getattr(module, "inplace", False) else None
+
+    @classmethod
+    def describe(cls, format: Format) -> str:
+        from ..autograd.activation import activation_format
+
+        return activation_format(format)
+
+
+@layer(
+    "activation",
+    "torch.nn.modules.activation.GELU",
+    "timm.layers.activations.GELU",
+)
+class GELULayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        approximate = getattr(self, "approximate", "none")
+        return functional.gelu(input, approximate, format=self.memtl_format)
+
+
+@layer("activation", "timm.layers.activations.GELUTanh")
+class GELUTanhLayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu(input, "tanh", format=self.memtl_format)
+
+
+@layer(
+    "activation", "transformers.activations.GELUActivation", "transformers.activations.GELUTanh"
+)
+class HuggingFaceGELULayer(ActivationLayer):
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        kernel = nn.functional.gelu
+        if module.act is kernel or getattr(module.act, "func", None) is kernel:
+            return None
+        return "computes GELU by Python operators"
+
+    def forward(self, input: Tensor) -> Tensor:
+        approximate = getattr(self.act, "keywords", {}).get("approximate", "none")
+        return functional.gelu(input, approximate, format=self.memtl_format)
+
+
+@layer("activation", "transformers.activations.NewGELUActivation")
+class NewGELULayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu_new(input, format=self.memtl_format)
+
+
+@layer(
+    "activation",
+    "transformers.activations.QuickGELUActivation",
+    "timm.layers.activations.QuickGELU",
+)
+class QuickGELULayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.quick_gelu(input, format=self.memtl_format)
+
+
+@layer(
+    "activation",
+    "torch.nn.modules.activation.SiLU",
+    "timm.layers.activations.Swish",
+    "transformers.activations.SiLUActivation",
+)
+class SiLULayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.silu(input, format=self.memtl_format)
+
+
+class MaskLayer(ActivationLayer):
+    """A layer whose backward needs one bit an element, whatever the format: exact."""
+
+    @classmethod
+    def describe(cls, format: Format) -> str:
+        return "1 bit, exact"
+
+
+@layer("activation", "torch.nn.modules.activation.ReLU")
+class ReLULayer(MaskLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(input)
+
+
+@layer("activation", "torch.nn.modules.dropout.Dropout")
+class DropoutLayer(MaskLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.dropout(input, self.p, self.training)
+
+
+@layer("attention", "torch.nn.modules.activation.Softmax")
+class SoftmaxLayer(Layer):
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return "its dim is not set" if module.dim is None else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softmax(input, self.dim, format=self.memtl_format)
+
+
+@functools.cache
+def _llama_code():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    return _code_key(LlamaRMSNorm.forward)
+
+
+def _code_key(function):
+    code = function.__code__
+    return code.co_code, code.co_consts[1:], code.co_names  # the first constant is the docstring
+
+
+def forward_owner(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class whose ``forward`` instances of ``cls`` run."""
+    return next(c for c in cls.__mro__ if "forward" in c.__dict__)
+
+
+def layer_for(module: nn.Module) -> type[Layer] | None:
+    """The mixin that serves this module's forward, or None."""
+    owner = forward_owner(type(module))
+    found = LAYERS.get(f"{owner.__module__}.{owner.__qualname__}")
+    if found is None and owner.__module__.startswith("transformers.models."):
+        forward = owner.__dict__["forward"]
+        if owner.__name__.endswith("RMSNorm") and hasattr(forward, "__code__"):
+            if _code_key(forward) == _llama_code():
+                return LlamaRMSNormLayer
+    return found

@@ -1,0 +1,52 @@
+"""Changing one instance's class, and changing it back."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import nn
+
+
+@functools.cache
+def swapped_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
+    """``original`` with ``mixin`` in front: same name, same module, one class per pair."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple:
+        # A class made at run time cannot be found by its name: copying and pickling go through the
+        # pair that made it.
+        return _rebuild, (mixin, original), self.__getstate__()
+
+    namespace = {
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": reduce,
+        "memtl_original": original,
+        "memtl_layer": mixin,
+    }
+    return type(original.__name__, (mixin, original), namespace)
+
+
+def _rebuild(mixin: type, original: type[nn.Module]) -> nn.Module:
+    cls = swapped_class(mixin, original)
+    return copyreg.__newobj__(cls)  # type: ignore[attr-defined]
+
+
+def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
+    """Make ``module`` run ``mixin.forward``; the attributes are set on the instance."""
+    module.__class__ = swapped_class(mixin, type(module))
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether memtl changed this instance's class."""
+    return hasattr(type(module), "memtl_original")
+
+
+def unswap(module: nn.Module) -> None:
+    """Give ``module`` its own class back."""
+    module.__class__ = type(module).memtl_original
+    for name in [n for n in module.__dict__ if n.startswith("memtl_")]:
+        delattr(module, name)

@@ -1,0 +1,27 @@
+"""The readable definition of every operator, in plain PyTorch, on any device.
+
+What an operator computes is what stands here; the kernels are tested against it, and it serves
+where no kernel was built. Optimised code never imports this package.
+"""
+
+from .attention import attention_grad
+from .bits import bits_apply, bits_pack
+from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
+from .topk import topk_pack, topk_pack_sample, topk_unpack, topk_weight_grad
+
+OPS = {
+    op.__name__: op
+    for op in (
+        topk_pack,
+        topk_pack_sample,
+        topk_unpack,
+        topk_weight_grad,
+        quant_pack,
+        quant_unpack,
+        quant_pack_range,
+        quant_unpack_range,
+        bits_pack,
+        bits_apply,
+        attention_grad,
+    )
+}

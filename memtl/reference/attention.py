@@ -1,0 +1,40 @@
+"""Attention's gradient from q, k and v alone."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_grad(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run torch's own (fused) attention forward again on q, k, v, then its backward.
+
+    A few percent of a transformer block's work, and neither the N x N map nor the output nor the
+    log-sum has to be kept. Dropout is replayed from the generator's saved state, and the present
+    state restored.
+    """
+    cuda = [q.device] if q.is_cuda else []
+    with torch.random.fork_rng(cuda, enabled=rng_state is not None), torch.enable_grad():
+        if rng_state is not None:
+            (torch.cuda.set_rng_state if q.is_cuda else torch.set_rng_state)(rng_state)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        if mask is not None and mask_grad:
+            mask = mask.detach().requires_grad_()
+            leaves.append(mask)
+        out = F.scaled_dot_product_attention(
+            *leaves[:3], mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        grads = torch.autograd.grad(out, leaves, grad_out)
+    dq, dk, dv = (grad.contiguous() for grad in grads[:3])
+    return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))

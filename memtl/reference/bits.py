@@ -1,0 +1,26 @@
+"""One bit an element: the definition of ``bits_pack`` and ``bits_apply`` in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BIT = 1 << torch.arange(8, dtype=torch.uint8)
+
+
+def bits_pack(mask: Tensor) -> Tensor:
+    """Bit ``i % 8`` of byte ``i // 8`` is element ``i``; the last byte is filled with zeros."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    bytes_ = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (bytes_ * _BIT.to(mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def bits_unpack(bits: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` bits as a flat bool tensor; works along the last dimension."""
+    mask = (bits.unsqueeze(-1) & _BIT.to(bits.device)).ne(0)
+    return mask.flatten(-2)[..., :numel]
+
+
+def bits_apply(x: Tensor, bits: Tensor, scale: float) -> Tensor:
+    """x * scale where the bit is set; 0 elsewhere, also where x is NaN or infinite."""
+    mask = bits_unpack(bits, x.numel()).view(x.shape)
+    return torch.where(mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()

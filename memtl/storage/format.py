@@ -1,0 +1,120 @@
+"""What a storage format is, and the packed tensor it makes."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+_KINDS: dict[str, type[Format]] = {}
+
+
+class Format(abc.ABC):
+    """How a tensor is kept between forward and backward.
+
+    A format is a frozen dataclass without tensors: it can be compared, hashed, written to JSON and
+    handed to a ``torch.autograd.Function``. To add one, subclass it with a ``kind`` and the three
+    abstract methods; it can then be named in every configuration.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.kind:
+            _KINDS[cls.kind] = cls
+
+    @abc.abstractmethod
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The tensors kept in place of ``x`` (any shape, floating point)."""
+
+    @abc.abstractmethod
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The stored approximation of x, dense, of the given shape and dtype."""
+
+    @abc.abstractmethod
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Bytes that :meth:`pack` keeps for a tensor of this shape and dtype, exactly."""
+
+    def weight_grad(self, packed: tuple[Tensor, ...], shape: torch.Size, grad_out: Tensor) -> Tensor:
+        """``grad_out^T x`` [O, D] for x [..., D] and grad_out [T, O]; at least float32."""
+        compute = torch.promote_types(grad_out.dtype, torch.float32)
+        x = self.unpack(packed, shape, grad_out.dtype)
+        return (grad_out.t() @ x.reshape(-1, shape[-1])).to(compute)
+
+    def resolve(self, keep: float) -> Format:
+        """This format with a fraction to keep filled in where it leaves that open."""
+        return self
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """A few characters for a table: ``topk 10% int8``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; :func:`format_from_dict` reads it back."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"kind": self.kind, **fields}
+
+
+def format_from_dict(data: dict[str, Any]) -> Format:
+    """The format that :meth:`Format.to_dict` described.
+
+    Raises:
+        ValueError: ``kind`` is missing or unknown, or a field is not one of that kind.
+    """
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"format kind must be one of {sorted(_KINDS)}, got {kind!r}")
+    cls = _KINDS[kind]
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"format {kind!r} has no field {unknown}; it has {sorted(known)}")
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed tensor: what was kept, and what is needed to read it.
+
+    ``tensors`` go to ``save_for_backward``; :meth:`spec` is the rest, safe to keep on ``ctx``.
+    """
+
+    format: Format
+    tensors: tuple[Tensor, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense approximation, in the original dtype unless told otherwise."""
+        return self.format.unpack(self.tensors, self.shape, dtype or self.dtype)
+
+    def weight_grad(self, grad_out: Tensor) -> Tensor:
+        """``grad_out^T x`` [O, D]; grad_out [..., O] has as many rows as x [..., D]."""
+        return self.format.weight_grad(
+            self.tensors, self.shape, grad_out.reshape(-1, grad_out.shape[-1])
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def pack(x: Tensor, format: Format) -> Packed:
+    """``x`` in ``format``."""
+    return Packed(format, format.pack(x), x.shape, x.dtype)
+
+
+def check_fraction(name: str, value: float | None) -> None:
+    """Raise unless ``value`` is None or a number in (0, 1]."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {type(value).__name__}")
+    if not 0 < value <= 1 or math.isnan(value):
+        raise ValueError(f"{name} must be in (0, 1], got {value}")

@@ -1,0 +1,62 @@
+"""A few bits an element."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._ops import GROUP, ceil_div
+from .format import Format
+
+BITS = (8, 4, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(Format):
+    """Keep 8, 4 or 2 bits an element, rounded stochastically: the mean over seeds is exact.
+
+    Args:
+        bits: 8, 4 or 2.
+        range: None measures offset and scale for each group of 64 consecutive elements (bfloat16
+            each). A pair (lo, hi) spreads 2**bits - 1 even levels over that fixed range, clamps to
+            it and keeps no scale: the code for the derivatives of activation functions.
+        seed: of the dither, which is a pure function of this seed and of the data.
+
+    A group with anything that is not finite reads back as NaN; under a fixed range a NaN reads back
+    as NaN and infinities as the ends of the range.
+
+    Memory: ceil(numel / 64) * (8 * bits + 4) bytes, 4 less a group under a fixed range.
+    """
+
+    kind: ClassVar[str] = "quantized"
+    bits: int = 4
+    range: tuple[float, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if self.range is not None:
+            lo, hi = self.range
+            if not lo < hi:
+                raise ValueError(f"range must be (lo, hi) with lo < hi, got {self.range}")
+            object.__setattr__(self, "range", (float(lo), float(hi)))  # a list, from JSON
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.range is None:
+            return torch.ops.memtl.quant_pack(x, self.bits, self.seed)
+        return (torch.ops.memtl.quant_pack_range(x, self.bits, *self.range, self.seed),)
+
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if self.range is None:
+            return torch.ops.memtl.quant_unpack(*packed, self.bits, shape, dtype)
+        return torch.ops.memtl.quant_unpack_range(*packed, self.bits, *self.range, shape, dtype)
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return ceil_div(shape.numel(), GROUP) * (8 * self.bits + (0 if self.range else 4))
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit" + (" fixed range" if self.range else "")
