@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
 
-__all__ = ["Profile", "SavedTensors", "peak_bytes", "profile", "saved_bytes"]
+__all__ = ["Profile", "SavedTensors", "comparison", "peak_bytes", "profile", "saved_bytes"]
 
 MIB = 2**20
 
@@ -164,20 +165,26 @@ class Profile:
 def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) -> Profile:
     """Run forward and backward of ``model(*args, **kwargs)`` and measure both ends.
 
-    The loss is the sum of every floating-point output; gradients of the parameters are left unset.
+    The loss is the sum of every floating-point output. The peak is that of a step whose parameter
+    gradients are already there, so what it shows is activations and temporaries. Gradients are
+    None afterwards.
 
     Raises:
         ValueError: nothing in the output depends on a parameter or input that needs a gradient.
     """
+
+    def step() -> None:
+        _sum_outputs(model(*args, **kwargs)).backward()
+
     device = next(model.parameters(), torch.empty(0)).device
+    step()
     with SavedTensors(model) as saved:
         total = _sum_outputs(model(*args, **kwargs))
-    by_layer, count = saved.by_layer, saved.bytes
+    by_layer = saved.by_layer
     del saved, total
+    peak = peak_bytes(step, device)
     model.zero_grad(set_to_none=True)
-    peak = peak_bytes(lambda: _sum_outputs(model(*args, **kwargs)).backward(), device)
-    model.zero_grad(set_to_none=True)
-    return Profile(count, peak, by_layer, batch_size)
+    return Profile(sum(by_layer.values()), peak, by_layer, batch_size)
 
 
 def _sum_outputs(output: Any) -> Tensor:
@@ -196,3 +203,33 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             yield from _tensors(item)
+
+
+def comparison(stock: Profile, converted: Profile) -> str:
+    """Two profiles of one model side by side: the totals, and the layers that keep anything.
+
+    Layers that differ only in their number share a line, their bytes added up.
+    """
+
+    def ratio(a: float | None, b: float | None) -> str:
+        return f"{a / b:8.1f}x" if a and b else " " * 8 + "-"
+
+    def mib(value: float | None) -> str:
+        return "       n/a" if value is None else f"{value / MIB:10.2f}"
+
+    rows: dict[str, list[float]] = {}
+    for column, profile_ in enumerate((stock, converted)):
+        for name, count in profile_.by_layer.items():
+            label = re.sub(r"\b\d+\b", "*", name) or "(the model itself)"
+            rows.setdefault(label, [0.0, 0.0])[column] += count / profile_.batch_size
+    width = max(map(len, [*rows, "saved for backward, a sample"]))
+    lines = [f"{'MiB':{width}} {'stock':>10} {'converted':>10} {'ratio':>9}"]
+    for label, (a, b) in sorted(rows.items(), key=lambda row: -row[1][0]):
+        lines.append(f"{label:{width}} {mib(a)} {mib(b)} {ratio(a, b)}")
+    a, b = stock.saved_per_sample, converted.saved_per_sample
+    lines.append(f"{'saved for backward, a sample':{width}} {mib(a)} {mib(b)} {ratio(a, b)}")
+    label = f"peak of a step, batch {stock.batch_size}"
+    lines.append(
+        f"{label:{width}} {mib(stock.peak)} {mib(converted.peak)} {ratio(stock.peak, converted.peak)}"
+    )
+    return "\n".join(lines)

@@ -63,18 +63,17 @@ def _matmul(format: Format, a, b, *args, **kwargs):
     return functional.matmul(a, b, format=format)
 
 
-@functools.cache
-def _mha_forward() -> Callable:
-    """torch's own multi-head attention, without the first lines that hand it back to the mode."""
-    original = F.multi_head_attention_forward
-    namespace = {**original.__globals__, "has_torch_function": lambda tensors: False}
-    return functools.update_wrapper(
-        types.FunctionType(
-            original.__code__, namespace, original.__name__, original.__defaults__
-        ),
-        original,
+def _without_dispatch(function: types.FunctionType) -> types.FunctionType:
+    """A copy of a function of torch.nn.functional that does not offer itself to modes first."""
+    namespace = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__
     )
+    return functools.update_wrapper(copy, function)
 
+
+# torch's own multi-head attention; what it calls in turn goes through the mode.
+_multi_head_attention_forward = _without_dispatch(F.multi_head_attention_forward)
 
 CALLS: dict[Callable, tuple[str, Callable]] = {
     F.scaled_dot_product_attention: ("attention", _attention),
@@ -111,7 +110,7 @@ class FunctionFormats(TorchFunctionMode):
         if func in self.calls:
             if func is F.multi_head_attention_forward:
                 with self:
-                    return _mha_forward()(*args, **kwargs)
+                    return _multi_head_attention_forward(*args, **kwargs)
             role, replacement = CALLS[func]
             if role in self.formats:
                 return replacement(self.formats[role], *args, **kwargs)

@@ -1,0 +1,52 @@
+# make demo and make test do all set-up themselves: a virtual environment in .venv, the
+# dependencies, the native build. Each step runs again only when what it depends on has changed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null)
+
+.PHONY: install demo test bench lint format gpu clean
+
+install: $(VENV)/.built
+
+$(VENV)/.dependencies: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 "torch>=2.11"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/memtl demo
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python benchmarks/kernels/table.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+# On a machine with a card, with or without a network: builds for that card with the Python that is
+# there (PYTHON=...: one with torch, timm, transformers and pytest), tests, then measures.
+gpu:
+	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
+	    --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf build dist *.egg-info memtl/*.so memtl/_build.json $(VENV)/.built

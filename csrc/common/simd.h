@@ -1,0 +1,322 @@
+// The few vector operations the kernels are written in, once for every instruction set.
+//
+// A kernel file is compiled once per instruction set, with MEMTL_ISA_NS naming its namespace; what
+// stands here lives in that namespace, so that no two of them can be mixed up by the linker. Floats
+// holds kWidth floats, Ints as many 32-bit integers, Mask one truth value each. In portable code the
+// width is one and the compiler vectorises the loops over a group itself.
+#pragma once
+
+#include "common/layout.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#define MEMTL_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MEMTL_UNROLL
+#endif
+
+namespace memtl::MEMTL_ISA_NS {
+
+#if defined(__AVX512F__)
+
+constexpr int kWidth = 16;
+using Floats = __m512;
+using Ints = __m512i;
+using Mask = __mmask16;
+
+MEMTL_INLINE Floats floats(float x) { return _mm512_set1_ps(x); }
+MEMTL_INLINE Ints ints(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+MEMTL_INLINE Ints iota() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+MEMTL_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+MEMTL_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+MEMTL_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+MEMTL_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+// Of a NaN in a and a number in b, the number.
+MEMTL_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+MEMTL_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+MEMTL_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+MEMTL_INLINE Ints mul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+MEMTL_INLINE Ints bit_xor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+MEMTL_INLINE Ints max(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
+MEMTL_INLINE Ints min(Ints a, Ints b) { return _mm512_min_epu32(a, b); }
+template <int kBy>
+MEMTL_INLINE Ints shift_left(Ints a) {
+  return _mm512_slli_epi32(a, kBy);
+}
+template <int kBy>
+MEMTL_INLINE Ints shift_right(Ints a) {
+  return _mm512_srli_epi32(a, kBy);
+}
+
+MEMTL_INLINE Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
+MEMTL_INLINE Ints truncate(Floats a) { return _mm512_cvttps_epi32(a); }
+MEMTL_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+
+MEMTL_INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
+MEMTL_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
+  uint16_t mask;
+  std::memcpy(&mask, bits, sizeof mask);
+  return mask;
+}
+MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) {
+  return _mm512_mask_blend_epi32(mask, no, yes);
+}
+MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) {
+  return _mm512_mask_blend_ps(mask, no, yes);
+}
+
+MEMTL_INLINE float lowest(Floats a) { return _mm512_reduce_min_ps(a); }
+MEMTL_INLINE float highest(Floats a) { return _mm512_reduce_max_ps(a); }
+MEMTL_INLINE uint32_t highest(Ints a) { return _mm512_reduce_max_epu32(a); }
+// Modulo 2^32. (_mm512_reduce_add_epi32 ends in a signed addition that may overflow.)
+MEMTL_INLINE uint32_t sum(Ints a) {
+  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+
+MEMTL_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+MEMTL_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+MEMTL_INLINE Ints load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+MEMTL_INLINE void store_shorts(uint16_t* p, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+}
+MEMTL_INLINE Floats load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MEMTL_INLINE void store_half(uint16_t* p, Floats a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+MEMTL_INLINE Floats load_double(const double* p) {
+  const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8)),
+                            1);
+}
+MEMTL_INLINE void store_double(double* p, Floats a) {
+  _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
+  _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kWidth = 8;
+using Floats = __m256;
+using Ints = __m256i;
+struct Mask {
+  __m256i lanes;
+};
+
+MEMTL_INLINE Floats floats(float x) { return _mm256_set1_ps(x); }
+MEMTL_INLINE Ints ints(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+MEMTL_INLINE Ints iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+
+MEMTL_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+MEMTL_INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+MEMTL_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+MEMTL_INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+MEMTL_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+MEMTL_INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+
+MEMTL_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+MEMTL_INLINE Ints mul(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+MEMTL_INLINE Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+MEMTL_INLINE Ints max(Ints a, Ints b) { return _mm256_max_epu32(a, b); }
+MEMTL_INLINE Ints min(Ints a, Ints b) { return _mm256_min_epu32(a, b); }
+template <int kBy>
+MEMTL_INLINE Ints shift_left(Ints a) {
+  return _mm256_slli_epi32(a, kBy);
+}
+template <int kBy>
+MEMTL_INLINE Ints shift_right(Ints a) {
+  return _mm256_srli_epi32(a, kBy);
+}
+
+MEMTL_INLINE Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
+MEMTL_INLINE Ints truncate(Floats a) { return _mm256_cvttps_epi32(a); }
+MEMTL_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+
+MEMTL_INLINE Mask equal(Ints a, Ints b) { return {_mm256_cmpeq_epi32(a, b)}; }
+MEMTL_INLINE Mask is_nan(Floats a) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
+}
+MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return {_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), bit), bit)};
+}
+MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) {
+  return _mm256_blendv_epi8(no, yes, mask.lanes);
+}
+MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) {
+  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(mask.lanes));
+}
+
+#define MEMTL_REDUCE(step, low, high, shuffle) \
+  auto half = step(low, high);                 \
+  half = step(half, shuffle(half, 0x4e));      \
+  half = step(half, shuffle(half, 0xb1))
+#define MEMTL_SHUFFLE_PS(a, order) _mm_shuffle_ps(a, a, order)
+MEMTL_INLINE float lowest(Floats a) {
+  MEMTL_REDUCE(_mm_min_ps, _mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1),
+               MEMTL_SHUFFLE_PS);
+  return _mm_cvtss_f32(half);
+}
+MEMTL_INLINE float highest(Floats a) {
+  MEMTL_REDUCE(_mm_max_ps, _mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1),
+               MEMTL_SHUFFLE_PS);
+  return _mm_cvtss_f32(half);
+}
+MEMTL_INLINE uint32_t highest(Ints a) {
+  MEMTL_REDUCE(_mm_max_epu32, _mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1),
+               _mm_shuffle_epi32);
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+}
+MEMTL_INLINE uint32_t sum(Ints a) {
+  MEMTL_REDUCE(_mm_add_epi32, _mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1),
+               _mm_shuffle_epi32);
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+}
+#undef MEMTL_REDUCE
+#undef MEMTL_SHUFFLE_PS
+
+MEMTL_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
+MEMTL_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+MEMTL_INLINE Ints load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+MEMTL_INLINE __m128i narrow(Ints a) {  // 32 to 16 bits; the values fit
+  return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+}
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) {
+  const __m128i shorts = narrow(a);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(shorts, shorts));
+}
+MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+MEMTL_INLINE void store_shorts(uint16_t* p, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a));
+}
+MEMTL_INLINE Floats load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+MEMTL_INLINE void store_half(uint16_t* p, Floats a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+MEMTL_INLINE Floats load_double(const double* p) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(p + 4)),
+                         _mm256_cvtpd_ps(_mm256_loadu_pd(p)));
+}
+MEMTL_INLINE void store_double(double* p, Floats a) {
+  _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
+  _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+}
+
+#else
+
+constexpr int kWidth = 1;
+using Floats = float;
+using Ints = uint32_t;
+using Mask = bool;
+
+MEMTL_INLINE Floats floats(float x) { return x; }
+MEMTL_INLINE Ints ints(uint32_t x) { return x; }
+MEMTL_INLINE Ints iota() { return 0; }
+
+MEMTL_INLINE Floats add(Floats a, Floats b) { return a + b; }
+MEMTL_INLINE Floats sub(Floats a, Floats b) { return a - b; }
+MEMTL_INLINE Floats mul(Floats a, Floats b) { return a * b; }
+MEMTL_INLINE Floats div(Floats a, Floats b) { return a / b; }
+MEMTL_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+MEMTL_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+MEMTL_INLINE Ints add(Ints a, Ints b) { return a + b; }
+MEMTL_INLINE Ints mul(Ints a, Ints b) { return a * b; }
+MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return a & b; }
+MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return a | b; }
+MEMTL_INLINE Ints bit_xor(Ints a, Ints b) { return a ^ b; }
+MEMTL_INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
+MEMTL_INLINE Ints min(Ints a, Ints b) { return a < b ? a : b; }
+template <int kBy>
+MEMTL_INLINE Ints shift_left(Ints a) {
+  return a << kBy;
+}
+template <int kBy>
+MEMTL_INLINE Ints shift_right(Ints a) {
+  return a >> kBy;
+}
+
+MEMTL_INLINE Ints as_ints(Floats a) { return float_bits(a); }
+MEMTL_INLINE Ints truncate(Floats a) { return static_cast<Ints>(static_cast<int32_t>(a)); }
+MEMTL_INLINE Floats to_floats(Ints a) { return static_cast<Floats>(static_cast<int32_t>(a)); }
+
+MEMTL_INLINE Mask equal(Ints a, Ints b) { return a == b; }
+MEMTL_INLINE Mask is_nan(Floats a) { return a != a; }
+MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
+MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
+
+MEMTL_INLINE float lowest(Floats a) { return a; }
+MEMTL_INLINE float highest(Floats a) { return a; }
+MEMTL_INLINE uint32_t highest(Ints a) { return a; }
+MEMTL_INLINE uint32_t sum(Ints a) { return a; }
+
+MEMTL_INLINE Floats load(const float* p) { return *p; }
+MEMTL_INLINE void store(float* p, Floats a) { *p = a; }
+MEMTL_INLINE Ints load_bytes(const uint8_t* p) { return *p; }
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) { *p = static_cast<uint8_t>(a); }
+MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) { return bfloat16_to_float(*p); }
+MEMTL_INLINE void store_shorts(uint16_t* p, Ints a) { *p = static_cast<uint16_t>(a); }
+MEMTL_INLINE Floats load_half(const uint16_t* p) { return half_to_float(*p); }
+MEMTL_INLINE void store_half(uint16_t* p, Floats a) { *p = float_to_half(a); }
+MEMTL_INLINE Floats load_double(const double* p) { return static_cast<float>(*p); }
+MEMTL_INLINE void store_double(double* p, Floats a) { *p = a; }
+
+#endif
+
+// Rounds to the nearest, ties to even; NaN becomes 0x7fc0.
+MEMTL_INLINE void store_bfloat16(uint16_t* p, Floats a) {
+  const Ints bits = as_ints(a);
+  const Ints odd = bit_and(shift_right<16>(bits), ints(1));
+  const Ints rounded = shift_right<16>(add(bits, add(odd, ints(0x7fff))));
+  store_shorts(p, select(is_nan(a), ints(0x7fc0), rounded));
+}
+
+// kWidth elements of a dtype known at compile time, from element i on.
+template <DType kType>
+MEMTL_INLINE Floats load(const void* data, int64_t i) {
+  if constexpr (kType == DType::f64) return load_double(static_cast<const double*>(data) + i);
+  if constexpr (kType == DType::bf16) return load_bfloat16(static_cast<const uint16_t*>(data) + i);
+  if constexpr (kType == DType::f16) return load_half(static_cast<const uint16_t*>(data) + i);
+  if constexpr (kType == DType::f32) return load(static_cast<const float*>(data) + i);
+}
+
+template <DType kType>
+MEMTL_INLINE void store(void* data, int64_t i, Floats a) {
+  if constexpr (kType == DType::f64) store_double(static_cast<double*>(data) + i, a);
+  if constexpr (kType == DType::bf16) store_bfloat16(static_cast<uint16_t*>(data) + i, a);
+  if constexpr (kType == DType::f16) store_half(static_cast<uint16_t*>(data) + i, a);
+  if constexpr (kType == DType::f32) store(static_cast<float*>(data) + i, a);
+}
+
+}  // namespace memtl::MEMTL_ISA_NS

@@ -1,0 +1,119 @@
+#include "bits.h"
+#include "common/simd.h"
+
+namespace memtl::MEMTL_ISA_NS {
+namespace {
+
+// The byte of 8 mask bytes.
+MEMTL_INLINE uint8_t pack_byte(const uint8_t* mask) {
+  uint64_t x;
+  std::memcpy(&x, mask, sizeof x);
+  x |= x >> 4;  // gathers every byte's bits in its lowest one
+  x |= x >> 2;
+  x |= x >> 1;
+  return static_cast<uint8_t>(((x & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
+}
+
+void pack(const uint8_t* mask, int64_t numel, uint8_t* bits, int64_t first, int64_t last) {
+  int64_t i = first;
+  const int64_t full = last < numel / 8 ? last : numel / 8;
+#if defined(__AVX512F__)
+  for (; i + 8 <= full; i += 8) {
+    const __m512i bytes = _mm512_loadu_si512(mask + 8 * i);
+    const __mmask64 set = _mm512_test_epi8_mask(bytes, bytes);
+    std::memcpy(bits + i, &set, sizeof set);
+  }
+#elif defined(__AVX2__)
+  for (; i + 4 <= full; i += 4) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 8 * i));
+    const __m256i zero = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    const uint32_t set = ~static_cast<uint32_t>(_mm256_movemask_epi8(zero));
+    std::memcpy(bits + i, &set, sizeof set);
+  }
+#endif
+  for (; i < full; ++i) bits[i] = pack_byte(mask + 8 * i);
+  if (i < last) {
+    uint8_t padded[8] = {};
+    std::memcpy(padded, mask + 8 * i, static_cast<size_t>(numel - 8 * i));
+    bits[i] = pack_byte(padded);
+  }
+}
+
+// 8 elements.
+#if defined(__AVX512F__)
+MEMTL_INLINE void apply_doubles(const double* x, const uint8_t* bits, double scale, double* out) {
+  _mm512_storeu_pd(out, _mm512_maskz_mul_pd(*bits, _mm512_loadu_pd(x), _mm512_set1_pd(scale)));
+}
+#elif defined(__AVX2__)
+MEMTL_INLINE void apply_doubles(const double* x, const uint8_t* bits, double scale, double* out) {
+  for (int half = 0; half < 2; ++half) {
+    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i byte = _mm256_set1_epi64x(*bits >> (4 * half));
+    const __m256i keep = _mm256_cmpeq_epi64(_mm256_and_si256(byte, bit), bit);
+    const __m256d product = _mm256_mul_pd(_mm256_loadu_pd(x + 4 * half), _mm256_set1_pd(scale));
+    _mm256_storeu_pd(out + 4 * half, _mm256_and_pd(product, _mm256_castsi256_pd(keep)));
+  }
+}
+#endif
+
+// The 8 elements from i on, byte telling which to keep, or as many of them as there are.
+template <DType kType>
+MEMTL_INLINE void apply_byte(const void* x, uint8_t byte, double scale, void* out, int64_t i,
+                             int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {  // no branch on the bits: they are hard to predict
+    const uint32_t keep = 0u - ((byte >> j) & 1u);
+    if constexpr (kType == DType::f64) {
+      const double product = static_cast<const double*>(x)[i + j] * scale;
+      uint64_t raw;
+      std::memcpy(&raw, &product, sizeof raw);
+      raw &= static_cast<uint64_t>(keep) << 32 | keep;
+      std::memcpy(static_cast<double*>(out) + i + j, &raw, sizeof raw);
+    } else {
+      const float product = load_float(kType, x, i + j) * static_cast<float>(scale);
+      store_float(kType, out, i + j, bits_float(float_bits(product) & keep));
+    }
+  }
+}
+
+template <DType kType>
+void apply_typed(const void* x, const uint8_t* bits, double scale, void* out, int64_t i,
+                 int64_t end) {
+#if defined(__AVX2__)
+  if constexpr (kType == DType::f64) {
+    for (; i + 8 <= end; i += 8) {
+      apply_doubles(static_cast<const double*>(x) + i, bits + i / 8, scale,
+                    static_cast<double*>(out) + i);
+    }
+  } else {
+    const Floats factor = floats(static_cast<float>(scale));
+    for (; i + kWidth <= end; i += kWidth) {
+      const Floats product = mul(load<kType>(x, i), factor);
+      store<kType>(out, i, select(mask_of_bits(bits + i / 8), product, floats(0.0f)));
+    }
+  }
+#endif
+  for (; i + 8 <= end; i += 8) apply_byte<kType>(x, bits[i / 8], scale, out, i, 8);
+  if (i < end) apply_byte<kType>(x, bits[i / 8], scale, out, i, end - i);
+}
+
+void apply(DType dtype, const void* x, const uint8_t* bits, double scale, int64_t numel, void* out,
+           int64_t first, int64_t last) {
+  const int64_t begin = 8 * first;
+  const int64_t end = 8 * last < numel ? 8 * last : numel;
+  switch (dtype) {
+    case DType::f64:
+      return apply_typed<DType::f64>(x, bits, scale, out, begin, end);
+    case DType::bf16:
+      return apply_typed<DType::bf16>(x, bits, scale, out, begin, end);
+    case DType::f16:
+      return apply_typed<DType::f16>(x, bits, scale, out, begin, end);
+    default:
+      return apply_typed<DType::f32>(x, bits, scale, out, begin, end);
+  }
+}
+
+}  // namespace
+
+const BitsKernels bits = {pack, apply};
+
+}  // namespace memtl::MEMTL_ISA_NS

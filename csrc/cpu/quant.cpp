@@ -1,0 +1,139 @@
+#include "quant.h"
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "tensor.h"
+
+namespace memtl {
+namespace {
+
+void check_bits(const char* op, int64_t bits) {
+  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 2, op, ": expected bits 8, 4 or 2, got ", bits);
+}
+
+// The same seed for every kernel: 64 bits folded to 32.
+uint32_t fold(int64_t seed) {
+  const auto wide = static_cast<uint64_t>(seed);
+  return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
+}
+
+QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
+  const double levels = static_cast<double>((1 << bits) - 2);
+  const QuantRange range{static_cast<float>(lo), static_cast<float>(hi),
+                         static_cast<float>((hi - lo) / levels)};
+  STD_TORCH_CHECK(lo < hi, op, ": expected lo < hi, got ", lo, " and ", hi);
+  STD_TORCH_CHECK(std::isfinite(range.lo) && std::isfinite(range.hi) && std::isnormal(range.step),
+                  op, ": expected lo and hi, and the steps between them, to be numbers of float32, got ",
+                  lo, " and ", hi);
+  return range;
+}
+
+int64_t numel_of(const std::vector<int64_t>& size) {
+  int64_t numel = 1;
+  for (int64_t each : size) numel *= each;
+  return numel;
+}
+
+// codes as a flat contiguous tensor that holds numel elements in so many bits.
+Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
+  const int64_t groups = ceil_div(numel, kGroup);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, op, ": expected codes of uint8, got ",
+                  describe(codes));
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) == groups && codes.size(1) == 8 * bits, op,
+                  ": ", numel, " elements in ", bits, " bits need codes [", groups, ", ", 8 * bits,
+                  "], got ", describe(codes));
+  return torch::stable::contiguous(codes);
+}
+
+constexpr int64_t kGroupGrain = kGrain / kGroup;
+
+std::tuple<Tensor, Tensor> quant_pack_cpu(const Tensor& x, int64_t bits, int64_t seed) {
+  const DType dtype = floating("quant_pack", "x", x.scalar_type());
+  check_bits("quant_pack", bits);
+  const Tensor flat = torch::stable::contiguous(x);
+  const int64_t numel = flat.numel();
+  const int64_t groups = ceil_div(numel, kGroup);
+  const int64_t codes_size[] = {groups, 8 * bits};
+  const int64_t params_size[] = {groups, 2};
+  Tensor codes = torch::stable::new_empty(flat, codes_size, ScalarType::Byte);
+  Tensor params = torch::stable::new_empty(flat, params_size, ScalarType::BFloat16);
+  const void* in = flat.const_data_ptr();
+  auto* out_codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* out_params = static_cast<uint16_t*>(params.mutable_data_ptr());
+  const QuantKernels& kernels = quant_kernels();
+  torch::stable::parallel_for(0, groups, kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.pack(dtype, in, numel, static_cast<int>(bits), fold(seed), out_codes, out_params, first,
+                 last);
+  });
+  return {codes, params};
+}
+
+Tensor quant_unpack_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
+                        std::vector<int64_t> size, ScalarType dtype) {
+  const DType out_dtype = floating("quant_unpack", "a result", dtype);
+  check_bits("quant_unpack", bits);
+  const int64_t numel = numel_of(size);
+  const Tensor packed = checked_codes("quant_unpack", codes, bits, numel);
+  STD_TORCH_CHECK(params.scalar_type() == ScalarType::BFloat16 && params.dim() == 2 &&
+                      params.size(0) == packed.size(0) && params.size(1) == 2,
+                  "quant_unpack: expected params of bfloat16 [", packed.size(0), ", 2], got ",
+                  describe(params));
+  STD_TORCH_CHECK(params.is_cpu(), "quant_unpack: expected params on the CPU, as codes are");
+  const Tensor flat_params = torch::stable::contiguous(params);
+  Tensor result = torch::stable::new_empty(packed, size, dtype);
+  const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());
+  void* out = result.mutable_data_ptr();
+  const QuantKernels& kernels = quant_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.unpack(out_dtype, in_codes, in_params, static_cast<int>(bits), out, numel, first, last);
+  });
+  return result;
+}
+
+Tensor quant_pack_range_cpu(const Tensor& x, int64_t bits, double lo, double hi, int64_t seed) {
+  const DType dtype = floating("quant_pack_range", "x", x.scalar_type());
+  check_bits("quant_pack_range", bits);
+  const QuantRange range = range_of("quant_pack_range", bits, lo, hi);
+  const Tensor flat = torch::stable::contiguous(x);
+  const int64_t numel = flat.numel();
+  const int64_t size[] = {ceil_div(numel, kGroup), 8 * bits};
+  Tensor codes = torch::stable::new_empty(flat, size, ScalarType::Byte);
+  const void* in = flat.const_data_ptr();
+  auto* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  const QuantKernels& kernels = quant_kernels();
+  torch::stable::parallel_for(0, size[0], kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.pack_range(dtype, in, numel, static_cast<int>(bits), range, fold(seed), out, first,
+                       last);
+  });
+  return codes;
+}
+
+Tensor quant_unpack_range_cpu(const Tensor& codes, int64_t bits, double lo, double hi,
+                              std::vector<int64_t> size, ScalarType dtype) {
+  const DType out_dtype = floating("quant_unpack_range", "a result", dtype);
+  check_bits("quant_unpack_range", bits);
+  const QuantRange range = range_of("quant_unpack_range", bits, lo, hi);
+  const int64_t numel = numel_of(size);
+  const Tensor packed = checked_codes("quant_unpack_range", codes, bits, numel);
+  Tensor result = torch::stable::new_empty(packed, size, dtype);
+  const auto* in = static_cast<const uint8_t*>(packed.const_data_ptr());
+  void* out = result.mutable_data_ptr();
+  const QuantKernels& kernels = quant_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.unpack_range(out_dtype, in, static_cast<int>(bits), range, out, numel, first, last);
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace memtl
+
+STABLE_TORCH_LIBRARY_IMPL(memtl, CPU, m) {
+  m.impl("quant_pack", TORCH_BOX(&memtl::quant_pack_cpu));
+  m.impl("quant_unpack", TORCH_BOX(&memtl::quant_unpack_cpu));
+  m.impl("quant_pack_range", TORCH_BOX(&memtl::quant_pack_range_cpu));
+  m.impl("quant_unpack_range", TORCH_BOX(&memtl::quant_unpack_range_cpu));
+}

@@ -1,0 +1,259 @@
+// The kernels of bits and quant: every instruction set this machine runs against the portable ones,
+// byte for byte, in buffers of exactly the size they may touch (a sanitiser sees one byte beyond).
+#include <cmath>
+#include <limits>
+
+#include "common/isa.h"
+#include "common/layout.h"
+#include "cpu/bits.h"
+#include "cpu/quant.h"
+#include "tests/check.h"
+
+namespace {
+
+using namespace memtl;
+using namespace memtl::tests;
+
+constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+const char* const kTypeNames[] = {"float", "double", "bfloat16", "half"};
+constexpr double kScales[] = {1.0, 1.0 / 0.9, -0.3};
+
+enum class Kind { normal, constant, zeros, tiny, huge, wide, broken };
+constexpr Kind kKinds[] = {Kind::normal, Kind::constant, Kind::zeros, Kind::tiny,
+                           Kind::huge,   Kind::wide,     Kind::broken};
+
+double element(Kind kind, int64_t i, Random& random) {
+  const double x = std::normal_distribution<double>()(random);
+  switch (kind) {
+    case Kind::constant:
+      return 0.7;
+    case Kind::zeros:
+      return i % 2 == 0 ? 0.0 : -0.0;
+    case Kind::tiny:
+      return x * 1e-41;
+    case Kind::huge:
+      return x * 1e38;
+    case Kind::wide:
+      return x * std::pow(10.0, static_cast<double>(i % 60) - 35);
+    case Kind::broken:
+      if (i % 67 == 5) return std::numeric_limits<double>::quiet_NaN();
+      if (i % 91 == 7) return i % 2 == 0 ? INFINITY : -INFINITY;
+      return x;
+    default:
+      return x;
+  }
+}
+
+// numel elements of a dtype, as bytes.
+std::vector<uint8_t> data(DType dtype, Kind kind, int64_t numel, Random& random) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(numel * size_of(dtype)));
+  for (int64_t i = 0; i < numel; ++i) {
+    double x = element(kind, i, random);
+    // The float of a double beyond its range is not C++'s to say.
+    const double top = std::numeric_limits<float>::max();
+    if (std::isfinite(x)) x = std::fmin(std::fmax(x, -top), top);
+    if (dtype == DType::f64) {
+      std::memcpy(bytes.data() + 8 * i, &x, sizeof x);
+    } else {
+      store_float(dtype, bytes.data(), i, static_cast<float>(x));
+    }
+  }
+  return bytes;
+}
+
+std::vector<uint8_t> buffer(int64_t bytes) {
+  return std::vector<uint8_t>(static_cast<size_t>(bytes), 0xa5);
+}
+
+// Calls work twice, on the two halves of [0, count): a kernel is given any part of the whole.
+template <class F>
+void in_parts(int64_t count, F work) {
+  work(0, count / 2);
+  work(count / 2, count);
+}
+
+struct Packed {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> params;
+};
+
+Packed pack(const QuantKernels& kernels, DType dtype, const std::vector<uint8_t>& x, int64_t numel,
+            int bits) {
+  const int64_t groups = ceil_div(numel, kGroup);
+  Packed packed{buffer(groups * 8 * bits), std::vector<uint16_t>(static_cast<size_t>(2 * groups))};
+  in_parts(groups, [&](int64_t first, int64_t last) {
+    kernels.pack(dtype, x.data(), numel, bits, 12345, packed.codes.data(), packed.params.data(),
+                 first, last);
+  });
+  return packed;
+}
+
+std::vector<uint8_t> unpack(const QuantKernels& kernels, DType dtype, const Packed& packed,
+                            int64_t numel, int bits) {
+  std::vector<uint8_t> out = buffer(numel * size_of(dtype));
+  in_parts(ceil_div(numel, kGroup), [&](int64_t first, int64_t last) {
+    kernels.unpack(dtype, packed.codes.data(), packed.params.data(), bits, out.data(), numel, first,
+                   last);
+  });
+  return out;
+}
+
+constexpr QuantRange range_for(int bits) {
+  return {-0.17f, 1.13f, static_cast<float>(1.3 / ((1 << bits) - 2))};
+}
+
+std::vector<uint8_t> pack_range(const QuantKernels& kernels, DType dtype,
+                                const std::vector<uint8_t>& x, int64_t numel, int bits) {
+  const int64_t groups = ceil_div(numel, kGroup);
+  std::vector<uint8_t> codes = buffer(groups * 8 * bits);
+  in_parts(groups, [&](int64_t first, int64_t last) {
+    kernels.pack_range(dtype, x.data(), numel, bits, range_for(bits), 12345, codes.data(), first,
+                       last);
+  });
+  return codes;
+}
+
+std::vector<uint8_t> unpack_range(const QuantKernels& kernels, DType dtype,
+                                  const std::vector<uint8_t>& codes, int64_t numel, int bits) {
+  std::vector<uint8_t> out = buffer(numel * size_of(dtype));
+  in_parts(ceil_div(numel, kGroup), [&](int64_t first, int64_t last) {
+    kernels.unpack_range(dtype, codes.data(), bits, range_for(bits), out.data(), numel, first,
+                         last);
+  });
+  return out;
+}
+
+// |x - unpack(pack(x))| is below one step, wherever the group is finite.
+void test_error(const std::vector<uint8_t>& x, const Packed& packed, int64_t numel, int bits) {
+  const std::vector<uint8_t> decoded = unpack(portable::quant, DType::f32, packed, numel, bits);
+  for (int64_t i = 0; i < numel; ++i) {
+    const double scale = bfloat16_to_float(packed.params[static_cast<size_t>(i / kGroup * 2)]);
+    const double value = load_float(DType::f32, x.data(), i);
+    const double error = std::fabs(value - load_float(DType::f32, decoded.data(), i));
+    if (std::isnan(scale)) continue;
+    // Beyond the step, float's own rounding of offset + code * scale.
+    CHECK(error <= scale * (1 + 1e-5) + std::fabs(value) * 1e-6, "bits %d, element %ld: %g off by %g, step %g",
+          bits, static_cast<long>(i), value, error, scale);
+  }
+}
+
+void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : kKinds) {
+    for (int64_t numel : kSizes) {
+      for (int type = 0; type < 4; ++type) {
+        const std::vector<uint8_t> x = data(kTypes[type], kind, numel, random);
+        for (int bits : {8, 4, 2}) {
+          const Packed wanted = pack(portable::quant, kTypes[type], x, numel, bits);
+          const Packed packed = pack(kernels, kTypes[type], x, numel, bits);
+          const std::vector<uint8_t> codes =
+              pack_range(portable::quant, kTypes[type], x, numel, bits);
+          const auto fails = [&](const char* what) {
+            return std::string(isa) + ": " + what + ", " + kTypeNames[type] + ", kind " +
+                   std::to_string(static_cast<int>(kind)) + ", " + std::to_string(numel) +
+                   " elements, bits " + std::to_string(bits);
+          };
+          CHECK(same_bytes(packed.codes, wanted.codes), "%s", fails("codes").c_str());
+          CHECK(same_bytes(packed.params, wanted.params), "%s", fails("params").c_str());
+          CHECK(same_bytes(unpack(kernels, kTypes[type], wanted, numel, bits),
+                           unpack(portable::quant, kTypes[type], wanted, numel, bits)),
+                "%s", fails("unpack").c_str());
+          CHECK(same_bytes(pack_range(kernels, kTypes[type], x, numel, bits), codes), "%s",
+                fails("pack_range").c_str());
+          CHECK(same_bytes(unpack_range(kernels, kTypes[type], codes, numel, bits),
+                           unpack_range(portable::quant, kTypes[type], codes, numel, bits)),
+                "%s", fails("unpack_range").c_str());
+          if (kTypes[type] == DType::f32) test_error(x, packed, numel, bits);
+        }
+      }
+    }
+  }
+}
+
+void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
+  for (int64_t numel : kSizes) {
+    const int64_t bytes = ceil_div(numel, 8);
+    std::vector<uint8_t> mask = random_bits<uint8_t>(numel, random);
+    for (uint8_t& each : mask) each = each < 128 ? 0 : each;
+    std::vector<uint8_t> wanted(static_cast<size_t>(bytes));
+    for (int64_t i = 0; i < numel; ++i) {
+      wanted[static_cast<size_t>(i / 8)] |=
+          static_cast<uint8_t>((mask[static_cast<size_t>(i)] != 0) << (i % 8));
+    }
+    std::vector<uint8_t> bits = buffer(bytes);
+    in_parts(bytes, [&](int64_t first, int64_t last) {
+      kernels.pack(mask.data(), numel, bits.data(), first, last);
+    });
+    CHECK(same_bytes(bits, wanted), "%s: pack, %ld elements", isa, static_cast<long>(numel));
+    for (int type = 0; type < 4; ++type) {
+      const int64_t size = size_of(kTypes[type]);
+      const std::vector<uint8_t> x = data(kTypes[type], Kind::broken, numel, random);
+      for (double scale : kScales) {
+        std::vector<uint8_t> out = buffer(numel * size);
+        in_parts(bytes, [&](int64_t first, int64_t last) {
+          kernels.apply(kTypes[type], x.data(), bits.data(), scale, numel, out.data(), first, last);
+        });
+        std::vector<uint8_t> product = buffer(numel * size);
+        for (int64_t i = 0; i < numel; ++i) {
+          const bool keep = mask[static_cast<size_t>(i)] != 0;
+          if (kTypes[type] == DType::f64) {
+            double value;
+            std::memcpy(&value, x.data() + 8 * i, sizeof value);
+            value = keep ? value * scale : 0.0;
+            std::memcpy(product.data() + 8 * i, &value, sizeof value);
+          } else {
+            const float value = load_float(kTypes[type], x.data(), i) * static_cast<float>(scale);
+            store_float(kTypes[type], product.data(), i, keep ? value : 0.0f);
+          }
+        }
+        CHECK(same_bytes(out, product), "%s: apply, %s, %ld elements, scale %g", isa,
+              kTypeNames[type], static_cast<long>(numel), scale);
+      }
+    }
+  }
+}
+
+// The number formats, on all 65536 patterns: what F16C's instructions would give.
+void test_formats() {
+  for (uint32_t i = 0; i < 0x10000; ++i) {
+    const auto x = static_cast<uint16_t>(i);
+    const bool half_nan = (x & 0x7fff) > 0x7c00;
+    const uint16_t quiet = half_nan ? x | 0x200 : x;
+    CHECK(float_to_half_portable(half_to_float_portable(x)) == quiet, "half %04x", x);
+    const bool bfloat_nan = (x & 0x7fff) > 0x7f80;
+    CHECK(float_to_bfloat16(bfloat16_to_float(x)) == (bfloat_nan ? 0x7fc0 : x), "bfloat16 %04x", x);
+    if (bfloat_nan || half_nan) continue;
+    // Between two neighbours of half: the tie goes to the even one.
+    const float low = half_to_float_portable(x);
+    const float high = half_to_float_portable(static_cast<uint16_t>(x + 1));
+    if ((x & 0x7fff) < 0x7bff) {
+      const uint16_t even = x % 2 == 0 ? x : static_cast<uint16_t>(x + 1);
+      CHECK(float_to_half_portable((low + high) / 2) == even, "half above %04x", x);
+    }
+    const float exact = bfloat16_to_float(x);
+    CHECK(bfloat16_down(exact) == exact && bfloat16_up(exact) == exact, "bfloat16 %04x", x);
+    if ((x & 0x7fff) < 0x7f7f && (x & 0x7fff) != 0) {
+      const float above = std::nextafterf(exact, INFINITY);
+      CHECK(bfloat16_down(above) == exact && bfloat16_up(above) > exact, "bfloat16 above %04x", x);
+    }
+  }
+  CHECK(float_to_half_portable(65519.0f) == 0x7bff, "the largest half");
+  CHECK(float_to_half_portable(65520.0f) == 0x7c00, "beyond the largest half");
+}
+
+}  // namespace
+
+int main() {
+  Random random(1);
+  test_formats();
+  test_bits(portable::bits, "portable", random);
+  test_quant(portable::quant, "portable", random);
+  MEMTL_IF_AVX2(if (available(Isa::avx2)) {
+    test_bits(avx2::bits, "avx2", random);
+    test_quant(avx2::quant, "avx2", random);
+  })
+  MEMTL_IF_AVX512(if (available(Isa::avx512)) {
+    test_bits(avx512::bits, "avx512", random);
+    test_quant(avx512::quant, "avx512", random);
+  })
+  return finish("test_kernels");
+}

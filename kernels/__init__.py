@@ -1,0 +1,10 @@
+"""Triton kernels, installed as ``memtl.kernels``; importing this package needs Triton.
+
+``OPS`` names the operators that Triton brings and their launchers. Every launcher has exactly the
+signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.reference`` computes, bit
+for bit.
+"""
+
+from .bits import bits_apply, bits_pack
+
+OPS = {"bits_pack": bits_pack, "bits_apply": bits_apply}

@@ -1,0 +1,113 @@
+"""The ``memtl`` command: doctor, profile, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import backends
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; without one, ``doctor``. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:  # the demo is a program with options of its own
+        from . import demo
+
+        return demo.main(arguments[1:])
+    parser = argparse.ArgumentParser(prog="memtl", description="Memory-efficient transfer learning.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("doctor", help="versions, what loaded, what did not and why, who serves what")
+    profile = commands.add_parser(
+        "profile", help="bytes saved for backward by a timm or transformers model, stock and converted"
+    )
+    profile.add_argument(
+        "model",
+        help="a timm name (vit_base_patch16_224), or hf:TYPE (hf:bert, hf:gpt2: that type's default "
+        "configuration), or hf:PATH (a folder with a config.json); weights are random",
+    )
+    profile.add_argument("--preset", default="balanced", choices=("balanced", "paper"))
+    profile.add_argument("--keep", type=float, default=0.1, help="fraction kept, (0, 1]")
+    profile.add_argument("--batch-size", type=int, default=1)
+    profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
+    profile.add_argument("--device", default="cpu")
+    profile.add_argument("--coverage", action="store_true", help="print the coverage table too")
+    commands.add_parser("demo", help="fine-tune handwritten digits five ways and compare")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "profile":
+            return _profile(options)
+    except (ImportError, ValueError) as error:
+        print(f"memtl {options.command}: {error}", file=sys.stderr)
+        return 2
+    print(backends.report())
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import memory
+    from .methods import BackRazorConfig, apply, unconvert
+
+    torch.manual_seed(0)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    model, arguments = _build(options)
+    model.train()
+    config = BackRazorConfig.preset(options.preset, keep=options.keep)
+
+    def measure() -> memory.Profile:
+        return memory.profile(model, batch_size=options.batch_size, **arguments)
+
+    stock = measure()
+    report = apply(model, config)
+    converted = measure()
+    unconvert(model)
+    if options.coverage:
+        print(report, end="\n\n")
+    print(memory.comparison(stock, converted))
+    return 0
+
+
+def _build(options: argparse.Namespace):
+    """The model, and the arguments of one forward."""
+    import torch
+
+    name, batch = options.model, options.batch_size
+    if name.startswith("hf:"):
+        model = _transformers_model(name[3:]).to(options.device)
+        config = model.config
+        if hasattr(config, "vocab_size"):
+            ids = torch.randint(config.vocab_size, (batch, options.tokens), device=options.device)
+            return model, {"input_ids": ids}
+        size = config.image_size
+        pixels = torch.randn(batch, config.num_channels, size, size, device=options.device)
+        return model, {"pixel_values": pixels}
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ImportError("timm is not installed: pip install memtl[models]") from None
+    try:
+        model = timm.create_model(name).to(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"timm has no model {name!r}: {error}") from None
+    shape = model.default_cfg["input_size"]
+    return model, {"x": torch.randn(batch, *shape, device=options.device)}
+
+
+def _transformers_model(name: str):
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ModuleNotFoundError:
+        raise ImportError("transformers is not installed: pip install memtl[models]") from None
+    from pathlib import Path
+
+    if Path(name).exists():
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    else:
+        config = AutoConfig.for_model(name)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    return AutoModel.from_config(config)
