@@ -46,7 +46,8 @@ py::dict build_info() {
 
 uint32_t num_threads() {
   uint32_t threads = 0;
-  if (torch_get_num_threads(&threads) != 0) throw std::runtime_error("torch_get_num_threads failed");
+  if (torch_get_num_threads(&threads) != 0)
+    throw std::runtime_error("torch_get_num_threads failed");
   return threads;
 }
 

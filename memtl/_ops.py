@@ -71,7 +71,8 @@ def _check_bits(name: str, bits: int) -> None:
 
 @_define(
     "topk_pack",
-    "(Tensor x, int k, int k_tail, ScalarType value_dtype, bool bitmap) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, int k, int k_tail, ScalarType value_dtype, bool bitmap) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _(x, k, k_tail, value_dtype, bitmap):
     """x [R, n] -> values [R, K], positions, scale: the ``k`` largest magnitudes of every block."""
@@ -134,8 +135,10 @@ def _(values, positions, scale, counts, grad_out, n, features, k, k_tail, bitmap
     tokens, outputs = grad_out.shape
     torch._check(
         tokens * features == values.shape[0] * n,
-        lambda: f"topk_weight_grad: {values.shape[0]} rows of {n} are not {tokens} tokens of "
-        f"{features} features",
+        lambda: (
+            f"topk_weight_grad: {values.shape[0]} rows of {n} are not {tokens} tokens of "
+            f"{features} features"
+        ),
     )
     return grad_out.new_empty((outputs, features), dtype=torch.float32)
 
@@ -206,8 +209,10 @@ def _(x, bits, scale):
     )
     torch._check(
         bits.numel() == ceil_div(x.numel(), 8),
-        lambda: f"bits_apply: {x.numel()} elements need {ceil_div(x.numel(), 8)} bytes of bits, "
-        f"got {bits.numel()}",
+        lambda: (
+            f"bits_apply: {x.numel()} elements need {ceil_div(x.numel(), 8)} bytes of bits, "
+            f"got {bits.numel()}"
+        ),
     )
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import backends
 
@@ -13,19 +14,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; without one, ``doctor``. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["demo"]:  # the demo is a program with options of its own
-        from . import demo
+        from .demo import main as demo
 
-        return demo.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="memtl", description="Memory-efficient transfer learning.")
+        return demo(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="memtl", description="Memory-efficient transfer learning."
+    )
     commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("doctor", help="versions, what loaded, what did not and why, who serves what")
+    commands.add_parser("doctor", help="versions, what loaded or why not, who serves what")
     profile = commands.add_parser(
-        "profile", help="bytes saved for backward by a timm or transformers model, stock and converted"
+        "profile",
+        help="bytes a timm or transformers model saves for backward, stock and converted",
     )
     profile.add_argument(
         "model",
-        help="a timm name (vit_base_patch16_224), or hf:TYPE (hf:bert, hf:gpt2: that type's default "
-        "configuration), or hf:PATH (a folder with a config.json); weights are random",
+        help="a timm name (vit_base_patch16_224), hf:TYPE (hf:bert, hf:gpt2: the default "
+        "configuration of that type) or hf:PATH (a folder with a config.json); weights are random",
     )
     profile.add_argument("--preset", default="balanced", choices=("balanced", "paper"))
     profile.add_argument("--keep", type=float, default=0.1, help="fraction kept, (0, 1]")
@@ -71,7 +75,7 @@ def _profile(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build(options: argparse.Namespace):
+def _build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments of one forward."""
     import torch
 
@@ -97,7 +101,7 @@ def _build(options: argparse.Namespace):
     return model, {"x": torch.randn(batch, *shape, device=options.device)}
 
 
-def _transformers_model(name: str):
+def _transformers_model(name: str) -> Any:
     try:
         from transformers import AutoConfig, AutoModel
     except ModuleNotFoundError:

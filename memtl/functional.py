@@ -72,6 +72,7 @@ def linear(
         raise ValueError(
             f"linear: expected x [..., D] and weight {wanted}, got {_shape(x)} and {_shape(weight)}"
         )
+    _check_shape("linear", "bias", bias, (weight.shape[1 if transposed else 0],), x)
     if transposed and bias is None:
         bias = weight.new_zeros(weight.shape[1])
     need_x, need_weight, need_bias = _needs(x, weight, bias)
@@ -90,7 +91,7 @@ def patch_conv2d(
     """``F.conv2d`` with the stride equal to the kernel: the patch embedding of a ViT.
 
     Args:
-        x: [B, C, H, W], floating point.
+        x: [B, C, H, W] or [C, H, W], floating point.
         weight: [O, C, p, q].
         bias: [O] or None.
         format: how the patches [B, (H // p)(W // q), C p q] are kept; the weight gradient is taken
@@ -103,14 +104,17 @@ def patch_conv2d(
     """
     _check_tensors("patch_conv2d", x=x, weight=weight, bias=bias)
     _check_format("patch_conv2d", format)
-    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
+    if x.dim() not in (3, 4) or weight.dim() != 4 or x.shape[-3] != weight.shape[1]:
         raise ValueError(
             "patch_conv2d: expected x [B, C, H, W] and weight [O, C, p, q], got "
             f"{_shape(x)} and {_shape(weight)}"
         )
+    _check_shape("patch_conv2d", "bias", bias, weight.shape[:1], x)
     need_x, need_weight, need_bias = _needs(x, weight, bias)
     if not (need_x or need_weight or need_bias):
         return F.conv2d(x, weight, bias, stride=weight.shape[2:])
+    if x.dim() == 3:
+        return patch_conv2d(x.unsqueeze(0), weight, bias, format=format).squeeze(0)
     x, cast = _autocast(x)
     return _convolution.PatchConvolutionFunction.apply(
         x, weight, bias, format, cast, need_x, need_weight
@@ -141,12 +145,14 @@ def layer_norm(
     """
     _check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     shape = _check_normalized("layer_norm", x, normalized_shape, format)
+    _check_shape("layer_norm", "weight", weight, shape, x)
+    _check_shape("layer_norm", "bias", bias, shape, x)
     need_x, need_weight, need_bias = _needs(x, weight, bias)
     if not (need_x or need_weight or need_bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    return _norm.LayerNormFunction.apply(
-        x, weight, bias, shape, eps, format, need_x, need_weight
-    )[0]
+    return _norm.LayerNormFunction.apply(x, weight, bias, shape, eps, format, need_x, need_weight)[
+        0
+    ]
 
 
 def rms_norm(
@@ -165,6 +171,7 @@ def rms_norm(
     """
     _check_tensors("rms_norm", x=x, weight=weight)
     shape = _check_normalized("rms_norm", x, normalized_shape, format)
+    _check_shape("rms_norm", "weight", weight, shape, x)
     need_x, need_weight = _needs(x, weight)
     if not (need_x or need_weight):
         return _norm.llama_rms_norm(x, weight, eps) if llama else F.rms_norm(x, shape, weight, eps)
@@ -248,11 +255,18 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
 
     Raises:
         TypeError: an operand is no dense floating-point tensor.
+        ValueError: shapes do not fit.
 
     Memory: ``format.nbytes`` of each operand whose partner needs a gradient.
     """
     _check_tensors("matmul", a=a, b=b)
     _check_format("matmul", format)
+    if a.dim() > 1 and b.dim() > 1:
+        fits = a.shape[-1] == b.shape[-2] and _broadcastable(a.shape[:-2], b.shape[:-2])
+        if not fits:
+            raise ValueError(
+                f"matmul: expected a [..., N, K] and b [..., K, M], got {_shape(a)} and {_shape(b)}"
+            )
     need_a, need_b = _needs(a, b)
     if not (need_a or need_b) or a.dim() < 2 or b.dim() < 2:
         return torch.matmul(a, b)
@@ -293,6 +307,7 @@ def scaled_dot_product_attention(
     name = "scaled_dot_product_attention"
     _check_tensors(name, query=query, key=key, value=value)
     _check_format(name, format)
+    _check_attention(name, query, key, value, attn_mask, is_causal)
     options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     mask_needed = attn_mask is not None and any(_needs(attn_mask))
     if not (any(_needs(query, key, value)) or mask_needed):
@@ -370,6 +385,37 @@ def _check_normalized(
     return shape
 
 
+def _check_shape(
+    name: str, argument: str, t: Tensor | None, wanted: Sequence[int], x: Tensor
+) -> None:
+    if t is not None and tuple(t.shape) != tuple(wanted):
+        raise ValueError(
+            f"{name}: expected {argument} {list(wanted)} for x {_shape(x)}, got {_shape(t)}"
+        )
+
+
+def _check_attention(
+    name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> None:
+    enough = min(query.dim(), key.dim(), value.dim()) >= 2
+    if not enough or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"{name}: expected query [..., N, d], key [..., S, d] and value [..., S, e], got "
+            f"{_shape(query)}, {_shape(key)} and {_shape(value)}"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: attn_mask must be a tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: attn_mask must be bool or floating point, got {mask.dtype}")
+    if is_causal:
+        raise ValueError(f"{name}: expected attn_mask or is_causal, got both")
+
+
+def _broadcastable(a: Sequence[int], b: Sequence[int]) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
-

@@ -229,7 +229,6 @@ def comparison(stock: Profile, converted: Profile) -> str:
     a, b = stock.saved_per_sample, converted.saved_per_sample
     lines.append(f"{'saved for backward, a sample':{width}} {mib(a)} {mib(b)} {ratio(a, b)}")
     label = f"peak of a step, batch {stock.batch_size}"
-    lines.append(
-        f"{label:{width}} {mib(stock.peak)} {mib(converted.peak)} {ratio(stock.peak, converted.peak)}"
-    )
+    peaks = mib(stock.peak), mib(converted.peak), ratio(stock.peak, converted.peak)
+    lines.append(" ".join((f"{label:{width}}", *peaks)))
     return "\n".join(lines)

@@ -29,23 +29,23 @@ Isa parse_isa(const char* spelled);  // throws std::invalid_argument
 
 // Inside namespace memtl, declares a family's table of kernels once for every instruction set, and
 // <family>_kernels(), the table of the one in use.
-#define MEMTL_DECLARE_KERNELS(Table, family)                          \
-  namespace portable {                                                \
-  extern const Table family;                                          \
-  }                                                                   \
-  namespace avx2 {                                                    \
-  extern const Table family;                                          \
-  }                                                                   \
-  namespace avx512 {                                                  \
-  extern const Table family;                                          \
-  }                                                                   \
-  static inline const Table& family##_kernels() {                     \
-    switch (isa()) {                                                  \
-      MEMTL_IF_AVX512(case Isa::avx512 : return avx512::family;)      \
-      MEMTL_IF_AVX2(case Isa::avx2 : return avx2::family;)            \
-      default:                                                        \
-        return portable::family;                                      \
-    }                                                                 \
+#define MEMTL_DECLARE_KERNELS(Table, family)                     \
+  namespace portable {                                           \
+  extern const Table family;                                     \
+  }                                                              \
+  namespace avx2 {                                               \
+  extern const Table family;                                     \
+  }                                                              \
+  namespace avx512 {                                             \
+  extern const Table family;                                     \
+  }                                                              \
+  static inline const Table& family##_kernels() {                \
+    switch (isa()) {                                             \
+      MEMTL_IF_AVX512(case Isa::avx512 : return avx512::family;) \
+      MEMTL_IF_AVX2(case Isa::avx2 : return avx2::family;)       \
+      default:                                                   \
+        return portable::family;                                 \
+    }                                                            \
   }
 
 }  // namespace memtl

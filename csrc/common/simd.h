@@ -2,8 +2,8 @@
 //
 // A kernel file is compiled once per instruction set, with MEMTL_ISA_NS naming its namespace; what
 // stands here lives in that namespace, so that no two of them can be mixed up by the linker. Floats
-// holds kWidth floats, Ints as many 32-bit integers, Mask one truth value each. In portable code the
-// width is one and the compiler vectorises the loops over a group itself.
+// holds kWidth floats, Ints as many 32-bit integers, Mask one truth value each. In portable code
+// the width is one and the compiler vectorises the loops over a group itself.
 #pragma once
 
 #include "common/layout.h"
@@ -77,7 +77,8 @@ MEMTL_INLINE float highest(Floats a) { return _mm512_reduce_max_ps(a); }
 MEMTL_INLINE uint32_t highest(Ints a) { return _mm512_reduce_max_epu32(a); }
 // Modulo 2^32. (_mm512_reduce_add_epi32 ends in a signed addition that may overflow.)
 MEMTL_INLINE uint32_t sum(Ints a) {
-  const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m256i eight =
+      _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
@@ -103,8 +104,7 @@ MEMTL_INLINE Floats load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 MEMTL_INLINE void store_half(uint16_t* p, Floats a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 MEMTL_INLINE Floats load_double(const double* p) {
   const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p));

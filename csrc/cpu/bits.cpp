@@ -6,8 +6,8 @@ namespace memtl {
 namespace {
 
 Tensor bits_pack_cpu(const Tensor& mask) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool,
-                  "bits_pack: expected mask of bool, got ", describe(mask));
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "bits_pack: expected mask of bool, got ",
+                  describe(mask));
   const Tensor flat = torch::stable::contiguous(mask);
   const int64_t numel = flat.numel();
   const int64_t size[] = {ceil_div(numel, 8)};

@@ -24,9 +24,10 @@ QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
   const QuantRange range{static_cast<float>(lo), static_cast<float>(hi),
                          static_cast<float>((hi - lo) / levels)};
   STD_TORCH_CHECK(lo < hi, op, ": expected lo < hi, got ", lo, " and ", hi);
-  STD_TORCH_CHECK(std::isfinite(range.lo) && std::isfinite(range.hi) && std::isnormal(range.step),
-                  op, ": expected lo and hi, and the steps between them, to be numbers of float32, got ",
-                  lo, " and ", hi);
+  STD_TORCH_CHECK(
+      std::isfinite(range.lo) && std::isfinite(range.hi) && std::isnormal(range.step), op,
+      ": expected lo and hi, and the steps between them, to be numbers of float32, got ", lo,
+      " and ", hi);
   return range;
 }
 

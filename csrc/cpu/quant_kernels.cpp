@@ -95,10 +95,13 @@ MEMTL_INLINE void dither(uint32_t key, int64_t group, Floats (&out)[kVectors]) {
   }
 }
 
+// Conversions differ in the NaN they make: here all are one.
 MEMTL_INLINE uint32_t sum_of_bits(const Floats (&x)[kVectors]) {
-  Ints total = as_ints(x[0]);
+  Ints total = ints(0);
   MEMTL_UNROLL
-  for (int i = 1; i < kVectors; ++i) total = add(total, as_ints(x[i]));
+  for (int i = 0; i < kVectors; ++i) {
+    total = add(total, select(is_nan(x[i]), ints(0x7fc00000), as_ints(x[i])));
+  }
   return sum(total);
 }
 

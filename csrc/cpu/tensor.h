@@ -10,6 +10,10 @@
 
 #include "common/layout.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace memtl {
 
 using torch::headeronly::ScalarType;

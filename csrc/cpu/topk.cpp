@@ -17,9 +17,7 @@ namespace {
 
 constexpr uint32_t kLargestKey = 0x7fffffff;
 
-// Above this share of kept entries a dense product of decoded tokens is faster than the sparse one.
-constexpr double kDenseFrom = 0.3;
-constexpr int64_t kDenseTokens = 512;  // decoded at a time
+constexpr int64_t kDenseTokens = 512;  // decoded at a time where a dense product is faster
 constexpr int64_t kPanel = 1536;       // features whose sums of one tile still fit in L2
 
 // Calls run(i) for every i in [0, tasks), in parallel; who is free takes the next.
@@ -94,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_pack_cpu(const Tensor& x, int64_t k, int
                   " has a last block of ", tail, " elements: expected k_tail in [0, ", tail,
                   "], got ", k_tail);
   const Tensor dense = torch::stable::contiguous(x);
-  Packing packing = allocate(dense, n / kBlock * k + (tail ? k_tail : 0), value_dtype, value, bitmap);
+  Packing packing =
+      allocate(dense, n / kBlock * k + (tail ? k_tail : 0), value_dtype, value, bitmap);
   const void* in = dense.data_ptr();
   const TopkKernels& kernels = topk_kernels();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n));
@@ -224,8 +223,7 @@ class SampleRow {
         int64_t more = 0;
         threshold_ = lo;
         if (lo < hi) {
-          threshold_ =
-              kernels_.threshold(keys_.get(), inside_all_, k_ - above_all_, lo, hi, &more);
+          threshold_ = kernels_.threshold(keys_.get(), inside_all_, k_ - above_all_, lo, hi, &more);
         }
         above_threshold_ = above_all_ + more;
         return;
@@ -268,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_pack_sample_cpu(const Tensor& x,
     const void* in = dense.data_ptr();
     const TopkKernels& kernels = topk_kernels();
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t chunks = std::min(threads, n / kGrain);
+    const int64_t chunks = std::min(threads, n / (8 * kGrain));
     if (rows < threads && chunks > 1) {
       const auto parallel = [](int64_t count, const auto& f) { for_tasks(count, f); };
       for (int64_t row = 0; row < rows; ++row) {
@@ -312,8 +310,8 @@ class Reading {
     const DType value = value_type(op, values.scalar_type());
     const int64_t rows = values.size(0), kept = values.size(1);
     const int64_t blocks = ceil_div(n, kBlock), bytes = bitmap ? ceil_div(n, 8) : kept;
-    check(positions, "positions", ScalarType::Byte, rows, bytes);
-    if (value == DType::i8) check(scale, "scale", ScalarType::BFloat16, rows, blocks);
+    check(positions, "positions", ScalarType::Byte, rows, bytes, n);
+    if (value == DType::i8) check(scale, "scale", ScalarType::BFloat16, rows, blocks, n);
     packed = {value,
               values_.data_ptr(),
               data<uint8_t>(positions_),
@@ -326,15 +324,16 @@ class Reading {
               bitmap};
     if (rows == 0) return;
     if (counts.numel() > 0) {
-      check(counts, "counts", ScalarType::Short, rows, blocks);
+      check(counts, "counts", ScalarType::Short, rows, blocks, n);
       starts_of_counts();
     } else if (!bitmap) {
       const int64_t tail = n % kBlock, wanted = n / kBlock * k + (tail ? k_tail : 0);
       STD_TORCH_CHECK(k >= 0 && k <= kBlock && (tail == 0 || (k_tail >= 0 && k_tail <= tail)), op,
                       ": expected k in [0, 256] and k_tail in [0, ", tail, "] for n = ", n,
                       ", got ", k, " and ", k_tail);
-      STD_TORCH_CHECK(kept == wanted, op, ": expected values [", rows, ", ", wanted, "] for n = ",
-                      n, ", k = ", k, ", k_tail = ", k_tail, ", got ", describe(values));
+      STD_TORCH_CHECK(kept == wanted, op, ": expected values [", rows, ", ", wanted,
+                      "] for n = ", n, ", k = ", k, ", k_tail = ", k_tail, ", got ",
+                      describe(values));
     }
     if (bitmap) {
       starts_of_bits();
@@ -353,13 +352,12 @@ class Reading {
   }
 
  private:
-  void check(const Tensor& x, const char* name, ScalarType dtype, int64_t rows,
-             int64_t columns) const {
+  void check(const Tensor& x, const char* name, ScalarType dtype, int64_t rows, int64_t columns,
+             int64_t n) const {
     STD_TORCH_CHECK(
         x.scalar_type() == dtype && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, op_,
         ": expected ", name, " ", torch::headeronly::toString(dtype), " [", rows, ", ", columns,
-        "] beside values ", describe(values_), " for n = ", packed.n ? packed.n : 0, ", got ",
-        describe(x));
+        "] beside values ", describe(values_), " for n = ", n, ", got ", describe(x));
   }
 
   void starts_of_counts() {
@@ -542,8 +540,8 @@ void dense_weight_grad(const Reading& reading, Tensor grad_out, int64_t features
       }
     });
     check_ascending("topk_weight_grad", ascending);
-    const Tensor rows = torch::stable::to(torch::stable::narrow(grad_out, 0, token, count),
-                                          ScalarType::Float);
+    const Tensor rows =
+        torch::stable::to(torch::stable::narrow(grad_out, 0, token, count), ScalarType::Float);
     const Tensor columns = torch::stable::transpose(rows, 0, 1);
     const Tensor kept = torch::stable::narrow(decoded, 0, 0, count);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
@@ -570,7 +568,7 @@ Tensor topk_weight_grad_cpu(const Tensor& values, const Tensor& positions, const
   if (out.numel() == 0) return out;
   if (tokens == 0) return torch::stable::zero_(out);
   const TopkPacked& packed = reading.packed;
-  if (static_cast<double>(packed.kept) > kDenseFrom * static_cast<double>(n)) {
+  if (static_cast<double>(packed.kept) > topk_kernels().dense_from * static_cast<double>(n)) {
     dense_weight_grad(reading, grad_out, features, out);
   } else {
     const Tensor rows = torch::stable::contiguous(grad_out);

@@ -6,8 +6,7 @@
 
 namespace memtl {
 
-constexpr int kTopkTokens = 128;     // tokens of a transposed block: a tile of grad_out fits in L1
-constexpr int kTopkTileFloats = 64;  // floats of a tile's row at most
+constexpr int kTopkTokens = 128;  // tokens of a transposed block: a tile of grad_out fits in L1
 
 // Where the packed rows go; positions are a bitmap or one byte an entry.
 struct TopkOutput {
@@ -20,8 +19,8 @@ struct TopkOutput {
   bool bitmap;
 };
 
-// Packed rows as they are read. What bounds a loop (starts, the positions of a short block) has been
-// checked before.
+// Packed rows as they are read. What bounds a loop (starts, the positions of a short block) has
+// been checked before.
 struct TopkPacked {
   DType value;
   const void* values;
@@ -54,8 +53,8 @@ struct TopkKernels {
   // keys holds room + 16.
   void (*count)(DType dtype, const void* x, int64_t count, uint32_t lo, uint32_t hi, int64_t* above,
                 int64_t* inside, uint32_t* keys, int64_t room);
-  // A threshold in [lo, hi]: fewer than k (or, exactly, k) keys are above it, and with those equal to
-  // it there are at least k. All keys are in [lo, hi]. 0 < k <= count.
+  // A threshold in [lo, hi]: fewer than k (or, exactly, k) keys are above it, and with those equal
+  // to it there are at least k. All keys are in [lo, hi]. 0 < k <= count.
   uint32_t (*threshold)(const uint32_t* keys, int64_t count, int64_t k, uint32_t lo, uint32_t hi,
                         int64_t* above);
   // Blocks [first, last) of row `row` of x: everything above the threshold and the first `ties` of
@@ -70,10 +69,13 @@ struct TopkKernels {
   // block do not ascend.
   bool (*unpack)(const TopkPacked& packed, int64_t first, int64_t last, DType dtype, void* out);
 
-  // The entries of tokens [first, last), `width` features a panel, to columns [panels], whose arrays
-  // are those of columns[0] from panel to panel. cursors holds `features`. False as for unpack.
+  // The entries of tokens [first, last), `width` features a panel, to columns [panels], whose
+  // arrays are those of columns[0] from panel to panel. cursors holds `features`. False as for
+  // unpack.
   bool (*transpose)(const TopkPacked& packed, int64_t features, int64_t first, int64_t last,
                     int64_t width, TopkColumns* columns, uint32_t* cursors);
+  // Above this share of kept entries a dense product of decoded tokens was measured to be faster.
+  double dense_from;
   int64_t tile;  // outputs product() computes at a time
   // out[o, f] for the `tile` outputs from first_output on and the `width` features from
   // first_feature on; columns[i * stride] has the entries of token block i. workspace holds

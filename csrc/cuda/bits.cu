@@ -19,10 +19,11 @@ template <class T, class Math>
 void launch(const Tensor& x, const Tensor& bits, double scale, Tensor& out, cudaStream_t stream) {
   const int64_t numel = x.numel();
   const int64_t blocks = ceil_div(numel, kThreads);
-  bits_apply_kernel<T, Math><<<static_cast<unsigned>(blocks < kBlocks ? blocks : kBlocks), kThreads,
-                               0, stream>>>(
-      static_cast<const T*>(x.const_data_ptr()), static_cast<const uint8_t*>(bits.const_data_ptr()),
-      static_cast<Math>(scale), numel, static_cast<T*>(out.mutable_data_ptr()));
+  bits_apply_kernel<T, Math>
+      <<<static_cast<unsigned>(blocks < kBlocks ? blocks : kBlocks), kThreads, 0, stream>>>(
+          static_cast<const T*>(x.const_data_ptr()),
+          static_cast<const uint8_t*>(bits.const_data_ptr()), static_cast<Math>(scale), numel,
+          static_cast<T*>(out.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

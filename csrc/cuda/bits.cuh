@@ -1,4 +1,5 @@
-// Device code of bits_apply. Written so that a C++ compiler takes it too, behind csrc/tests/host_shim.h.
+// Device code of bits_apply. Written so that a C++ compiler takes it too, behind
+// csrc/tests/host_shim.h.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,8 @@
 
 namespace memtl::cuda {
 
-// out[i] = bit i ? x[i] * scale : 0. Any grid of one dimension: its threads stride over the elements.
+// out[i] = bit i ? x[i] * scale : 0. Any grid of one dimension: its threads stride over the
+// elements.
 template <class T, class Math>
 __global__ void bits_apply_kernel(const T* __restrict__ x, const uint8_t* __restrict__ bits,
                                   Math scale, int64_t numel, T* __restrict__ out) {

@@ -1,5 +1,5 @@
-// Numbers of half the width as plain bits, and the type arithmetic on them is done in. The bits need
-// none of CUDA's headers, so that the host shim compiles the kernels with any C++ compiler.
+// Numbers of half the width as plain bits, and the type arithmetic on them is done in. The bits
+// need none of CUDA's headers, so that the host shim compiles the kernels with any C++ compiler.
 #pragma once
 
 #include <cstdint>

@@ -13,13 +13,13 @@ namespace memtl::tests {
 inline int failures = 0;
 
 // Says where a condition fails, and what the case was; main returns finish().
-#define CHECK(condition, ...)                                               \
-  do {                                                                      \
-    if (!(condition) && ++memtl::tests::failures <= 20) {                   \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
-      std::fprintf(stderr, __VA_ARGS__);                                    \
-      std::fputc('\n', stderr);                                             \
-    }                                                                       \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition) && ++memtl::tests::failures <= 20) {                  \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fputc('\n', stderr);                                            \
+    }                                                                      \
   } while (false)
 
 inline int finish(const char* test) {

@@ -132,8 +132,9 @@ void test_error(const std::vector<uint8_t>& x, const Packed& packed, int64_t num
     const double error = std::fabs(value - load_float(DType::f32, decoded.data(), i));
     if (std::isnan(scale)) continue;
     // Beyond the step, float's own rounding of offset + code * scale.
-    CHECK(error <= scale * (1 + 1e-5) + std::fabs(value) * 1e-6, "bits %d, element %ld: %g off by %g, step %g",
-          bits, static_cast<long>(i), value, error, scale);
+    CHECK(error <= scale * (1 + 1e-5) + std::fabs(value) * 1e-6,
+          "bits %d, element %ld: %g off by %g, step %g", bits, static_cast<long>(i), value, error,
+          scale);
   }
 }
 

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..storage import Bits, Format, Quantized
-from .keep import keep, kept
+from ..storage import Bits, Quantized
+from .keep import first_order, keep, kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ class ActivationFunction(torch.autograd.Function):
             keep(ctx, (x, format))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (saved,), _ = kept(ctx)
         value = saved.unpack()
@@ -97,7 +96,7 @@ class ReLUFunction(torch.autograd.Function):
         keep(ctx, (~(output <= 0), Bits()))  # not (output > 0): NaN lets its gradient through
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (mask,), _ = kept(ctx)
         return mask.format.apply(mask.tensors, grad_out)
@@ -127,12 +126,7 @@ class DropoutFunction(torch.autograd.Function):
         ctx.save_for_backward(bits)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out, _bits):
         scale = 1 / (1 - ctx.p) if ctx.p < 1 else 0.0
         return Bits().apply(ctx.saved_tensors, grad_out, scale), None
-
-
-def activation_format(format: Format) -> str:
-    """How an activation is kept, in words for a report."""
-    return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"

@@ -7,10 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..storage import Bits, Dense
-from .keep import keep, kept
+from .keep import first_order, keep, kept
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -27,7 +26,7 @@ class SoftmaxFunction(torch.autograd.Function):
         keep(ctx, (output, format))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (y,), _ = kept(ctx)
         return softmax_grad(grad_out, y.unpack(), ctx.dim).to(ctx.dtype), None, None, None
@@ -58,7 +57,7 @@ class AttentionFunction(torch.autograd.Function):
         keep(ctx, (q, format), (k, format), (v, format), exact=(mask, rng_state))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         packed, (mask, rng_state) = kept(ctx)
         q, k, v = (t.unpack() for t in packed)
@@ -87,63 +86,71 @@ class ExplicitAttentionFunction(torch.autograd.Function):
                 q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return out, q.new_empty((0,), dtype=torch.uint8)
-        p = _probabilities(q, k, mask, is_causal, scale)
+        p = _probabilities(q, k, mask, is_causal, scale, enable_gqa)
         noise = F.dropout(torch.ones_like(p), dropout_p, True)
-        return (p * noise) @ _expand_heads(v, q), *Bits().pack(noise != 0)
+        with torch.autocast(q.device.type, enabled=False):
+            out = (p * noise) @ _expand_heads(v, q, enable_gqa).to(p.dtype)
+        return out.to(q.dtype), *Bits().pack(noise != 0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, ctx.dropout_p, is_causal, scale, _, format = inputs
+        q, k, v, mask, ctx.dropout_p, is_causal, scale, ctx.enable_gqa, format = inputs
         _, bits = output
         ctx.mark_non_differentiable(bits)
         ctx.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         ctx.mask_shape = None if mask is None else mask.shape
-        p = _probabilities(q, k, mask, is_causal, scale)
+        p = _probabilities(q, k, mask, is_causal, scale, ctx.enable_gqa).to(q.dtype)
         keep(ctx, (q, format), (k, format), (v, format), (p, format), (bits, Dense()))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out, _bits):
         (q_, k_, v_, p_, bits), _ = kept(ctx)
         q, k, v, p = (t.unpack() for t in (q_, k_, v_, p_))
-        heads = k.shape[1] if k.dim() > 3 else None
-        k, v = _expand_heads(k, q), _expand_heads(v, q)
+        k, v = _expand_heads(k, q, ctx.enable_gqa), _expand_heads(v, q, ctx.enable_gqa)
 
         def dropped(x: Tensor) -> Tensor:
             if ctx.dropout_p == 0:
                 return x
-            return Bits().apply(bits.tensors, x, 1 / (1 - ctx.dropout_p) if ctx.dropout_p < 1 else 0.0)
+            return Bits().apply(
+                bits.tensors, x, 1 / (1 - ctx.dropout_p) if ctx.dropout_p < 1 else 0.0
+            )
 
         dv = dropped(p).transpose(-2, -1) @ grad_out
         ds = softmax_grad(dropped(grad_out @ v.transpose(-2, -1)), p, -1)
-        dq = ds @ k * ctx.scale
-        dk = ds.transpose(-2, -1) @ q * ctx.scale
+        dq = (ds @ k * ctx.scale).sum_to_size(q_.shape)
+        dk = _sum_heads(ds.transpose(-2, -1) @ q * ctx.scale, k_.shape, ctx.enable_gqa)
+        dv = _sum_heads(dv, v_.shape, ctx.enable_gqa)
         dmask = ds.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
-        return dq, _sum_heads(dk, heads), _sum_heads(dv, heads), dmask, *(None,) * 5
+        return dq, dk, dv, dmask, *(None,) * 5
 
 
-def _probabilities(q, k, mask, is_causal, scale) -> Tensor:
+def _probabilities(q, k, mask, is_causal, scale, enable_gqa) -> Tensor:
+    """Operation by operation what torch's math attention does, to match it bit for bit: float32
+    inside, sqrt(scale) on both sides, and rows without any allowed entry become zeros."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    # sqrt(scale) on both sides, as torch's math attention does, to match it bit for bit.
-    k = _expand_heads(k, q)
-    root = math.sqrt(scale)
-    scores = (q * root) @ (k.transpose(-2, -1) * root)
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~allowed, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1)
+    root = math.sqrt(abs(scale))
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        k = _expand_heads(k, q, enable_gqa).to(wide)
+        scores = (q.to(wide) * math.copysign(root, scale)) @ (k.transpose(-2, -1) * root)
+        if is_causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~allowed, -math.inf)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -math.inf)
+        elif mask is not None:
+            scores = scores + mask
+        return torch.ops.aten._safe_softmax(scores, -1)
 
 
-def _expand_heads(t: Tensor, q: Tensor) -> Tensor:
+def _expand_heads(t: Tensor, q: Tensor, enable_gqa: bool) -> Tensor:
     """Repeat key or value heads to q's, for grouped-query attention."""
-    if q.dim() < 4 or t.shape[1] == q.shape[1]:
-        return t
-    return t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+    return t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) if enable_gqa else t
 
 
-def _sum_heads(grad: Tensor, heads: int | None) -> Tensor:
-    if heads is None or grad.shape[1] == heads:
-        return grad
-    return grad.unflatten(1, (heads, -1)).sum(2)
+def _sum_heads(grad: Tensor, shape: torch.Size, enable_gqa: bool) -> Tensor:
+    """The gradient of a key or value of that shape, from that of the expanded one."""
+    if enable_gqa:
+        grad = grad.unflatten(-3, (shape[-3], -1)).sum(-3)
+    return grad.sum_to_size(shape)

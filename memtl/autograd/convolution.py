@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .keep import keep, kept
+from .keep import first_order, keep, kept
 
 
 class PatchConvolutionFunction(torch.autograd.Function):
@@ -33,7 +32,7 @@ class PatchConvolutionFunction(torch.autograd.Function):
         keep(ctx, (patches, format), exact=(weight if need_x else None,))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (patches,), (weight,) = kept(ctx)
         grad_x = grad_weight = grad_bias = None
@@ -62,6 +61,6 @@ class PatchConvolutionFunction(torch.autograd.Function):
 def cut_patches(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x [B, C, H, W] -> [B, (H // p) (W // q), C p q]; what no patch covers is left out."""
     p, q = size
-    h, w = x.shape[2] // p, x.shape[3] // q
+    channels, h, w = x.shape[1], x.shape[2] // p, x.shape[3] // q
     x = x[:, :, : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p))  # B C h p w q
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], h * w, -1)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], h * w, channels * p * q)

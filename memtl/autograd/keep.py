@@ -7,6 +7,12 @@ tensor can be had from something already kept, answered in a single place. All o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
+from typing import Any
+
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
@@ -28,11 +34,12 @@ def keep(ctx, *pairs: tuple[Tensor | None, Format], exact: tuple[Tensor | None, 
     ctx.save_for_backward(*saved)
 
 
-def kept(ctx) -> tuple[list[Packed | None], tuple[Tensor | None, ...]]:
-    """What :func:`keep` saved: the packed tensors in the order given, and the exact ones."""
+def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:
+    """What :func:`keep` saved, in the order given: a ``Packed`` or None for each pair, and the
+    exact tensors."""
     saved = ctx.saved_tensors
     start = ctx.num_exact
-    packed: list[Packed | None] = []
+    packed: list[Any] = []
     for spec in ctx.specs:
         if spec is None:
             packed.append(None)
@@ -41,3 +48,34 @@ def kept(ctx) -> tuple[list[Packed | None], tuple[Tensor | None, ...]]:
         packed.append(Packed(format, tuple(saved[start : start + count]), shape, dtype))
         start += count
     return packed, tuple(saved[: ctx.num_exact])
+
+
+def first_order(backward: Callable) -> Callable:
+    """For every ``backward``: a second derivative through it is refused, whoever asks for it.
+
+    ``once_differentiable`` refuses only where grad_out needs a gradient; elsewhere it hands out
+    gradients as constants, and a gradient penalty would silently lose its term.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        refuse = torch._C._functions.DelayedError(
+            b"memtl: what is kept for backward does not determine a second derivative",
+            len(outputs),
+        )
+        return refuse(*map(_leaf, outputs))
+
+    return wrapper
+
+
+def _leaf(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    t = t.detach()
+    t.requires_grad = True  # the method requires_grad_() is refused inside torch.func transforms
+    return t

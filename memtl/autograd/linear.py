@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from .keep import keep, kept
+from .keep import first_order, keep, kept
 
 
 class LinearFunction(torch.autograd.Function):
@@ -37,7 +36,7 @@ class LinearFunction(torch.autograd.Function):
         keep(ctx, (x if need_weight else None, format), exact=(weight if need_x else None,))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (x,), (weight,) = kept(ctx)
         grad_x = grad_weight = grad_bias = None
@@ -69,7 +68,7 @@ class MatmulFunction(torch.autograd.Function):
         keep(ctx, (a if need_b else None, format), (b if need_a else None, format))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (a, b), _ = kept(ctx)
         grad_a = grad_b = None

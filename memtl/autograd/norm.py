@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from .keep import keep, kept
+from .keep import first_order, keep, kept
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -35,7 +34,7 @@ class LayerNormFunction(torch.autograd.Function):
         keep(ctx, (x_hat, format), exact=exact)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out, _mean, _rstd):
         (x_hat,), (rstd, weight) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -44,13 +43,14 @@ class LayerNormFunction(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = grad_out.dim() - len(ctx.shape)
         if need_bias:
-            grad_bias = grad_out.flatten(0, rows - 1).sum(0) if rows else grad_out
+            grad_bias = _sum_rows(grad_out, rows)
         if need_x or need_weight:
             x_hat = x_hat.unpack(wide)
             # x-hat is its own normalised form: mean 0, rstd 1; the true rstd multiplies at the end.
             unit = torch.ones((*grad_out.shape[:rows], *(1,) * len(ctx.shape)), device=x_hat.device)
             unit = unit.to(wide)
-            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            # Its weight gradient would need the weight in hand; here that is one product.
+            grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(),
                 x_hat,
                 ctx.shape,
@@ -58,19 +58,22 @@ class LayerNormFunction(torch.autograd.Function):
                 unit,
                 None if weight is None else weight.to(wide),
                 None,
-                # Without a weight in hand the library wants none asked for; it is one product.
                 [need_x, False, False],
             )
             grad_x = (grad_x * rstd).to(ctx.dtypes[0]) if need_x else None
             if need_weight:
-                grad_weight = (grad_out * x_hat).flatten(0, rows - 1).sum(0) if rows else None
-                grad_weight = grad_out * x_hat if grad_weight is None else grad_weight
+                grad_weight = _sum_rows(grad_out * x_hat, rows)
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(ctx.dtypes[1]),
             None if grad_bias is None else grad_bias.to(ctx.dtypes[2]),
             *(None,) * 5,
         )
+
+
+def _sum_rows(x, rows):
+    """x summed over its first ``rows`` dimensions; those that are normalised remain."""
+    return x.flatten(0, rows - 1).sum(0) if rows else x
 
 
 def llama_rms_norm(x, weight, eps):
@@ -99,13 +102,13 @@ class RMSNormFunction(torch.autograd.Function):
         x_hat = rstd = None
         if need_x or need_weight:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            eps = torch.finfo(x.dtype).eps if eps is None else eps
+            eps = torch.finfo(wide.dtype).eps if eps is None else eps
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
             x_hat = wide * rstd
         keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out):
         (x_hat,), (rstd, weight) = kept(ctx)
         wide = torch.promote_types(grad_out.dtype, torch.float32)
@@ -117,6 +120,5 @@ class RMSNormFunction(torch.autograd.Function):
             projection = (scaled * x_hat).mean(ctx.dims, keepdim=True)
             grad_x = ((scaled - x_hat * projection) * rstd).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_out * x_hat).sum(tuple(range(ctx.rows))) if ctx.rows else grad_out * x_hat
-            grad_weight = grad_weight.to(ctx.dtypes[1])
+            grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
         return grad_x, grad_weight, *(None,) * 6

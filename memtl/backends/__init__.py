@@ -82,9 +82,13 @@ def _load_cpu() -> bool:
         if error.name != "memtl._C":
             raise
         built = build_record().get("_C", {})
-        reason = built.get("reason") or "it was not built: run `pip install -e .` with a C++ compiler"
+        reason = (
+            built.get("reason") or "it was not built: run `pip install -e .` with a C++ compiler"
+        )
         return _record("native-cpu", False, reason)
     except ImportError as error:
+        if "MEMTL_ISA=" in str(error):  # asked for by name, like a backend
+            raise BackendUnavailable(str(error)) from error
         return _record("native-cpu", False, f"it does not load: {error}; rebuild it for this torch")
     for name in _ops.NAMES:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"memtl::{name}", "CPU"):
@@ -110,7 +114,7 @@ def _load_cuda() -> bool:
 
 
 def _load_triton(device: str) -> bool:
-    """Triton serves what the CUDA library has not taken; under its interpreter it serves the CPU."""
+    """Triton serves what the CUDA library has not taken; interpreted, it serves the CPU."""
     try:
         kernels = importlib.import_module("memtl.kernels")
     except ImportError as error:
@@ -162,7 +166,7 @@ def load() -> None:
 
 
 def report() -> str:
-    """The text of ``memtl doctor``: versions, what loaded, what did not and why, who serves what."""
+    """The text of ``memtl doctor``: versions, what loaded or why not, who serves what."""
     lines = [f"python {sys.version.split()[0]}, torch {torch.__version__}"]
     for module in ("triton", "timm", "transformers"):
         try:
@@ -170,7 +174,9 @@ def report() -> str:
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         lines.append(f"{module} {version}")
-    lines.append(f"torch threads {torch.get_num_threads()}, CUDA build {torch.version.cuda or 'no'}")
+    lines.append(
+        f"torch threads {torch.get_num_threads()}, CUDA build {torch.version.cuda or 'no'}"
+    )
     lines.append("")
     for backend in status():
         lines.append(f"{'ok ' if backend.loaded else 'off'} {backend.name:12} {backend.detail}")

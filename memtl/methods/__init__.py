@@ -36,6 +36,6 @@ def apply(model: nn.Module, config: MethodConfig) -> Report:
     """
     if not callable(getattr(config, "apply", None)) or isinstance(config, type):
         raise TypeError(
-            f"config must be a method's configuration such as memtl.BackRazorConfig(), got {config!r}"
+            f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
     return config.apply(model)

@@ -92,7 +92,7 @@ class BackRazorConfig:
 
     def to_json(self) -> str:
         """The configuration as JSON; :meth:`from_json` reads it back to an equal one."""
-        data = {"method": "back_razor"}
+        data: dict[str, Any] = {"method": "back_razor"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             data[field.name] = value.to_dict() if isinstance(value, Format) else value

@@ -25,9 +25,9 @@ from .layers import Layer, forward_owner
 Formats = dict[str, Format]
 
 
-def _softmax(format: Format, x, dim=None, *args, dtype=None, **kwargs):
-    if dim is None or args:  # the implicit dim, positional dtypes: rare, left to torch
-        return F.softmax(x, dim, *args, dtype=dtype, **kwargs)
+def _softmax(format: Format, x, dim=None, _stacklevel=3, dtype=None):
+    if not isinstance(dim, int):  # the implicit or a named dimension: left to torch
+        return F.softmax(x, dim, dtype=dtype)
     return functional.softmax(x, dim, dtype, format=format)
 
 
@@ -63,7 +63,7 @@ def _matmul(format: Format, a, b, *args, **kwargs):
     return functional.matmul(a, b, format=format)
 
 
-def _without_dispatch(function: types.FunctionType) -> types.FunctionType:
+def _without_dispatch(function: Any) -> Callable:
     """A copy of a function of torch.nn.functional that does not offer itself to modes first."""
     namespace = {**function.__globals__, "has_torch_function": lambda tensors: False}
     copy = types.FunctionType(
@@ -140,7 +140,7 @@ def calls_of(module: nn.Module) -> frozenset[Callable]:
     owner = forward_owner(type(module))
     if owner is nn.MultiheadAttention:
         return _MULTI_HEAD
-    return _class_calls(type(module))
+    return _class_calls(type(module))  # type: ignore[arg-type]
 
 
 @functools.cache

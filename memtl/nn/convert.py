@@ -10,7 +10,7 @@ from torch import nn
 
 from ..storage import Format
 from .calls import CALLS, CallsLayer, calls_of
-from .layers import ROLES, forward_owner, layer_for
+from .layers import LAYERS, ROLES, forward_owner, layer_for
 from .swap import is_swapped, swap, unswap
 
 Patterns = str | Sequence[str] | None
@@ -70,7 +70,8 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
         body.append((label, *rest))
     widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
     return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *body]
     ]
 
@@ -119,7 +120,9 @@ def convert(
         kind = type(module).__name__
         if name in excluded or name not in targeted:
             if _is_leaf(module):
-                rows.append(Row(name, kind, reason="excluded" if name in excluded else "not targeted"))
+                rows.append(
+                    Row(name, kind, reason="excluded" if name in excluded else "not targeted")
+                )
             continue
         row, step = _plan(name, module, kind, chosen)
         if step is not None:
@@ -147,8 +150,10 @@ def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]
     calls = calls_of(module)
     roles = {CALLS[call][0] for call in calls if call in CALLS} & set(formats)
     if roles:
-        names = "multi_head_attention_forward" if kind == "MultiheadAttention" else ", ".join(
-            sorted({call.__name__ for call in calls if CALLS[call][0] in roles})
+        names = (
+            "multi_head_attention_forward"
+            if kind == "MultiheadAttention"
+            else ", ".join(sorted({call.__name__ for call in calls if CALLS[call][0] in roles}))
         )
         shown = ", ".join(str(formats[role]) for role in sorted(roles))
         attributes = {"memtl_formats": dict(formats), "memtl_calls": calls}
@@ -166,16 +171,9 @@ def _reason(module: nn.Module) -> str:
         return "keeps its integer indices only"
     for base in type(module).__mro__[1:]:
         if base is not nn.Module and base.__module__.startswith("torch.nn.modules"):
-            if layer_for_class(base):
+            if f"{base.__module__}.{base.__qualname__}" in LAYERS:
                 return f"{forward_owner(type(module)).__name__} overrides {base.__name__}.forward"
     return "memtl has no layer for it"
-
-
-def layer_for_class(cls: type[nn.Module]) -> bool:
-    """Whether memtl has a layer for the forward that ``cls`` itself defines."""
-    from .layers import LAYERS
-
-    return f"{cls.__module__}.{cls.__qualname__}" in LAYERS
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .. import functional
-from ..storage import Format
+from ..storage import Format, Quantized
 
 ROLES = ("linear", "convolution", "attention", "norm", "activation")
 
@@ -27,6 +28,10 @@ class Layer:
 
     role: str
     memtl_format: Format
+
+    if TYPE_CHECKING:  # the attributes of the module's own class
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -77,9 +82,7 @@ class PatchConvolutionLayer(Layer):
         return functional.patch_conv2d(input, self.weight, self.bias, format=self.memtl_format)
 
 
-@layer(
-    "norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm"
-)
+@layer("norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 class LayerNormLayer(Layer):
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -128,9 +131,7 @@ class ActivationLayer(Layer):
 
     @classmethod
     def describe(cls, format: Format) -> str:
-        from ..autograd.activation import activation_format
-
-        return activation_format(format)
+        return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"
 
 
 @layer(
@@ -150,9 +151,7 @@ class GELUTanhLayer(ActivationLayer):
         return functional.gelu(input, "tanh", format=self.memtl_format)
 
 
-@layer(
-    "activation", "transformers.activations.GELUActivation", "transformers.activations.GELUTanh"
-)
+@layer("activation", "transformers.activations.GELUActivation", "transformers.activations.GELUTanh")
 class HuggingFaceGELULayer(ActivationLayer):
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:

@@ -23,4 +23,6 @@ def bits_unpack(bits: Tensor, numel: int) -> Tensor:
 def bits_apply(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     """x * scale where the bit is set; 0 elsewhere, also where x is NaN or infinite."""
     mask = bits_unpack(bits, x.numel()).view(x.shape)
-    return torch.where(mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()
+    return torch.where(
+        mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)
+    ).contiguous()

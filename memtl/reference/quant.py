@@ -52,6 +52,7 @@ def dither(groups: Tensor, seed: int) -> Tensor:
 def _groups(x: Tensor) -> Tensor:
     """[G, 64] float32; the last group is padded with its own last element."""
     flat = x.reshape(-1).float()
+    flat = flat.masked_fill(flat.isnan(), math.nan)  # one bit pattern for all, for the dither
     pad = -flat.numel() % GROUP
     if pad:
         flat = torch.cat((flat, flat[-1:].expand(pad)))
@@ -79,8 +80,9 @@ def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
     finite = groups.isfinite().all(-1, keepdim=True)
     safe = torch.where(finite, groups, 0.0)
     offset = bfloat16_down(safe.amin(-1, keepdim=True)) if safe.numel() else safe[:, :1]
+    offset = offset + 0.0  # never the negative zero
     top = safe.amax(-1, keepdim=True) if safe.numel() else safe[:, :1]
-    scale = bfloat16_up((top - offset) / levels).clamp_min(SMALLEST_SCALE)
+    scale = bfloat16_up((top - offset) / top.new_tensor(levels)).clamp_min(SMALLEST_SCALE)
     codes = ((safe - offset) / scale + dither(groups, seed)).floor().clamp(0, levels)
     params = torch.cat((scale, offset), dim=1).masked_fill(~(finite & scale.isfinite()), math.nan)
     codes = codes.masked_fill(params[:, :1].isnan(), 0)

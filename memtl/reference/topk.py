@@ -82,6 +82,8 @@ def topk_pack_sample(
 def _columns(values, positions, counts, n: int, k: int, k_tail: int, bitmap: bool) -> Tensor:
     """Column of every kept entry, [R, K]."""
     rows, kept = values.shape
+    if rows == 0:
+        return values.new_empty((0, kept), dtype=torch.int64)
     if bitmap:
         return bits_unpack(positions, n).nonzero()[:, 1].view(rows, kept)
     blocks = torch.arange(ceil_div(n, BLOCK), device=values.device)

@@ -40,7 +40,9 @@ class Format(abc.ABC):
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Bytes that :meth:`pack` keeps for a tensor of this shape and dtype, exactly."""
 
-    def weight_grad(self, packed: tuple[Tensor, ...], shape: torch.Size, grad_out: Tensor) -> Tensor:
+    def weight_grad(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, grad_out: Tensor
+    ) -> Tensor:
         """``grad_out^T x`` [O, D] for x [..., D] and grad_out [T, O]; at least float32."""
         compute = torch.promote_types(grad_out.dtype, torch.float32)
         x = self.unpack(packed, shape, grad_out.dtype)

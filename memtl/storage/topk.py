@@ -69,7 +69,7 @@ class TopK(Format):
         if self.scope == "sample":
             rows = shape[0] if len(shape) > 1 else 1
             n = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-            # The paper's formula on its sparsity r = 1 - keep; 1e-9 undoes the rounding of 1 - keep.
+            # The paper's formula in r = 1 - keep; 1e-9 undoes the rounding of that difference.
             pruned = min(max(int(n * (1 - self.keep) + 1e-9), 1), n) if n else 1
             kept = n - pruned + 1 if n else 0
             return _Layout(rows, n, kept, 0, kept, 8 * kept > n)
@@ -99,12 +99,12 @@ class TopK(Format):
         opened = self._open(packed, bitmap)
         return torch.ops.memtl.topk_unpack(*opened, n, k, k_tail, bitmap, dtype).view(shape)
 
-    def weight_grad(self, packed: tuple[Tensor, ...], shape: torch.Size, grad_out: Tensor) -> Tensor:
+    def weight_grad(
+        self, packed: tuple[Tensor, ...], shape: torch.Size, grad_out: Tensor
+    ) -> Tensor:
         _, n, k, k_tail, _, bitmap = self._layout(shape)
         opened = self._open(packed, bitmap)
-        return torch.ops.memtl.topk_weight_grad(
-            *opened, grad_out, n, shape[-1], k, k_tail, bitmap
-        )
+        return torch.ops.memtl.topk_weight_grad(*opened, grad_out, n, shape[-1], k, k_tail, bitmap)
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         rows, n, _, _, kept, bitmap = self._layout(shape)

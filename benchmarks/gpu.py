@@ -1,0 +1,169 @@
+"""`make gpu`, after its tests: every operator on an NVIDIA GPU, and a training step of a ViT-B/16.
+
+    python benchmarks/gpu.py [--output FILE]
+    python benchmarks/gpu.py --device cpu --quick     the same code, small, on a machine without one
+
+Operators: tensors of 64 images, 12608 tokens of 768 or 3072 features, in bfloat16. CUDA events, and
+medians of turns taken in one process, each call with a cold L2 cache. GB/s counts each argument and
+result once; its share is that of copying 1 GiB on the device. The ratio is the baseline's time over
+the operator's.
+
+Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
+checkpointing, and with Back Razor (balanced, keep 0.1), steps taking turns. Saved bytes are exact;
+the peak is the most that a step needs beyond what is allocated between steps.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import memtl  # noqa: E402
+from benchmarks.kernels import harness  # noqa: E402
+from benchmarks.kernels.cases import all_cases  # noqa: E402
+
+SEED = 0
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is measured: everything, or just enough to run every line."""
+
+    model: str
+    batch: int
+    seconds: float  # for one case, and for the training steps of one mode
+    copy_bytes: int
+    rotate_bytes: int
+
+
+FULL = Scale("vit_base_patch16_224", 64, 1.5, 2**30, 2**28)
+QUICK = Scale("vit_tiny_patch16_224", 1, 0.0, 2**22, 2**22)
+
+
+def kernel_rows(
+    scale: Scale, device: str, timer: harness.Timer, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Every operator against its baselines."""
+    for case in all_cases(scale.batch, device, torch.bfloat16):
+        yield from harness.measure(
+            case, device, timer, bandwidth, scale.seconds, scale.rotate_bytes
+        )
+
+
+def training_step(scale: Scale, device: str, mode: str) -> tuple[Callable[[], Any], Callable]:
+    """A whole step of a fresh model, and its forward alone."""
+    import timm
+
+    torch.manual_seed(SEED)
+    model = timm.create_model(scale.model, num_classes=100).to(device).train()
+    images = torch.randn(scale.batch, 3, 224, 224, device=device)
+    labels = torch.randint(100, (scale.batch,), device=device)
+    if mode == "checkpointing":
+        model.set_grad_checkpointing()
+    elif mode == "back razor":
+        memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return F.cross_entropy(model(images), labels)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    return step, forward
+
+
+def training_rows(scale: Scale, device: str, timer: harness.Timer) -> list[dict[str, Any]]:
+    """Step time, saved bytes and peak of each mode."""
+    modes = {
+        mode: training_step(scale, device, mode)
+        for mode in ("stock", "checkpointing", "back razor")
+    }
+    steps = {mode: [step] for mode, (step, _) in modes.items()}
+    medians = harness.interleaved_medians(steps, timer, 3 * scale.seconds)
+    rows = []
+    for mode, (step, forward) in modes.items():
+        saved = memtl.memory.saved_bytes(forward)
+        peak = memtl.memory.peak_bytes(step, device)
+        rows.append(
+            {
+                "mode": mode,
+                "model": scale.model,
+                "batch": scale.batch,
+                "seconds": medians[mode],
+                "relative_time": medians[mode] / medians["stock"],
+                "saved_bytes_per_sample": saved / scale.batch,
+                "peak_bytes": peak,
+            }
+        )
+    return rows
+
+
+def format_training(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{rows[0]['model']}, batch {rows[0]['batch']}, autocast bfloat16",
+        f"{'':14} {'ms/step':>9} {'of stock':>9} {'saved MiB/sample':>17} {'peak MiB':>10}",
+    ]
+    for row in rows:
+        peak = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
+        lines.append(
+            f"{row['mode']:14} {row['seconds'] * 1e3:9.2f} {row['relative_time']:8.2f}x "
+            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {peak:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="small and few: a trial of this code")
+    parser.add_argument("--output", type=Path, help="default on a GPU: results/gpu-<its name>.json")
+    options = parser.parse_args()
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print(
+            "benchmarks/gpu.py measures an NVIDIA GPU and torch sees none here; "
+            "`--device cpu --quick` tries the code out without one",
+            file=sys.stderr,
+        )
+        return 1
+    scale = QUICK if options.quick else FULL
+    torch.manual_seed(SEED)
+    timer = harness.cuda_timer() if device == "cuda" else harness.cpu_timer
+    bandwidth = harness.copy_bandwidth(scale.copy_bytes, device, timer)
+    record = harness.environment(device, SEED) | {"copy_gb_per_s": bandwidth / 1e9}
+    print(f"{record.get('gpu', record['cpu'])}, torch {record['torch']}, {record['backends']}")
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s\n\n{harness.HEADER}")
+    record["rows"] = []
+    for row in kernel_rows(scale, device, timer, bandwidth):
+        print(harness.format_row(row), flush=True)
+        record["rows"].append(row)
+    record["training"] = training_rows(scale, device, timer)
+    print(f"\n{format_training(record['training'])}")
+    output = options.output
+    if output is None and device == "cuda":
+        name = re.sub(r"\W+", "-", record["gpu"]).strip("-").lower()
+        output = harness.RESULTS / f"gpu-{name}.json"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\nwritten to {harness.relative(str(output.resolve()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""What is timed: every operator on the tensors of a ViT-B/16, beside what one would do without it.
+
+Inputs are normal random numbers of torch's global generator: seed it first.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtl.storage.topk import quota
+
+OPS = torch.ops.memtl
+TOKENS = 197
+WIDTHS = (768, 3072)
+HEADS = 12
+SCALE = 1 / 0.9
+
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operator on one shape.
+
+    ``make()`` gives calls without arguments: under ``"memtl"`` a :func:`functools.partial` of the
+    operator, then its baselines by name. Every ``make()`` draws tensors of its own.
+    """
+
+    op: str
+    what: str
+    shape: str
+    elements: int
+    make: Callable[[], Calls]
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.op, self.what, self.shape)))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in a tensor, or in a tuple of anything."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(tensor_bytes, value)) if isinstance(value, tuple) else 0
+
+
+def moved_bytes(call: partial) -> int:
+    """What an operator cannot avoid moving: its arguments once, its results once."""
+    return tensor_bytes(call.args) + tensor_bytes(call())
+
+
+# ---------------------------------------------------------------------------------------- baselines
+
+
+def packbits(mask: Tensor) -> Tensor:
+    """One bit an element; numpy's on a CPU, where torch has nothing as fast."""
+    if not mask.is_cuda:
+        return torch.from_numpy(numpy.packbits(mask.numpy().reshape(-1), bitorder="little"))
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.view(-1, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpackbits(bits: Tensor) -> Tensor:
+    """The inverse of :func:`packbits`, flat."""
+    if not bits.is_cuda:
+        return torch.from_numpy(numpy.unpackbits(bits.numpy(), bitorder="little").view(bool))
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) & weights).ne(0).flatten()
+
+
+def released_pack(x: Tensor, samples: int, keep: float) -> tuple[Tensor, Tensor]:
+    """Back Razor as released: x [samples * N, D] -> the values kept, and a bitmap."""
+    flat = x.view(samples, -1)
+    magnitude = flat.abs()
+    pruned = int(flat.shape[1] * (1 - keep))
+    mask = magnitude >= torch.kthvalue(magnitude, pruned, dim=1, keepdim=True).values
+    return flat[mask], packbits(mask)
+
+
+def released_unpack(values: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
+    """What :func:`released_pack` kept, dense again."""
+    dense = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    dense[unpackbits(bits).view(shape)] = values
+    return dense
+
+
+def dense_product(grad_out: Tensor, x: Tensor) -> Tensor:
+    """The weight gradient of a linear layer that kept its input."""
+    return grad_out.t() @ x
+
+
+def plain_quant_pack(x: Tensor, bits: int, lo: float | None = None, hi: float | None = None):
+    """Stochastic rounding in groups of 64, on their own range or a fixed one."""
+    levels = 2**bits - 1
+    groups = x.view(-1, 64).float()
+    low = groups.amin(1, keepdim=True) if lo is None else groups.new_tensor(lo)
+    high = groups.amax(1, keepdim=True) if hi is None else groups.new_tensor(hi)
+    scale = (high - low) / levels
+    codes = ((groups - low) / scale + torch.rand_like(groups)).floor().clamp(0, levels)
+    planes = codes.to(torch.uint8).view(-1, 8 // bits, 8 * bits)
+    packed = planes[:, 0].clone()
+    for i in range(1, 8 // bits):
+        packed |= planes[:, i] << (i * bits)
+    return packed, scale, low
+
+
+def plain_quant_unpack(packed: Tensor, scale: Tensor, low: Tensor, bits: int, shape, dtype):
+    """The inverse of :func:`plain_quant_pack`."""
+    planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+    return (torch.cat(planes, 1) * scale + low).to(dtype).view(shape)
+
+
+# -------------------------------------------------------------------------------------------- cases
+
+
+def topk_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Packing by block and by sample, unpacking, and the weight gradient.
+
+    The widths are multiples of 256, so that every block is whole; at 10 % and less a position takes
+    a byte.
+    """
+    tokens = batch * TOKENS
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(tokens, width, device=device, dtype=dtype)
+
+    def packed(x: Tensor, keep: float) -> tuple[tuple[Tensor, ...], tuple[int, int, bool]]:
+        """The four tensors that unpacking takes, and k, k_tail, bitmap."""
+        k = quota(256, keep)
+        counts = torch.empty(0, device=device, dtype=torch.int16)
+        return (*OPS.topk_pack(x, k, 0, torch.int8, False), counts), (k, 0, False)
+
+    def pack(width: int, keep: float) -> Calls:
+        x = draw(width)
+        return {
+            "memtl": partial(OPS.topk_pack, x, quota(256, keep), 0, torch.int8, False),
+            "as released: kthvalue, mask, x[mask], bitmap": partial(released_pack, x, batch, keep),
+        }
+
+    def pack_sample(width: int, keep: float) -> Calls:
+        x = draw(width)
+        n = TOKENS * width
+        kept = n - int(n * (1 - keep)) + 1
+        return {
+            "memtl": partial(OPS.topk_pack_sample, x.view(batch, n), kept, torch.float16, False),
+            "as released: kthvalue, mask, x[mask], bitmap": partial(released_pack, x, batch, keep),
+        }
+
+    def unpack(width: int, keep: float) -> Calls:
+        x = draw(width)
+        tensors, layout = packed(x, keep)
+        released = released_pack(x, batch, keep)
+        return {
+            "memtl": partial(OPS.topk_unpack, *tensors, width, *layout, dtype),
+            "as released: dense[mask] = values": partial(released_unpack, *released, x.shape),
+        }
+
+    def weight_grad(width: int, keep: float) -> Calls:
+        x, grad_out = draw(width), draw(other(width))
+        tensors, layout = packed(x, keep)
+
+        def rebuilt() -> Tensor:
+            return dense_product(grad_out, OPS.topk_unpack(*tensors, width, *layout, dtype))
+
+        return {
+            "memtl": partial(OPS.topk_weight_grad, *tensors, grad_out, width, width, *layout),
+            "dense: grad_out.t() @ x": partial(dense_product, grad_out, x),
+            "topk_unpack, then the dense product": rebuilt,
+        }
+
+    def other(width: int) -> int:
+        return WIDTHS[1] if width == WIDTHS[0] else WIDTHS[0]
+
+    for width in WIDTHS:
+        shape, elements = f"{tokens}x{width}", tokens * width
+        for keep in (0.1, 0.03):
+            int8, fp16 = f"keep {keep:g} int8", f"keep {keep:g} fp16"
+            yield Case("topk_pack", int8, shape, elements, partial(pack, width, keep))
+            yield Case("topk_pack_sample", fp16, shape, elements, partial(pack_sample, width, keep))
+            yield Case("topk_unpack", int8, shape, elements, partial(unpack, width, keep))
+            product = f"{shape}->{other(width)}"
+            yield Case(
+                "topk_weight_grad", int8, product, elements, partial(weight_grad, width, keep)
+            )
+
+
+def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Groups of 64 in 8, 4 and 2 bits; 4 bits on the range of GELU's derivative."""
+    shape = (batch * TOKENS, WIDTHS[1])
+    fixed = (-0.13, 1.13)
+
+    def pack(bits: int, *limits: float) -> Calls:
+        x = torch.randn(shape, device=device, dtype=dtype)
+        op = OPS.quant_pack_range if limits else OPS.quant_pack
+        name = "rand_like, floor, shifts" if limits else "amin, amax, rand_like, floor, shifts"
+        return {
+            "memtl": partial(op, x, bits, *limits, 1),
+            f"plain PyTorch: {name}": partial(plain_quant_pack, x, bits, *limits),
+        }
+
+    def unpack(bits: int, *limits: float) -> Calls:
+        x = torch.randn(shape, device=device, dtype=dtype)
+        plain = plain_quant_pack(x, bits, *limits)
+        if limits:
+            codes = OPS.quant_pack_range(x, bits, *limits, 1)
+            op = partial(OPS.quant_unpack_range, codes, bits, *limits, shape, dtype)
+        else:
+            op = partial(OPS.quant_unpack, *OPS.quant_pack(x, bits, 1), bits, shape, dtype)
+        return {
+            "memtl": op,
+            "plain PyTorch: shifts, cat, x * scale + low": partial(
+                plain_quant_unpack, *plain, bits, shape, dtype
+            ),
+        }
+
+    def case(op: str, make: Callable[..., Calls], bits: int, *limits: float) -> Case:
+        elements = shape[0] * shape[1]
+        return Case(
+            op, f"{bits} bits", f"{shape[0]}x{shape[1]}", elements, partial(make, bits, *limits)
+        )
+
+    for bits in (8, 4, 2):
+        yield case("quant_pack", pack, bits)
+        yield case("quant_unpack", unpack, bits)
+    yield case("quant_pack_range", pack, 4, *fixed)
+    yield case("quant_unpack_range", unpack, 4, *fixed)
+
+
+def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A mask to bits, and a gradient through them."""
+    shape = (batch * TOKENS, WIDTHS[1])
+
+    def draw() -> Tensor:
+        return torch.rand(shape, device=device) < 0.9
+
+    def pack() -> Calls:
+        mask = draw()
+        name = "torch: multiply, sum" if mask.is_cuda else "numpy.packbits"
+        return {
+            "memtl": partial(OPS.bits_pack, mask),
+            name: partial(packbits, mask),
+            "mask.clone(), a byte an element": mask.clone,
+        }
+
+    def apply() -> Calls:
+        x, mask = torch.randn(shape, device=device, dtype=dtype), draw()
+        masked = torch.ops.aten.native_dropout_backward
+        return {
+            "memtl": partial(OPS.bits_apply, x, OPS.bits_pack(mask), SCALE),
+            "native_dropout_backward, a byte an element": partial(masked, x, mask, SCALE),
+            "torch.where(mask, x * scale, 0)": lambda: torch.where(mask, x * SCALE, 0.0),
+        }
+
+    words, elements = f"{shape[0]}x{shape[1]}", shape[0] * shape[1]
+    yield Case("bits_pack", "", words, elements, pack)
+    yield Case("bits_apply", "", words, elements, apply)
+
+
+def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The gradients of attention from its operands alone."""
+    shape = (batch, HEADS, TOKENS, 64)
+
+    def make() -> Calls:
+        grad_out, *operands = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+        leaves = [t.detach().requires_grad_() for t in operands]
+        out = F.scaled_dot_product_attention(*leaves)
+        backward = partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
+        options = (None, 0.0, None, False, None, False, False)
+        return {
+            "memtl": partial(OPS.attention_grad, grad_out, *operands, *options),
+            "backward alone, from all that autograd keeps": backward,
+        }
+
+    words, elements = "x".join(map(str, shape)), batch * HEADS * TOKENS * 64
+    yield Case("attention_grad", "", words, elements, make)
+
+
+FAMILIES = {
+    "topk": topk_cases,
+    "quant": quant_cases,
+    "bits": bits_cases,
+    "attention": attention_cases,
+}
+
+
+def all_cases(batch: int, device: str, dtype: torch.dtype) -> list[Case]:
+    """Every family's cases on ``batch`` images of 197 tokens."""
+    return [case for family in FAMILIES.values() for case in family(batch, device, dtype)]

@@ -1,0 +1,424 @@
+"""``memtl demo``: fine-tune a small ViT on handwritten digits several ways, and compare.
+
+Every method starts from the same weights and sees the same batches in the same order. What it
+keeps for backward, its peak and its time a step are measured on the same batch; accuracy is that
+of the weights after the last step, on a test split that chose nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import assets, memory
+from .methods import BackRazorConfig, apply
+from .report import Page, Point, Table, curves, environment, mean_std, ratio, tradeoff
+from .tasks import Task, load_digits
+from .training import Settings, Step, evaluate, fit, track
+
+EXTRAS = {"timm": "timm", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+STEPS, QUICK_STEPS = 120, 4
+BATCH_SIZE = 64
+ROUNDS, QUICK_ROUNDS = 10, 2
+MIB, KIB = 2**20, 2**10
+
+LAST_LAYER_RATE, FULL_RATE, BACK_RAZOR_RATE = 3e-2, 1e-3, 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: its name, its learning rate, and what it changes in the model."""
+
+    name: str
+    learning_rate: float
+    prepare: Callable[[nn.Module], object]
+
+
+@dataclasses.dataclass
+class Result:
+    """Figures of one method: one batch's bytes, one step's peak and time, one entry a seed."""
+
+    name: str
+    learning_rate: float
+    saved_bytes: int
+    peak_bytes: int | None
+    seconds_per_step: float
+    test_accuracy: list[float] = dataclasses.field(default_factory=list)
+    val_accuracy: list[float] = dataclasses.field(default_factory=list)
+    losses: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+
+    @property
+    def saved_bytes_per_sample(self) -> float:
+        return self.saved_bytes / BATCH_SIZE
+
+
+FULL = "full fine-tuning"
+"""The method that every ratio refers to."""
+
+NOTES = """\
+Saved bytes are counted on one training batch, from the images to the loss: every storage that
+autograd holds between forward and backward, once; parameters are left out. Checkpointing holds the
+inputs of the blocks; while backward runs it holds one block's recomputed activations besides, which
+shows in the peak only.
+
+The peak is what one forward and backward need beyond the model and its gradients: from the resident
+set on a CPU, from torch's allocator on CUDA.
+
+Times are medians of {rounds} whole steps (forward, loss, backward, AdamW), the methods taking
+turns.
+
+Every method starts from the same weights and sees the same batches in the same order. Learning
+rates were chosen on the validation split, among as many candidates for each method that trains the
+whole network. Accuracy is on the test split, after the last step.
+"""
+"""What a reader must know to read the figures rightly."""
+
+
+def methods(keeps: Sequence[float]) -> list[Method]:
+    """The methods compared, in the order of the table."""
+    return [
+        Method("last layer only", LAST_LAYER_RATE, _train_head_only),
+        Method(FULL, FULL_RATE, lambda model: None),
+        Method("full + checkpointing", FULL_RATE, lambda model: model.set_grad_checkpointing()),
+        *(
+            Method(f"Back Razor {keep:g}", BACK_RAZOR_RATE, _back_razor(keep))
+            for keep in dict.fromkeys(keeps)
+        ),
+    ]
+
+
+def build(method: Method, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """The shipped ViT with a fresh head, which ``seed`` alone decides, made ready for a method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = assets.load(num_classes=10)
+    method.prepare(model)
+    return model.to(device)
+
+
+def _train_head_only(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    model.get_classifier().requires_grad_(True)
+
+
+def _back_razor(keep: float) -> Callable[[nn.Module], object]:
+    config = BackRazorConfig(keep=keep)
+    return lambda model: apply(model, config)
+
+
+def measure(
+    chosen: Sequence[Method], images: Tensor, labels: Tensor, rounds: int, progress: bool | None
+) -> list[Result]:
+    """What each method keeps, needs at its peak, and takes: on one batch, before any training.
+
+    Times are medians of whole steps (forward, loss, backward, AdamW), the methods taking turns, so
+    that a slow moment of the machine strikes all of them.
+    """
+    device = images.device
+    saved, peaks = [], []
+    with _freed_memory_returned():
+        for method in track(chosen, "measuring memory", progress=progress):
+            model = build(method, 0, device)
+
+            def loss(model: nn.Module = model) -> Tensor:
+                return F.cross_entropy(model(images), labels)
+
+            loss().backward()  # gradients and one-time buffers are there before anything counts
+            with memory.SavedTensors(model) as tensors:
+                kept = loss()
+            saved.append(tensors.bytes)
+            del kept, tensors
+            peaks.append(memory.peak_bytes(lambda loss=loss: loss().backward(), device))
+            del model, loss
+    steps = [
+        Step(build(m, 0, device), Settings(steps=rounds + 2, learning_rate=m.learning_rate))
+        for m in chosen
+    ]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in track(range(rounds + 2), "measuring time", progress=progress):
+        for step, times in zip(steps, seconds, strict=True):
+            started = time.perf_counter()
+            step(images, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+    return [
+        Result(m.name, m.learning_rate, bytes_, peak, statistics.median(times[2:]))
+        for m, bytes_, peak, times in zip(chosen, saved, peaks, seconds, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """While active, glibc hands freed tensors back at once and the resident set is what is in use.
+
+    Otherwise it keeps them for later, and the peak depends on what ran before. Elsewhere: nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 128 * KIB)
+    try:
+        yield
+    finally:  # what glibc arrives at by itself in a program that frees large blocks
+        mallopt(mmap_threshold, 32 * MIB)
+        mallopt(trim_threshold, 64 * MIB)
+
+
+def train(
+    method: Method,
+    task: Task,
+    result: Result,
+    *,
+    seed: int,
+    steps: int,
+    device: torch.device | str,
+    progress: bool | None,
+) -> None:
+    """One run: build, fit, test; what it was is appended to ``result``."""
+    model = build(method, seed, device)
+    settings = Settings(
+        steps=steps, batch_size=BATCH_SIZE, learning_rate=method.learning_rate, seed=seed
+    )
+    history = fit(model, task.train, task.val, settings, progress=progress, description=method.name)
+    result.val_accuracy.append(history.val_accuracy)
+    result.test_accuracy.append(evaluate(model, task.test))
+    result.losses.append(history.losses)
+
+
+def table(results: Sequence[Result]) -> Table:
+    """The comparison, each cost beside its ratio to full fine-tuning."""
+    base = next(r for r in results if r.name == FULL)
+    header = (
+        "method", "test accuracy %", "saved KiB/sample", "ratio", "peak MiB", "ratio",
+        "s/step", "ratio",
+    )  # fmt: skip
+    rows = tuple(
+        (
+            r.name,
+            mean_std([100 * a for a in r.test_accuracy]),
+            f"{r.saved_bytes_per_sample / KIB:,.0f}",
+            ratio(r.saved_bytes, base.saved_bytes),
+            "n/a" if r.peak_bytes is None else f"{r.peak_bytes / MIB:,.0f}",
+            ratio(r.peak_bytes, base.peak_bytes),
+            f"{r.seconds_per_step:.3f}",
+            ratio(r.seconds_per_step, base.seconds_per_step),
+        )
+        for r in results
+    )
+    return Table(header, rows)
+
+
+def page(results: Sequence[Result], record: dict[str, Any]) -> Page:
+    """The comparison as a page: table, plots, and how everything was measured."""
+    seeds, steps = record["seeds"], record["settings"]["steps"]
+    base = next(r for r in results if r.name == FULL)
+    lightest = min((r for r in results if r.name.startswith("Back")), key=lambda r: r.saved_bytes)
+    gap = statistics.fmean(lightest.test_accuracy) - statistics.fmean(base.test_accuracy)
+    slower = lightest.seconds_per_step / base.seconds_per_step
+    runs = "one run" if len(seeds) == 1 else f"{len(seeds)} runs"
+    result = Page(
+        "Fine-tuning digits, keeping less",
+        "A vision transformer of 1.2 million parameters, pre-trained on printed characters, learns "
+        "handwritten digits. The forward pass is the same for every method; what differs is what "
+        "is trained, and what is kept in memory for backward.",
+    )
+    pair = f"{lightest.name} against {FULL}"
+    result.tiles(
+        {
+            f"less kept for backward, {pair}": f"{base.saved_bytes / lightest.saved_bytes:.1f}x",
+            f"points of test accuracy, {pair}": f"{100 * gap:+.1f}",
+            f"the time of a step, {pair}": f"{slower:.2f}x",
+        }
+    )
+    result.heading("Comparison")
+    deviation = " ± standard deviation" if len(seeds) > 1 else ""
+    result.table(
+        table(results),
+        f"Test accuracy: mean{deviation} over {runs} of {steps} steps, batch {BATCH_SIZE}. Ratios "
+        f"are to {FULL}.",
+    )
+    result.heading("Accuracy against memory")
+    x_label, y_label = "saved for backward, KiB a sample", "test accuracy, %"
+    points = [
+        Point(
+            r.name,
+            r.saved_bytes_per_sample / KIB,
+            tuple(100 * a for a in r.test_accuracy),
+        )
+        for r in results
+    ]
+    result.figure(
+        tradeoff(points, title="Accuracy against memory", x_label=x_label, y_label=y_label),
+        f"Up and to the left is better. Points are means{deviation and ', bars' + deviation[2:]}.",
+    )
+    result.heading("Training loss")
+    result.figure(
+        curves(
+            {r.name: r.losses[0] for r in results},
+            title="Training loss",
+            x_label="step",
+            y_label="cross-entropy, smoothed",
+        ),
+        f"Seed {seeds[0]}, exponential moving average over about ten steps. With checkpointing "
+        f"the curve is that of {FULL}.",
+    )
+    result.heading("How this was measured")
+    for text in NOTES.format(rounds=record["rounds"]).strip().split("\n\n"):
+        result.paragraph(text)
+    where = record["environment"]
+    result.definitions(
+        {
+            "Command": record["command"],
+            "Device": f"{where['device']}, {where['threads']} of {where['cores']} threads",
+            "Operators by": ", ".join(sorted(set(where["backends"].values()))),
+            "Versions": ", ".join(f"{k} {v}" for k, v in where["versions"].items()),
+            "Platform": where["platform"],
+            "Commit": where["commit"] or "not run from a git checkout",
+            "Seeds": ", ".join(map(str, seeds)),
+            "Learning rates": "; ".join(f"{r.name} {r.learning_rate:g}" for r in results),
+        }
+    )
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo; returns the exit status: 0, 1 for a failed run, 2 for a wrong call."""
+    missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
+    if missing:
+        print(f"memtl demo needs {', '.join(missing)}: pip install memtl[demo]", file=sys.stderr)
+        return 2
+    options = _parse(argv)
+    steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    seeds = list(range(options.seeds))
+    chosen = methods(options.keep)
+    task = load_digits()
+    record: dict[str, Any] = {
+        "command": shlex.join(["memtl", "demo", *argv]),
+        "environment": environment(options.device),
+        "task": {"name": task.name, "train": len(task.train), "val": len(task.val)}
+        | {"test": len(task.test)},
+        "model": {"name": "vit_glyphs", "sha256": assets.metadata("vit_glyphs")["sha256"]},
+        "settings": dataclasses.asdict(Settings(steps=steps, batch_size=BATCH_SIZE)),
+        "rounds": rounds,
+        "seeds": seeds,
+    }
+    del record["settings"]["learning_rate"], record["settings"]["seed"]  # each result has its own
+    where = record["environment"]
+    print(
+        f"{len(task.train)} handwritten digits, {len(chosen)} methods, {len(seeds)} seed(s), "
+        f"{steps} steps of {BATCH_SIZE}\non {where['device']}, {where['threads']} threads; "
+        f"operators by {', '.join(sorted(set(where['backends'].values())))}\n",
+        flush=True,
+    )
+    started = time.perf_counter()
+    batch = torch.arange(BATCH_SIZE)  # an index, not a slice: a slice would keep the whole split
+    images, labels = (t[batch].to(options.device) for t in (task.train.images, task.train.labels))
+    try:
+        results = measure(chosen, images, labels, rounds, None)
+        for seed in seeds:
+            for method, result in zip(chosen, results, strict=True):
+                train(
+                    method, task, result, seed=seed, steps=steps, device=options.device,
+                    progress=None,
+                )  # fmt: skip
+                accuracy = 100 * result.test_accuracy[-1]
+                print(f"  seed {seed}  {method.name:22} {accuracy:5.1f} % of the test digits")
+    except FloatingPointError as error:
+        print(f"memtl demo: {error}", file=sys.stderr)
+        return 1
+    record["wall_seconds"] = time.perf_counter() - started
+    print(f"\n{table(results)}\n\nratios to {FULL}; {record['wall_seconds']:.0f} s in all")
+    if options.quick:
+        print("a quick run: too short for its accuracies and times to mean anything")
+    if options.json:
+        base = next(r for r in results if r.name == FULL)
+        record["methods"] = [_figures(r, base) for r in results]
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"report: {page(results, record).write(options.html)}")
+    return 0
+
+
+def _figures(result: Result, base: Result) -> dict[str, Any]:
+    """A result for JSON, with derived figures."""
+
+    def quotient(name: str) -> float | None:
+        value, other = getattr(result, name), getattr(base, name)
+        return value / other if value is not None and other else None
+
+    accuracies = result.test_accuracy
+    return dataclasses.asdict(result) | {
+        "saved_bytes_per_sample": result.saved_bytes_per_sample,
+        "test_accuracy_mean": statistics.fmean(accuracies),
+        "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "ratios": {
+            name: quotient(name) for name in ("saved_bytes", "peak_bytes", "seconds_per_step")
+        },
+    }
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="memtl demo",
+        description="Fine-tune handwritten digits with the shipped ViT several ways, and compare "
+        "accuracy, memory and time. Needs no download; a few minutes on two cores.",
+    )
+    parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs a method (1)")
+    parser.add_argument("--steps", type=_count, metavar="N", help=f"steps a run ({STEPS})")
+    parser.add_argument(
+        "--keep", type=_fraction, nargs="+", default=[0.1, 0.03], metavar="FRACTION",
+        help="what Back Razor keeps of a linear layer's input (0.1 0.03)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--json", type=_file, metavar="PATH", help="write every figure there too")
+    parser.add_argument(
+        "--html", type=_file, default="demo.html", metavar="PATH", help="the report (demo.html)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"see it work: {QUICK_STEPS} steps, few measurements"
+    )
+    options = parser.parse_args(argv)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+    return options
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _fraction(text: str) -> float:
+    try:
+        return BackRazorConfig(keep=float(text)).keep
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot be written: {text} (is its folder there?)")
+    return path

@@ -1,0 +1,203 @@
+"""The loop: AdamW, linear warm-up and a cosine, and a record of every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tasks import Split
+from .progress import track
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train; every value is validated here, so that a long run cannot fail on it later.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images a step. Every batch is full: an epoch's rest joins the next epoch.
+        learning_rate: its peak, reached after the warm-up; a cosine takes it to 0 from there.
+        warmup: fraction of the steps over which the learning rate rises linearly.
+        weight_decay: AdamW's, for weights alone: vectors (biases, norms) are not decayed.
+        label_smoothing: probability mass spread over all classes.
+        clip_norm: gradients of a greater norm are scaled down to it; None leaves them alone.
+        seed: of the order of the data, and of dropout.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive or None"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of one step, counted from 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a run was: the loss and the duration of every step, and the accuracy at its end."""
+
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+    val_accuracy: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median duration, the first steps (five, or half of a short run) left out."""
+        return statistics.median(self.seconds[min(5, len(self.seconds) // 2) :])
+
+
+class Step:
+    """Training, one step a call: forward, loss, backward, AdamW. Calling it returns the loss.
+
+    Raises:
+        ValueError: no parameter of ``model`` requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        self.model = model
+        self.settings = settings
+        self.done = 0
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"no parameter of this {type(model).__name__} requires a gradient")
+        groups = [
+            {
+                "params": [p for p in self.parameters if p.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> float:
+        """Raises FloatingPointError, before any weight is touched, where the loss is not finite."""
+        settings = self.settings
+        rate = settings.rate(self.done)
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=settings.label_smoothing)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.done + 1} of {settings.steps} (learning rate "
+                f"{rate:.3g}): lower the learning rate, clip gradients, or look at the data"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.done += 1
+        return value
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    val: Split,
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    description: str = "training",
+) -> History:
+    """Train ``model`` in place on ``train``, then evaluate it once on ``val``.
+
+    The same model, data and seed give the same run; the global random state is left as it was.
+
+    Args:
+        model: returns logits ``[n, num_classes]`` for images ``[n, ...]``.
+        device: where to train; the model is moved there. None: where it is.
+        progress: as in :func:`track`; ``description`` is what its bar says.
+
+    Raises:
+        ValueError: nothing in ``model`` trains, or ``train`` is empty.
+        FloatingPointError: the loss is not finite; the message names the step.
+    """
+    if not len(train):
+        raise ValueError("train must have at least one image, got none")
+    device = _device(model) if device is None else torch.device(device)
+    model.to(device).train()
+    step = Step(model, settings)
+    losses, seconds = [], []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        bar = track(_batches(train, settings), description, progress=progress, total=settings.steps)
+        with bar:
+            started = time.perf_counter()
+            for images, labels in bar:
+                losses.append(step(images.to(device), labels.to(device)))
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                ended = time.perf_counter()
+                seconds.append(ended - started)
+                started = ended
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return History(tuple(losses), tuple(seconds), evaluate(model, val))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
+    """The fraction of ``split`` that ``model``, in evaluation mode, classifies correctly.
+
+    Raises:
+        ValueError: ``split`` is empty.
+    """
+    if not len(split):
+        raise ValueError("cannot evaluate on an empty split")
+    device, training = _device(model), model.training
+    model.eval()
+    right = 0
+    batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    for images, labels in batches:
+        right += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
+    model.train(training)
+    return right / len(split)
+
+
+def _batches(split: Split, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full batches: every image once, in random order, before any comes again."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    queue = torch.empty(0, dtype=torch.int64)
+    for _ in range(settings.steps):
+        while len(queue) < settings.batch_size:
+            queue = torch.cat([queue, torch.randperm(len(split), generator=generator)])
+        index, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        yield split.images[index], split.labels[index]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

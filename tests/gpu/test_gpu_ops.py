@@ -1,0 +1,333 @@
+"""On an NVIDIA GPU: every operator against its definition run on the CPU, and whole models.
+
+`make gpu` runs this; elsewhere it is skipped.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import memtl
+from memtl import _ops, reference
+from memtl.storage.topk import quota
+from tests.helpers import assert_same, assert_within, gamma
+
+DEVICE = "cuda"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
+
+
+def to_device(arguments):
+    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def draw(*size, dtype=torch.float32, special=False, seed=0):
+    """Normal numbers; ``special``: with ties, both zeros, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    if special:
+        flat = x.view(-1)
+        for start, value in enumerate((1.5, -1.5, 0.0, -0.0, torch.inf, -torch.inf, torch.nan)):
+            flat[11 + start :: 97] = value
+    return x
+
+
+# ------------------------------------------------------------ operators whose results are identical
+
+
+def topk_pack_cases():
+    for dtype, n in itertools.product(_ops.FLOATING, SIZES):
+        x = draw(3, n, dtype=dtype, special=True)
+        yield x, 26, quota(n % 256, 0.1), torch.int8, False
+    for values, bitmap, keep in itertools.product(
+        _ops.VALUE_DTYPES, (False, True), (0.03, 0.3, 1.0)
+    ):
+        x = draw(5, 1000, special=True)
+        yield x, quota(256, keep), quota(1000 % 256, keep), values, bitmap
+    yield draw(0, 300), 26, 4, torch.int8, False
+    yield draw(600, 7).t(), 26, quota(600 % 256, 0.1), torch.float32, True
+
+
+def topk_pack_sample_cases():
+    for dtype, n in itertools.product(_ops.FLOATING, SIZES):
+        yield draw(3, n, dtype=dtype, special=True), n // 9, torch.int8, False
+    for values, bitmap, k in itertools.product(_ops.VALUE_DTYPES, (False, True), (1, 100, 1000)):
+        yield draw(5, 1000, special=True), k, values, bitmap
+
+
+def packed_cases():
+    """values, positions, scale, counts; n, k, k_tail, bitmap: as both ways to pack give them."""
+    for n, values, bitmap in itertools.product((7, 256, 768), _ops.VALUE_DTYPES, (False, True)):
+        x = draw(12, n)
+        k, k_tail = quota(256, 0.1), quota(n % 256, 0.1)
+        empty = torch.empty(0, dtype=torch.int16)
+        yield *reference.topk_pack(x, k, k_tail, values, bitmap), empty, n, k, k_tail, bitmap
+        x, k = x.view(3, 4 * n), n // 3
+        yield *reference.topk_pack_sample(x, k, values, bitmap), 4 * n, k, 0, bitmap
+
+
+def topk_unpack_cases():
+    for (*packed, n, k, k_tail, bitmap), dtype in itertools.product(packed_cases(), _ops.FLOATING):
+        yield *packed, n, k, k_tail, bitmap, dtype
+
+
+def quant_pack_cases():
+    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 2)):
+        yield draw(n, dtype=dtype), bits, 12345
+    for bits in (8, 4, 2):
+        yield draw(40, 37, special=True), bits, 2**40 + 1
+        yield draw(37, 40).t(), bits, 0
+
+
+def quant_unpack_cases():
+    for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
+        yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
+
+
+def quant_pack_range_cases():
+    for x, bits, seed in quant_pack_cases():
+        yield x, bits, -0.13, 1.13, seed
+
+
+def quant_unpack_range_cases():
+    for (x, *rest, seed), dtype in itertools.product(quant_pack_range_cases(), _ops.FLOATING):
+        yield reference.quant_pack_range(x, *rest, seed), *rest, list(x.shape), dtype
+
+
+def bits_pack_cases():
+    for n in SIZES:
+        yield (draw(n) > 0,)
+    yield (draw(31, 34)[:, ::2].t() > 0,)
+    yield ((draw(31, 34) > 0)[:, ::2],)
+
+
+def bits_apply_cases():
+    scales = (1.0, 1 / 0.9, -1e-3, 0.0)
+    for dtype, n, scale in itertools.product(_ops.FLOATING, SIZES, scales):
+        x = draw(n, dtype=dtype, special=True)
+        yield x, reference.bits_pack(draw(n, seed=1) > 0), scale
+    yield draw(31, 34).t(), reference.bits_pack(draw(34, 31, seed=1) > 0), 0.7
+
+
+EXACT = {
+    "topk_pack": topk_pack_cases,
+    "topk_pack_sample": topk_pack_sample_cases,
+    "topk_unpack": topk_unpack_cases,
+    "quant_pack": quant_pack_cases,
+    "quant_unpack": quant_unpack_cases,
+    "quant_pack_range": quant_pack_range_cases,
+    "quant_unpack_range": quant_unpack_range_cases,
+    "bits_pack": bits_pack_cases,
+    "bits_apply": bits_apply_cases,
+}
+
+
+def test_every_operator_is_tested():
+    assert {*EXACT, "topk_weight_grad", "attention_grad"} == set(_ops.NAMES)
+
+
+def compare(call, name):
+    for arguments in EXACT[name]():
+        expected = getattr(reference, name)(*arguments)
+        actual = call(*to_device(arguments))
+        if isinstance(expected, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.device.type == DEVICE and a.is_contiguous()
+            assert_same(a.cpu(), e)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_operator_gives_what_its_definition_gives(name):
+    compare(getattr(torch.ops.memtl, name), name)
+
+
+@pytest.mark.parametrize("name", ["bits_pack", "bits_apply"])
+def test_triton_gives_what_the_definition_gives(name):
+    # Whoever serves the operator: the CUDA library goes before Triton where it was built.
+    kernels = pytest.importorskip("memtl.kernels")
+    compare(kernels.OPS[name], name)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_opcheck(name):
+    *_, arguments = EXACT[name]()
+    torch.library.opcheck(getattr(torch.ops.memtl, name), tuple(to_device(arguments)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["registered", "triton"])
+def test_bits_beyond_32_bit_offsets(source):
+    numel = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    operators = {"bits_pack": torch.ops.memtl.bits_pack, "bits_apply": torch.ops.memtl.bits_apply}
+    if source == "triton":
+        operators = pytest.importorskip("memtl.kernels").OPS
+    mask = torch.zeros(numel, dtype=torch.bool, device=DEVICE)
+    mask[::3] = True
+    bits = operators["bits_pack"](mask)
+    assert bits.numel() == numel // 8 + 1
+    assert_same(bits[-2048:-1].cpu(), reference.bits_pack(mask[-8 * 2047 - 3 : -3].cpu()))
+    assert_same(bits[-1:].cpu(), reference.bits_pack(mask[-3:].cpu()))
+    y = operators["bits_apply"](torch.ones(numel, dtype=torch.float16, device=DEVICE), bits, 2.0)
+    for part in (slice(0, 2**20), slice(-(2**20), None)):
+        assert torch.equal(y[part], 2 * mask[part].half())
+    assert y.count_nonzero() == mask.count_nonzero()
+
+
+# ------------------------------------------------------------------- operators that sum up floats
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+def test_topk_weight_grad(dtype):
+    for *packed, n, k, k_tail, bitmap in packed_cases():
+        features = n if packed[3].numel() == 0 else n // 4
+        dense = reference.topk_unpack(*packed, n, k, k_tail, bitmap, torch.float64)
+        x = dense.view(-1, features)
+        grad_out = draw(x.shape[0], 33, dtype=dtype)
+        arguments = (*packed, grad_out, n, features, k, k_tail, bitmap)
+        actual = torch.ops.memtl.topk_weight_grad(*to_device(arguments))
+        assert actual.dtype == torch.float32
+        grad_out = grad_out.float().double()
+        # Dot products of T terms in float32, summed in any order.
+        bound = gamma(x.shape[0]) * (grad_out.abs().t() @ x.abs())
+        assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "gqa": {"enable_gqa": True},
+    "bool mask": {"mask": torch.bool},
+    "additive mask": {"mask": torch.float32},
+    "trained mask": {"mask": torch.float32, "mask_grad": True},
+}
+
+
+def attention_operands(dtype, enable_gqa=False, mask=None, **_):
+    heads = 2 if enable_gqa else 4
+    shapes = ((2, 4, 50, 64), (2, heads, 50, 64), (2, heads, 50, 64), (2, 4, 50, 64))
+    operands = [draw(*shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate(shapes)]
+    attn_mask = None
+    if mask is not None:
+        attn_mask = draw(2, 4, 50, 50, seed=9).to(DEVICE)
+        attn_mask = attn_mask > -1 if mask == torch.bool else attn_mask.to(dtype)
+    return *operands, attn_mask
+
+
+def sdpa_grads(q, k, v, grad_out, mask, mask_grad=False, **options):
+    """Gradients through torch's own attention, in the dtype of the operands."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *([mask] if mask_grad else []))]
+    attn_mask = leaves[3] if mask_grad else mask
+    out = F.scaled_dot_product_attention(*leaves[:3], attn_mask, **options)
+    return torch.autograd.grad(out, leaves, grad_out)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_grad(case, dtype):
+    options = dict(ATTENTION[case])
+    q, k, v, grad_out, mask = attention_operands(dtype, **options)
+    options.pop("mask", None)
+    plain = sdpa_grads(q, k, v, grad_out, mask, **options)
+    double = [
+        t if t is None or t.dtype == torch.bool else t.double() for t in (q, k, v, grad_out, mask)
+    ]
+    exact = sdpa_grads(*double, **options)
+    actual = torch.ops.memtl.attention_grad(
+        grad_out,
+        q,
+        k,
+        v,
+        mask,
+        0.0,
+        None,
+        options.get("is_causal", False),
+        options.get("scale"),
+        options.get("enable_gqa", False),
+        options.get("mask_grad", False),
+    )
+    if not options.get("mask_grad"):
+        assert actual[3].numel() == 0
+    for a, p, e in zip(actual, plain, exact, strict=False):
+        assert a.dtype == dtype and a.shape == e.shape and a.is_contiguous()
+        # Twice the error of torch's own kernels in this dtype, and one rounding of the result.
+        band = torch.finfo(dtype).eps * e.abs().max()
+        assert (a - e).abs().max() <= 2 * (p - e).abs().max() + band
+
+
+def test_attention_grad_replays_dropout():
+    q, k, v, grad_out, _ = attention_operands(torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):  # the one whose backward sums up in a fixed order
+        state = torch.cuda.get_rng_state()
+        expected = sdpa_grads(q, k, v, grad_out, None, dropout_p=0.25)
+        after = torch.cuda.get_rng_state()
+        actual = torch.ops.memtl.attention_grad(
+            grad_out, q, k, v, None, 0.25, state, False, None, False, False
+        )
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    for a, e in zip(actual, expected, strict=False):
+        assert torch.equal(a, e)
+
+
+# ---------------------------------------------------------------------------------- whole models
+
+
+def vit():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_base_patch16_224", num_classes=10)
+    return model, {"x": draw(8, 3, 224, 224).to(DEVICE)}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=10))
+    ids = torch.randint(30000, (8, 128), generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids.to(DEVICE)}
+
+
+# Stock autocast keeps 16-bit tensors, beside which 4 bits save less: a ViT has no more to give.
+LEAST_RATIO = {(vit, False): 8, (vit, True): 6, (bert, False): 8, (bert, True): 8}
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("float32", "autocast bfloat16"))
+@pytest.mark.parametrize("build", (vit, bert), ids=lambda build: build.__name__)
+def test_back_razor(build, autocast):
+    torch.manual_seed(0)
+    stock, arguments = build()
+    stock.to(DEVICE).train()
+    converted = copy.deepcopy(stock)
+    memtl.apply(converted, memtl.BackRazorConfig(keep=0.1))
+    target = (torch.arange(8) % 10).to(DEVICE)
+    logits, last_biases, profiles = [], [], []
+    for model in (stock, converted):
+        torch.manual_seed(1)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            output = model(**arguments)
+            output = output if isinstance(output, torch.Tensor) else output.logits
+            loss = F.cross_entropy(output, target)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        logits.append(output.detach())
+        last_biases.append(
+            [p.grad for n, p in model.named_parameters() if n.endswith("bias")][-1].clone()
+        )
+        del output, loss
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            profiles.append(memtl.memory.profile(model, **arguments, batch_size=8))
+    assert torch.equal(*logits)
+    assert torch.equal(*last_biases), "no stored activation enters this gradient"
+    before, after = profiles
+    assert after.saved * LEAST_RATIO[build, autocast] <= before.saved
+    assert after.peak < before.peak

@@ -1,0 +1,117 @@
+"""What several test files share: comparisons, error bounds and one table of formats."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memtl.storage import Dense, Format, Quantized, TopK
+
+ROOT = Path(__file__).parent.parent
+
+FORMATS: dict[str, Format] = {
+    "dense": Dense(),
+    "dense-bf16": Dense("bf16"),
+    "topk-index": TopK(0.1),
+    "topk-bitmap": TopK(0.25),
+    "topk-fp32": TopK(0.1, values="fp32"),
+    "topk-sample": TopK(0.1, scope="sample", values="fp16"),
+    "8-bit": Quantized(8),
+    "4-bit": Quantized(4),
+    "2-bit": Quantized(2),
+}
+LOSSY = {name: format for name, format in FORMATS.items() if name != "dense"}
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal in dtype, shape and every bit of every value (NaN equals NaN)."""
+    assert actual.dtype == expected.dtype, f"{actual.dtype} is not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """|actual - expected| <= bound everywhere, computed in float64."""
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    error = (actual.double() - expected.double()).abs()
+    bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
+    if error.numel():
+        worst = (error - bound).max().item()
+        assert (error <= bound).all(), f"{worst:.3g} beyond the bound, error {error.max():.3g}"
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The unit roundoff: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(operations: int, dtype: torch.dtype = torch.float32) -> float:
+    """Higham's bound on the relative error of a sum of products of that many terms, any order."""
+    u = unit(dtype)
+    return operations * u / (1 - operations * u)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.double().flatten(), b.double().flatten()
+    return (a @ b / (a.norm() * b.norm()).clamp_min(1e-300)).item()
+
+
+def leaves(tensors: Sequence[Tensor | None], needs: Sequence[bool] | None = None):
+    """Fresh leaves with the same values; those in floating point need gradients, or those named."""
+    result = []
+    for i, t in enumerate(tensors):
+        if t is None:
+            result.append(None)
+            continue
+        need = t.is_floating_point() if needs is None else needs[i]
+        result.append(t.detach().clone(memory_format=torch.preserve_format).requires_grad_(need))
+    return result
+
+
+def run(fn: Callable, tensors: Sequence[Tensor | None], needs=None, seed: int = 0):
+    """Forward and backward of ``fn(*tensors)`` from a fixed random state and a fixed grad_out.
+
+    Returns the output, the gradients (None where none arrived) and the generator's state after the
+    forward.
+    """
+    inputs = leaves(tensors, needs)
+    torch.manual_seed(seed)
+    out = fn(*inputs)
+    state = torch.get_rng_state()
+    out.backward(grad_like(out))
+    grads = [None if t is None else t.grad for t in inputs]
+    return out.detach(), grads, state
+
+
+def grad_like(out: Tensor, seed: int = 1) -> Tensor:
+    """A fixed random gradient for ``out``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+
+
+def python(code: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter at the repository's root."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def kept_count(n: int, keep: float) -> int:
+    """Entries that TopK's block scope keeps in a row of n, written out independently."""
+    full, tail = divmod(n, 256)
+    nearest = lambda length: max(1, math.floor(length * keep + 0.5)) if length else 0  # noqa: E731
+    return full * nearest(256) + nearest(tail)

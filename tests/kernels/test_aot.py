@@ -1,0 +1,71 @@
+"""Every Triton kernel, compiled ahead of time for three generations of GPUs; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = 48 * 1024  # bytes a block gets on every card without asking for more
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> dict:
+    """What compile_kernels.py says; in a process where Triton compiles and does not interpret."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MEMTL_BACKEND")}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, CAPABILITIES)],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def compiled(output) -> list[dict]:
+    return output["compiled"]
+
+
+def name(kernel: dict) -> str:
+    return f"{kernel['name']} {kernel['dtype']} sm_{kernel['capability']}"
+
+
+def test_every_kernel_is_compiled(output):
+    assert output["written"]
+    assert {kernel["name"] for kernel in output["compiled"]} == set(output["written"])
+
+
+def test_machine_code_comes_out(compiled):
+    without = [name(kernel) for kernel in compiled if not kernel["cubin_bytes"]]
+    assert not without
+    assert {kernel["capability"] for kernel in compiled} == set(CAPABILITIES)
+
+
+def test_shared_memory_fits(compiled):
+    over = {name(k): k["shared"] for k in compiled if k["shared"] > SHARED_LIMIT}
+    assert not over
+
+
+def test_nothing_is_spilled(compiled):
+    if any(kernel["local_bytes"] is None for kernel in compiled):
+        pytest.skip("Triton came without cuobjdump")
+    assert not {name(k): k["local_bytes"] for k in compiled if k["local_bytes"]}
+
+
+def test_aligned_tensors_are_read_in_whole_vectors(compiled):
+    assert not [name(kernel) for kernel in compiled if not kernel["vector_loads"]]
+
+
+def test_bfloat16_is_rounded_to_nearest(compiled):
+    # What the interpreter cannot show: it truncates.
+    bfloat16 = [kernel for kernel in compiled if kernel["dtype"] == "bf16"]
+    assert bfloat16
+    assert not [name(kernel) for kernel in bfloat16 if not kernel["rounds_to_nearest"]]

@@ -1,0 +1,161 @@
+"""The benchmarks: that a baseline does what it stands for, and that the programs run and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernels import cases, harness, table
+from memtl import _ops, reference
+from memtl.storage import TopK
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------- baselines
+
+
+def test_released_packing_keeps_what_the_paper_keeps():
+    x = torch.randn(4 * 50, 64)
+    values, bits = cases.released_pack(x, 4, 0.1)
+    ours = TopK(0.1, scope="sample", values="fp32")
+    packed, shape = ours.pack(x.view(4, 50, 64)), torch.Size((4, 50, 64))
+    dense = cases.released_unpack(values, bits, x.shape)
+    assert torch.equal(dense.view(shape), ours.unpack(packed, shape, torch.float32))
+
+
+def test_packed_bits_are_the_operators():
+    mask = torch.rand(10, 16) < 0.5
+    bits = cases.packbits(mask)
+    assert torch.equal(bits, reference.bits_pack(mask))
+    assert torch.equal(cases.unpackbits(bits), mask.flatten())
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("limits", [(), (-4.0, 4.0)], ids=["own range", "fixed range"])
+def test_plain_quantisation_is_off_by_less_than_a_step(bits, limits):
+    x = torch.randn(10, 64).clamp(-4, 4)
+    packed, scale, low = cases.plain_quant_pack(x, bits, *limits)
+    assert packed.shape == (10, 8 * bits) and packed.dtype == torch.uint8
+    back = cases.plain_quant_unpack(packed, scale, low, bits, x.shape, x.dtype)
+    assert ((back - x).abs() <= scale * (1 + 1e-5)).all()
+
+
+# Baselines that compute what the operator computes, and not only something as useful.
+EQUAL = {
+    "topk_weight_grad": "topk_unpack, then the dense product",
+    "bits_pack": "numpy.packbits",
+    "bits_apply": "torch.where(mask, x * scale, 0)",
+    "attention_grad": "backward alone, from all that autograd keeps",
+}
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_cases(family):
+    for case in cases.FAMILIES[family](1, "cpu", torch.float32):
+        calls = case.make()
+        ours = calls.pop("memtl")
+        assert ours.func is getattr(torch.ops.memtl, case.op)
+        assert calls and all(baseline() is not None for baseline in calls.values())
+        assert cases.moved_bytes(ours) >= 0.25 * case.elements
+        if case.op in EQUAL:
+            result, expected = ours(), calls[EQUAL[case.op]]()
+            result = result[:3] if isinstance(result, tuple) else result
+            # Sums of 197 terms near 1 in float32: 197 * 2**-24 * 197 is 2e-3, far below any slip.
+            torch.testing.assert_close(result, expected, rtol=0, atol=2e-3)
+
+
+def test_every_operator_has_a_case():
+    names = {case.op for case in cases.all_cases(1, "cpu", torch.float32)}
+    assert names == set(_ops.NAMES)
+
+
+# ------------------------------------------------------------------------------------------- timing
+
+
+def test_medians_are_of_turns():
+    log = []
+
+    def call(name, seconds):
+        log.append(name)
+        return seconds
+
+    calls = {
+        "a": [partial(call, "a0", 1.0), partial(call, "a1", 3.0)],
+        "b": [partial(call, "b", 2.0)],
+    }
+    medians = harness.interleaved_medians(calls, lambda call: call(), seconds=0.0)
+    assert medians == {"a": 1.0, "b": 2.0}  # of 1, 3, 1, 3, 1
+    assert log == ["a0", "a1", "b", *["a0", "b", "a1", "b"] * 2, "a0", "b"]
+
+
+def test_commit_and_environment(tmp_path, monkeypatch):
+    facts = harness.environment("cpu", 7)
+    assert facts["seed"] == 7 and facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert str(ROOT) not in json.dumps(facts["command"])
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.commit() == "unknown"
+
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+def test_table(tmp_path):
+    output = tmp_path / "cpu.json"
+    done = run("kernels/table.py", "--quick", "--unchecked", "--only=bits", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert record["unchecked"] is True
+    assert record["command"].startswith("python benchmarks/kernels/table.py")
+    assert {row["op"] for row in record["rows"]} == {"bits_pack", "bits_apply"}
+    for row in record["rows"]:
+        assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
+        assert row["baseline"] in done.stdout
+
+
+def test_table_refuses_where_a_test_fails(tmp_path, monkeypatch, capsys):
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("def test_it():\n    assert False\n")
+    output = tmp_path / "cpu.json"
+    monkeypatch.setattr(table, "TESTS", str(failing))
+    monkeypatch.setattr(sys, "argv", ["table.py", "--quick", f"--output={output}"])
+    assert table.main() == 1
+    assert "nothing is measured" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_gpu_refuses_without_a_gpu():
+    done = run("gpu.py")
+    assert done.returncode == 1
+    assert "torch sees none here" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_program_on_a_cpu(tmp_path):
+    pytest.importorskip("timm")
+    output = tmp_path / "gpu.json"
+    done = run("gpu.py", "--device=cpu", "--quick", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert {row["op"] for row in record["rows"]} == set(_ops.NAMES)
+    modes = {row["mode"]: row for row in record["training"]}
+    assert set(modes) == {"stock", "checkpointing", "back razor"}
+    stock = modes["stock"]["saved_bytes_per_sample"]
+    assert modes["checkpointing"]["saved_bytes_per_sample"] < stock / 5
+    assert modes["back razor"]["saved_bytes_per_sample"] < stock / 5
