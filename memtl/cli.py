@@ -79,6 +79,7 @@ def _build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments of one forward."""
     import torch
 
+    model: Any
     name, batch = options.model, options.batch_size
     if name.startswith("hf:"):
         model = _transformers_model(name[3:]).to(options.device)

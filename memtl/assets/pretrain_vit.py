@@ -2,7 +2,7 @@
 
     python -m memtl.assets.pretrain_vit --out DIR
 
-It needs no network and no GPU, and takes about half an hour on one core. The result depends
+It needs no network and no GPU, and takes about half an hour on an idle core. The result depends
 on the seed, the number of threads and the versions recorded in the JSON file.
 """
 

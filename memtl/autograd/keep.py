@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-
-import torch
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
@@ -21,7 +20,7 @@ from ..storage import Format, Packed, pack
 def keep(ctx, *pairs: tuple[Tensor | None, Format], exact: tuple[Tensor | None, ...] = ()) -> None:
     """Save each tensor of ``pairs`` in its format (None: nothing), and those of ``exact`` as is."""
     saved = list(exact)
-    specs = []
+    specs: list[tuple | None] = []
     for x, format in pairs:
         if x is None:
             specs.append(None)
@@ -50,7 +49,7 @@ def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:
     return packed, tuple(saved[: ctx.num_exact])
 
 
-def first_order(backward: Callable) -> Callable:
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For every ``backward``: a second derivative through it is refused, whoever asks for it.
 
     ``once_differentiable`` refuses only where grad_out needs a gradient; elsewhere it hands out
@@ -68,7 +67,7 @@ def first_order(backward: Callable) -> Callable:
             b"memtl: what is kept for backward does not determine a second derivative",
             len(outputs),
         )
-        return refuse(*map(_leaf, outputs))
+        return refuse(*map(_leaf, outputs))  # type: ignore[arg-type]
 
     return wrapper
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @functools.cache
-def swapped_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
+def swapped_class(mixin: type, original: type) -> type:
     """``original`` with ``mixin`` in front: same name, same module, one class per pair."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple:
@@ -28,14 +28,15 @@ def swapped_class(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
     return type(original.__name__, (mixin, original), namespace)
 
 
-def _rebuild(mixin: type, original: type[nn.Module]) -> nn.Module:
+def _rebuild(mixin: type, original: type) -> nn.Module:
     cls = swapped_class(mixin, original)
     return copyreg.__newobj__(cls)  # type: ignore[attr-defined]
 
 
 def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
     """Make ``module`` run ``mixin.forward``; the attributes are set on the instance."""
-    module.__class__ = swapped_class(mixin, type(module))
+    original: type = type(module)
+    module.__class__ = swapped_class(mixin, original)
     for name, value in attributes.items():
         setattr(module, name, value)
 
@@ -47,6 +48,6 @@ def is_swapped(module: nn.Module) -> bool:
 
 def unswap(module: nn.Module) -> None:
     """Give ``module`` its own class back."""
-    module.__class__ = type(module).memtl_original
+    module.__class__ = type(module).memtl_original  # type: ignore[attr-defined]
     for name in [n for n in module.__dict__ if n.startswith("memtl_")]:
         delattr(module, name)

@@ -32,8 +32,9 @@ def attention_grad(
         if mask is not None and mask_grad:
             mask = mask.detach().requires_grad_()
             leaves.append(mask)
+        q, k, v = leaves[:3]
         out = F.scaled_dot_product_attention(
-            *leaves[:3], mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         grads = torch.autograd.grad(out, leaves, grad_out)
     dq, dk, dv = (grad.contiguous() for grad in grads[:3])

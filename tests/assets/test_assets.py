@@ -45,6 +45,7 @@ def test_shipped_weights_are_small():
     assert weights.stat().st_size == assets.metadata()["bytes"] <= 4 * 2**20
 
 
+@pytest.mark.slow
 def test_recorded_accuracy_is_true():
     record = assets.metadata()
     scores = pretrain_vit.evaluate(assets.load(), Glyphs().heldout)
@@ -150,6 +151,7 @@ def test_missing_package_names_the_extra(monkeypatch, missing):
         assets.load()
 
 
+@pytest.mark.slow
 def test_pretrain_script(tmp_path):
     out = tmp_path / "new" / "folder"
     run = subprocess.run(

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from memtl import functional as M
 from memtl.memory import saved_bytes
 from memtl.storage import Dense, Quantized, TopK, pack
-from tests.helpers import FORMATS, LOSSY, assert_same, assert_within, cosine, gamma, grad_like, leaves
+from tests.helpers import (
+    FORMATS,
+    LOSSY,
+    assert_same,
+    assert_within,
+    cosine,
+    gamma,
+    grad_like,
+    leaves,
+)
 
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 EVERY_LOSSY = pytest.mark.parametrize("format", LOSSY.values(), ids=LOSSY)
