@@ -25,7 +25,8 @@ def attention_grad(
     state restored.
     """
     cuda = [q.device] if q.is_cuda else []
-    with torch.random.fork_rng(cuda, enabled=rng_state is not None), torch.enable_grad():
+    replay = torch.random.fork_rng(cuda, enabled=rng_state is not None)
+    with replay, torch.enable_grad(), _recording():
         if rng_state is not None:
             (torch.cuda.set_rng_state if q.is_cuda else torch.set_rng_state)(rng_state)
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -39,3 +40,14 @@ def attention_grad(
         grads = torch.autograd.grad(out, leaves, grad_out)
     dq, dk, dv = (grad.contiguous() for grad in grads[:3])
     return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
+
+
+def _recording() -> torch._C._ForceDispatchKeyGuard:
+    """Let autograd record inside an operator: under a dispatch mode (a profiler's, a selective
+    checkpoint's) the dispatcher has left its keys out by the time an operator runs."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

@@ -49,9 +49,7 @@ def test_balanced_leaves_biases_and_norms_nearly_exact(gradients, keep):
 def test_pruning_everything_as_the_paper_does_is_further_off(gradients):
     exact = gradients()
     balanced = cosines(exact, gradients(memtl.BackRazorConfig(keep=0.1)), vectors=True)
-    paper = cosines(
-        exact, gradients(memtl.BackRazorConfig.preset("paper", keep=0.1)), vectors=True
-    )
+    paper = cosines(exact, gradients(memtl.BackRazorConfig.preset("paper", keep=0.1)), vectors=True)
     assert sum(paper.values()) / len(paper) < 0.98 <= min(balanced.values())
 
 
