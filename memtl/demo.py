@@ -8,8 +8,6 @@ of the weights after the last step, on a test split that chose nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -17,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +92,7 @@ def methods(keeps: Sequence[float]) -> list[Method]:
     return [
         Method("last layer only", LAST_LAYER_RATE, _train_head_only),
         Method(FULL, FULL_RATE, lambda model: None),
-        Method("full + checkpointing", FULL_RATE, lambda model: model.set_grad_checkpointing()),
+        Method("full + checkpointing", FULL_RATE, _checkpoint_blocks),
         *(
             Method(f"Back Razor {keep:g}", BACK_RAZOR_RATE, _back_razor(keep))
             for keep in dict.fromkeys(keeps)
@@ -111,7 +109,11 @@ def build(method: Method, seed: int, device: torch.device | str = "cpu") -> nn.M
     return model.to(device)
 
 
-def _train_head_only(model: nn.Module) -> None:
+def _checkpoint_blocks(model: Any) -> None:  # Any: methods of timm's models
+    model.set_grad_checkpointing()
+
+
+def _train_head_only(model: Any) -> None:
     model.requires_grad_(False)
     model.get_classifier().requires_grad_(True)
 
@@ -130,21 +132,11 @@ def measure(
     that a slow moment of the machine strikes all of them.
     """
     device = images.device
-    saved, peaks = [], []
-    with _freed_memory_returned():
-        for method in track(chosen, "measuring memory", progress=progress):
-            model = build(method, 0, device)
-
-            def loss(model: nn.Module = model) -> Tensor:
-                return F.cross_entropy(model(images), labels)
-
-            loss().backward()  # gradients and one-time buffers are there before anything counts
-            with memory.SavedTensors(model) as tensors:
-                kept = loss()
-            saved.append(tensors.bytes)
-            del kept, tensors
-            peaks.append(memory.peak_bytes(lambda loss=loss: loss().backward(), device))
-            del model, loss
+    with memory.freed_memory_returned():
+        footprints = [
+            _footprint(method, images, labels)
+            for method in track(chosen, "measuring memory", progress=progress)
+        ]
     steps = [
         Step(build(m, 0, device), Settings(steps=rounds + 2, learning_rate=m.learning_rate))
         for m in chosen
@@ -159,27 +151,23 @@ def measure(
             times.append(time.perf_counter() - started)
     return [
         Result(m.name, m.learning_rate, bytes_, peak, statistics.median(times[2:]))
-        for m, bytes_, peak, times in zip(chosen, saved, peaks, seconds, strict=True)
+        for m, (bytes_, peak), times in zip(chosen, footprints, seconds, strict=True)
     ]
 
 
-@contextlib.contextmanager
-def _freed_memory_returned() -> Iterator[None]:
-    """While active, glibc hands freed tensors back at once and the resident set is what is in use.
+def _footprint(method: Method, images: Tensor, labels: Tensor) -> tuple[int, int | None]:
+    """Bytes that one batch saves for backward, and the peak of its forward and backward."""
+    model = build(method, 0, images.device)
 
-    Otherwise it keeps them for later, and the peak depends on what ran before. Elsewhere: nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 128 * KIB)
-    try:
-        yield
-    finally:  # what glibc arrives at by itself in a program that frees large blocks
-        mallopt(mmap_threshold, 32 * MIB)
-        mallopt(trim_threshold, 64 * MIB)
+    def loss() -> Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    loss().backward()  # gradients and one-time buffers are there before anything counts
+    with memory.SavedTensors(model) as tensors:
+        kept = loss()
+    saved = tensors.bytes
+    del kept, tensors
+    return saved, memory.peak_bytes(lambda: loss().backward(), images.device)
 
 
 def train(

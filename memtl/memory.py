@@ -6,6 +6,7 @@ allocator (CUDA) or the resident set (CPU, Linux), is reported beside it, never 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -19,7 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
 
-__all__ = ["Profile", "SavedTensors", "comparison", "peak_bytes", "profile", "saved_bytes"]
+__all__ = [
+    "Profile",
+    "SavedTensors",
+    "comparison",
+    "freed_memory_returned",
+    "peak_bytes",
+    "profile",
+    "saved_bytes",
+]
 
 MIB = 2**20
 
@@ -108,9 +117,9 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
     """The most memory that was in use while ``fn()`` ran, above what was in use before.
 
     On CUDA from torch's allocator. On a CPU under Linux from the resident set, whose high-water
-    mark the kernel resets on request: it includes what libraries allocate for themselves, and the
-    allocator's habits, so compare figures of one run, and read small differences as noise. None
-    where neither can be had.
+    mark the kernel resets on request: it includes what libraries allocate for themselves, and what
+    the allocator kept from before (see :func:`freed_memory_returned`). None where neither is to be
+    had.
     """
     device = torch.device(device)
     gc.collect()
@@ -121,23 +130,39 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not _reset_resident_peak():
+    if device.type != "cpu" or sys.platform != "linux":
         fn()
         return None
-    before = _resident("VmRSS")
-    fn()
-    return max(0, _resident("VmHWM") - before)
+    with freed_memory_returned():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now the present
+        except OSError:
+            fn()
+            return None
+        before = _resident("VmRSS")
+        fn()
+        return max(0, _resident("VmHWM") - before)
 
 
-def _reset_resident_peak() -> bool:
-    if sys.platform != "linux":
-        return False
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """While active, glibc hands freed tensors back at once, and the resident set is what is in use.
+
+    Otherwise it keeps them for later, and the peak of what runs next contains them. To compare
+    peaks, put all that runs in the process before and between them inside.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):  # another C library
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    libc.mallopt(mmap_threshold, 128 * 1024)
+    libc.malloc_trim(0)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, so that reuse counts as use
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return True
+        yield
+    finally:  # what glibc arrives at by itself in a program that frees large blocks
+        libc.mallopt(mmap_threshold, 32 * MIB)
+        libc.mallopt(trim_threshold, 64 * MIB)
 
 
 def _resident(field: str) -> int:
@@ -177,12 +202,13 @@ def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) ->
         _sum_outputs(model(*args, **kwargs)).backward()
 
     device = next(model.parameters(), torch.empty(0)).device
-    step()
-    with SavedTensors(model) as saved:
-        total = _sum_outputs(model(*args, **kwargs))
-    by_layer = saved.by_layer
-    del saved, total
-    peak = peak_bytes(step, device)
+    with freed_memory_returned():
+        step()
+        with SavedTensors(model) as saved:
+            total = _sum_outputs(model(*args, **kwargs))
+        by_layer = saved.by_layer
+        del saved, total
+        peak = peak_bytes(step, device)
     model.zero_grad(set_to_none=True)
     return Profile(sum(by_layer.values()), peak, by_layer, batch_size)
 
