@@ -136,7 +136,9 @@ MEMTL_INLINE void pack_group(const void* x, int64_t numel, uint32_t seed, int64_
   const float offset = bfloat16_down(lowest(low)) + 0.0f;
   const float step = bfloat16_up((highest(high) - offset) / static_cast<float>(kTop));
   const float scale = step < kSmallestScale ? kSmallestScale : step;
-  if (highest(magnitude) >= kInfinityBits || float_bits(scale) >= kInfinityBits) {
+  // Where the highest level is beyond float32, so is what is near it.
+  const float reach = offset + static_cast<float>(kTop) * scale;
+  if (highest(magnitude) >= kInfinityBits || (float_bits(reach) & 0x7fffffff) >= kInfinityBits) {
     std::memset(codes, 0, 8 * kBits);
     params[0] = params[1] = kNaN;
     return;

@@ -84,7 +84,8 @@ def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
     top = safe.amax(-1, keepdim=True) if safe.numel() else safe[:, :1]
     scale = bfloat16_up((top - offset) / top.new_tensor(levels)).clamp_min(SMALLEST_SCALE)
     codes = ((safe - offset) / scale + dither(groups, seed)).floor().clamp(0, levels)
-    params = torch.cat((scale, offset), dim=1).masked_fill(~(finite & scale.isfinite()), math.nan)
+    reach = offset + top.new_tensor(levels) * scale  # beyond float32, so would be what is near
+    params = torch.cat((scale, offset), dim=1).masked_fill(~(finite & reach.isfinite()), math.nan)
     codes = codes.masked_fill(params[:, :1].isnan(), 0)
     return _pack_codes(codes, bits), params.to(torch.bfloat16)
 

@@ -27,7 +27,7 @@ def _largest(x: Tensor, k: int) -> Tensor:
 def _quota_mask(x: Tensor, k: int, k_tail: int) -> Tensor:
     rows, n = x.shape
     full = n - n % BLOCK
-    head = _largest(x[:, :full].reshape(-1, BLOCK), k).view(rows, full)
+    head = _largest(x[:, :full].reshape(rows * (full // BLOCK), BLOCK), k).view(rows, full)
     return torch.cat((head, _largest(x[:, full:], k_tail)), dim=1)
 
 
@@ -133,4 +133,4 @@ def topk_weight_grad(
 ) -> Tensor:
     """grad_out^T x [O, D], x [T, D] being the unpacked tensor; accumulated in float32."""
     x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)
-    return grad_out.float().t() @ x.view(-1, features)
+    return grad_out.float().t() @ x.view(grad_out.shape[0], features)

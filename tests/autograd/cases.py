@@ -153,9 +153,7 @@ CASES: dict[str, Case] = {
         (False, False),
     ),
     "gelu": _elementwise("gelu", F.gelu),
-    "gelu-tanh": _elementwise(
-        "gelu", lambda x: F.gelu(x, approximate="tanh"), approximate="tanh"
-    ),
+    "gelu-tanh": _elementwise("gelu", lambda x: F.gelu(x, approximate="tanh"), approximate="tanh"),
     "gelu_new": _elementwise("gelu_new", lambda x: NewGELUActivation().forward(x)),
     "quick_gelu": _elementwise("quick_gelu", lambda x: QuickGELUActivation().forward(x)),
     "silu": _elementwise("silu", F.silu),

@@ -60,9 +60,7 @@ def test_gradients_are_those_of_torchs_attention_on_the_unpacked_operands(format
         lambda *t: M.scaled_dot_product_attention(*t, dropout_p=dropout_p, format=format), tensors
     )
     stored = [pack(t, format).unpack() for t in tensors]
-    _, expected, _ = run(
-        lambda *t: F.scaled_dot_product_attention(*t, dropout_p=dropout_p), stored
-    )
+    _, expected, _ = run(lambda *t: F.scaled_dot_product_attention(*t, dropout_p=dropout_p), stored)
     for ours, stock in zip(grads, expected, strict=True):
         assert_same(ours, stock)
 

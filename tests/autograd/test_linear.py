@@ -111,9 +111,11 @@ def test_inputs_of_any_layout(layout):
         "transposed": lambda: torch.randn(300, 6).T,
         "sliced": lambda: torch.randn(6, 600)[:, ::2],
         "expanded": lambda: torch.randn(1, 300).expand(6, 300),
-        "channels_last": lambda: torch.randn(2, 300, 3, 4)
-        .to(memory_format=torch.channels_last)
-        .permute(0, 2, 3, 1)[0, :2, :3],
+        "channels_last": lambda: (
+            torch.randn(2, 300, 3, 4)
+            .to(memory_format=torch.channels_last)
+            .permute(0, 2, 3, 1)[0, :2, :3]
+        ),
     }[layout]()
     weight = torch.randn(5, 300)
     results = []

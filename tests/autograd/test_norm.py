@@ -72,7 +72,9 @@ def test_bytes(format, kind):
 
 
 def test_a_bias_alone_keeps_nothing():
-    x, weight, bias = leaves((torch.randn(6, 30), torch.randn(30), torch.randn(30)), [False, False, True])
+    x, weight, bias = leaves(
+        (torch.randn(6, 30), torch.randn(30), torch.randn(30)), [False, False, True]
+    )
     assert saved_bytes(M.layer_norm, x, (30,), weight, bias) == 0
     out = M.layer_norm(x, (30,), weight, bias)
     out.backward(grad_like(out))

@@ -178,9 +178,7 @@ def test_other_dtypes_are_packed_as_their_float32_values(ops, bits, dtype):
     x = torch.randn(9, 33, dtype=torch.float64).to(dtype)
     for a, b in zip(ops.quant_pack(x, bits, 2), ops.quant_pack(x.float(), bits, 2), strict=True):
         assert_same(a, b)
-    assert_same(
-        round_trip(ops, x, bits, dtype=dtype), round_trip(ops, x.float(), bits).to(dtype)
-    )
+    assert_same(round_trip(ops, x, bits, dtype=dtype), round_trip(ops, x.float(), bits).to(dtype))
     codes = ops.quant_pack_range(x, bits, -1.0, 2.0, 2)
     assert_same(codes, ops.quant_pack_range(x.float(), bits, -1.0, 2.0, 2))
 

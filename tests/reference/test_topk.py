@@ -258,9 +258,7 @@ def test_weight_gradient_of_samples(ops, bitmap, value_dtype, tokens, features):
     dense = unpack(ops, (values, positions, scale), n, k, 0, bitmap, counts=counts)
     dense = dense.double().view(-1, features)
     g = torch.randn(samples * tokens, 9)
-    got = ops.topk_weight_grad(
-        values, positions, scale, counts, g, n, features, k, 0, bitmap
-    )
+    got = ops.topk_weight_grad(values, positions, scale, counts, g, n, features, k, 0, bitmap)
     magnitude = g.double().T.abs() @ dense.abs()
     assert_within(got, g.double().T @ dense, gamma(samples * tokens + 3) * magnitude)
 
@@ -342,9 +340,9 @@ def test_float64_is_rounded_to_float32_first(ops):
     one = unpack(ops, ops.topk_pack(x[:, 1:2], 0, 1, torch.float32, False), 1, 0, 1, False)
     assert one.item() == 1.0
     tied = x[:, [4, 1]]  # equal in float32: the first stays
-    assert unpack(ops, ops.topk_pack(tied, 0, 1, torch.float32, False), 2, 0, 1, False).tolist() == [
-        [1.0, 0.0]
-    ]
+    assert unpack(
+        ops, ops.topk_pack(tied, 0, 1, torch.float32, False), 2, 0, 1, False
+    ).tolist() == [[1.0, 0.0]]
 
 
 def test_nothing_uninitialised_comes_back(ops, poison):
