@@ -11,7 +11,9 @@ import ctypes
 import dataclasses
 import gc
 import re
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,12 +176,13 @@ def _resident(field: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What one training step of a model keeps: bytes, and the same by layer."""
+    """What one training step of a model keeps, in bytes, also by layer; and how long it takes."""
 
     saved: int
     peak: int | None
     by_layer: dict[str, int]
     batch_size: int
+    seconds: float
 
     @property
     def saved_per_sample(self) -> float:
@@ -188,11 +191,11 @@ class Profile:
 
 
 def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) -> Profile:
-    """Run forward and backward of ``model(*args, **kwargs)`` and measure both ends.
+    """Run forward and backward of ``model(*args, **kwargs)`` and measure them.
 
     The loss is the sum of every floating-point output. The peak is that of a step whose parameter
-    gradients are already there, so what it shows is activations and temporaries. Gradients are
-    None afterwards.
+    gradients are already there, so what it shows is activations and temporaries. The time is the
+    median of three steps. Gradients are None afterwards.
 
     Raises:
         ValueError: nothing in the output depends on a parameter or input that needs a gradient.
@@ -209,8 +212,17 @@ def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) ->
         by_layer = saved.by_layer
         del saved, total
         peak = peak_bytes(step, device)
+    seconds = statistics.median(_seconds(step, device) for _ in range(3))
     model.zero_grad(set_to_none=True)
-    return Profile(sum(by_layer.values()), peak, by_layer, batch_size)
+    return Profile(sum(by_layer.values()), peak, by_layer, batch_size, seconds)
+
+
+def _seconds(fn: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    fn()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def _sum_outputs(output: Any) -> Tensor:
@@ -257,4 +269,7 @@ def comparison(stock: Profile, converted: Profile) -> str:
     label = f"peak of a step, batch {stock.batch_size}"
     peaks = mib(stock.peak), mib(converted.peak), ratio(stock.peak, converted.peak)
     lines.append(" ".join((f"{label:{width}}", *peaks)))
+    label = f"seconds of a step, batch {stock.batch_size}"
+    times = f"{stock.seconds:10.3f}", f"{converted.seconds:10.3f}"
+    lines.append(" ".join((f"{label:{width}}", *times, ratio(stock.seconds, converted.seconds))))
     return "\n".join(lines)

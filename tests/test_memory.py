@@ -90,8 +90,9 @@ def test_a_profile():
     assert found.saved == 4 * 32 * (64 + 256 + 256) == sum(found.by_layer.values())
     assert found.saved_per_sample == found.saved / 32
     assert all(p.grad is None for p in model.parameters())
-    text = comparison(found, Profile(found.saved // 2, None, {"0": found.saved // 2}, 32))
-    assert "2.0x" in text and "n/a" in text
+    text = comparison(found, Profile(found.saved // 2, None, {"0": found.saved // 2}, 32, 0.5))
+    assert "2.0x" in text and "n/a" in text and "0.500" in text
+    assert found.seconds > 0
 
 
 def test_a_profile_of_a_frozen_model():
