@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 MIB = 2**20
+_returning = False  # whether freed_memory_returned() is active
 
 
 class SavedTensors:
@@ -153,18 +154,24 @@ def freed_memory_returned() -> Iterator[None]:
     Otherwise it keeps them for later, and the peak of what runs next contains them. To compare
     peaks, put all that runs in the process before and between them inside.
     """
+    global _returning
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):  # another C library
         yield
         return
+    libc.malloc_trim(0)
+    if _returning:  # the outermost one restores
+        yield
+        return
     trim_threshold, mmap_threshold = -1, -3
     libc.mallopt(mmap_threshold, 128 * 1024)
-    libc.malloc_trim(0)
+    _returning = True
     try:
         yield
     finally:  # what glibc arrives at by itself in a program that frees large blocks
         libc.mallopt(mmap_threshold, 32 * MIB)
         libc.mallopt(trim_threshold, 64 * MIB)
+        _returning = False
 
 
 def _resident(field: str) -> int:

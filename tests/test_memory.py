@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memtl.memory import MIB, Profile, SavedTensors, comparison, peak_bytes, profile, saved_bytes
+from memtl.memory import (
+    MIB,
+    Profile,
+    SavedTensors,
+    comparison,
+    freed_memory_returned,
+    peak_bytes,
+    profile,
+    saved_bytes,
+)
 
 
 def test_a_network_counted_by_hand():
@@ -99,3 +108,19 @@ def test_a_profile_of_a_frozen_model():
     model = nn.Linear(4, 4).requires_grad_(False)
     with pytest.raises(ValueError, match="no output needs a gradient"):
         profile(model, torch.randn(2, 4))
+
+
+def test_memory_that_was_freed_before_is_not_in_the_peak_of_what_comes_next():
+    def many(count):
+        tensors = [torch.ones(MIB // 4) for _ in range(count)]
+        return sum(t[0] for t in tensors)
+
+    with freed_memory_returned():
+        first = peak_bytes(lambda: many(100))
+        if first is None:
+            pytest.skip("no resident-set high-water mark on this system")
+        second = peak_bytes(lambda: many(10))
+        third = peak_bytes(lambda: many(100))
+    assert 95 * MIB <= first <= 120 * MIB
+    assert 9 * MIB <= second <= 30 * MIB
+    assert 95 * MIB <= third <= 120 * MIB
