@@ -35,7 +35,13 @@ BATCH_SIZE = 64
 ROUNDS, QUICK_ROUNDS = 10, 2
 MIB, KIB = 2**20, 2**10
 
-LAST_LAYER_RATE, FULL_RATE, BACK_RAZOR_RATE = 3e-2, 1e-3, 1e-3
+# Chosen on the validation split: runs of STEPS steps with the seeds 100 to 102, which are not those
+# of the demo, and three candidates a method. Mean validation accuracies, in %:
+#   last layer only    3e-3: 95.9   1e-2: 96.6   3e-2: 96.3
+#   full fine-tuning   1e-3: 99.1   2e-3: 99.2   4e-3: 98.7
+#   Back Razor 0.1     1e-3: 99.1   2e-3: 99.1   4e-3: 98.8
+#   Back Razor 0.03    1e-3: 98.8   2e-3: 99.3   4e-3: 99.1
+LAST_LAYER_RATE, RATE = 1e-2, 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +97,9 @@ def methods(keeps: Sequence[float]) -> list[Method]:
     """The methods compared, in the order of the table."""
     return [
         Method("last layer only", LAST_LAYER_RATE, _train_head_only),
-        Method(FULL, FULL_RATE, lambda model: None),
-        Method("full + checkpointing", FULL_RATE, _checkpoint_blocks),
-        *(
-            Method(f"Back Razor {keep:g}", BACK_RAZOR_RATE, _back_razor(keep))
-            for keep in dict.fromkeys(keeps)
-        ),
+        Method(FULL, RATE, lambda model: None),
+        Method("full + checkpointing", RATE, _checkpoint_blocks),
+        *(Method(f"Back Razor {keep:g}", RATE, _back_razor(keep)) for keep in dict.fromkeys(keeps)),
     ]
 
 
