@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autograd import activation as _activation
 from .autograd import attention as _attention
 from .autograd import convolution as _convolution
 from .autograd import linear as _linear
 from .autograd import norm as _norm
-from .storage import Format, Quantized, TopK
+from .storage import Dense, Format, Quantized, TopK
 
 __all__ = [
     "dropout",
@@ -257,7 +257,8 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
         TypeError: an operand is no dense floating-point tensor.
         ValueError: shapes do not fit.
 
-    Memory: ``format.nbytes`` of each operand whose partner needs a gradient.
+    Memory: ``format.nbytes`` of each operand whose partner needs a gradient; an operand that is a
+    parameter is there anyway and is kept by reference, exactly.
     """
     _check_tensors("matmul", a=a, b=b)
     _check_format("matmul", format)
@@ -270,8 +271,9 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     need_a, need_b = _needs(a, b)
     if not (need_a or need_b) or a.dim() < 2 or b.dim() < 2:
         return torch.matmul(a, b)
+    format_a, format_b = (Dense() if isinstance(t, nn.Parameter) else format for t in (a, b))
     (a, _), (b, _) = _autocast(a), _autocast(b)
-    return _linear.MatmulFunction.apply(a, b, format, need_a, need_b)
+    return _linear.MatmulFunction.apply(a, b, format_a, format_b, need_a, need_b)
 
 
 def scaled_dot_product_attention(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
+from torch.nn.parameter import UninitializedTensorMixin
 
 __all__ = [
     "Profile",
@@ -72,16 +73,15 @@ class SavedTensors:
     def _enter_module(self, module: nn.Module, _inputs: object) -> None:
         self._running.append(self._names.get(module, type(module).__name__))
         for t in (*module.parameters(), *module.buffers()):
-            if t.layout == torch.strided:
-                self._own.add(t.untyped_storage().data_ptr())
+            self._own.update(storage.data_ptr() for storage in _storages_of(t))
 
     def _leave_module(self, *_: object) -> None:
         self._running.pop()
 
     def _pack(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
         layer = self._running[-1] if self._running else ""
-        self._storages.setdefault(storage.data_ptr(), (layer, storage))
+        for storage in _storages_of(t):
+            self._storages.setdefault(storage.data_ptr(), (layer, storage))
         return t
 
     @property
@@ -97,6 +97,21 @@ class SavedTensors:
     def bytes(self) -> int:
         """All of them together."""
         return sum(self.by_layer.values())
+
+
+def _storages_of(t: Tensor) -> list[torch.UntypedStorage]:
+    """The storages behind a tensor: one, or those of a sparse tensor's parts."""
+    if isinstance(t, UninitializedTensorMixin):
+        return []
+    if t.layout == torch.sparse_coo:
+        parts = (t._indices(), t._values())
+    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = (t.crow_indices(), t.col_indices(), t.values())
+    elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = (t.ccol_indices(), t.row_indices(), t.values())
+    else:
+        parts = (t,)
+    return [part.untyped_storage() for part in parts]
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

@@ -54,6 +54,27 @@ def test_frozen_parameters_are_left_out_too():
     assert saved_bytes(layer, torch.randn(3, 7, requires_grad=True)) == 0
 
 
+def test_sparse_tensors_are_counted_by_their_parts():
+    sparse = torch.eye(6).to_sparse()
+    x = torch.randn(6, 4, requires_grad=True)
+    assert saved_bytes(lambda: torch.sparse.mm(sparse, x)) == 2 * 6 * 8 + 6 * 4
+
+
+def test_a_lazy_layer_is_counted_from_its_first_run_on():
+    layer = nn.LazyLinear(3)
+    assert saved_bytes(layer, torch.randn(5, 8)) == 4 * 5 * 8
+
+
+def test_what_counts_twice_counts_once_between_layers_too():
+    """The first to save a storage is the layer it is counted for."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
+    x = torch.randn(5, 8)
+    with SavedTensors(model) as saved:
+        out = model["a"](x) + model["b"](x)
+    assert saved.by_layer == {"a": 160}
+    del out
+
+
 def test_layers_have_their_names_and_the_sum_is_the_total():
     model = nn.Sequential()
     model.add_module("first", nn.Linear(8, 16))

@@ -52,20 +52,20 @@ class LinearFunction(torch.autograd.Function):
 
 
 class MatmulFunction(torch.autograd.Function):
-    """y = a b (batched), both operands kept in ``format``; attention written out by hand.
+    """y = a b (batched), each operand kept in its format; attention written out by hand.
 
-    Memory: ``format.nbytes`` of each operand whose partner needs a gradient.
+    Memory: its format's ``nbytes`` of each operand whose partner needs a gradient.
     """
 
     @staticmethod
-    def forward(a, b, format, need_a, need_b):
+    def forward(a, b, format_a, format_b, need_a, need_b):
         return torch.matmul(a, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, format, need_a, need_b = inputs
+        a, b, format_a, format_b, need_a, need_b = inputs
         ctx.shapes = a.shape, b.shape
-        keep(ctx, (a if need_b else None, format), (b if need_a else None, format))
+        keep(ctx, (a if need_b else None, format_a), (b if need_a else None, format_b))
 
     @staticmethod
     @first_order
@@ -76,4 +76,4 @@ class MatmulFunction(torch.autograd.Function):
             grad_a = (grad_out @ b.unpack().transpose(-2, -1)).sum_to_size(ctx.shapes[0])
         if a is not None and ctx.needs_input_grad[1]:
             grad_b = (a.unpack().transpose(-2, -1) @ grad_out).sum_to_size(ctx.shapes[1])
-        return grad_a, grad_b, None, None, None
+        return grad_a, grad_b, None, None, None, None

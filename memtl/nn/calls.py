@@ -25,10 +25,18 @@ from .layers import Layer, forward_owner
 Formats = dict[str, Format]
 
 
-def _softmax(format: Format, x, dim=None, _stacklevel=3, dtype=None):
-    if not isinstance(dim, int):  # the implicit or a named dimension: left to torch
-        return F.softmax(x, dim, dtype=dtype)
-    return functional.softmax(x, dim, dtype, format=format)
+# Each takes the arguments of the functions it stands for, and answers NotImplemented to those that
+# are to stay torch's: in place, into `out`, along a named dimension.
+
+
+def _softmax(format: Format, input, dim=None, dtype=None, **rest):
+    if rest or not isinstance(dim, int):
+        return NotImplemented
+    return functional.softmax(input, dim, dtype, format=format)
+
+
+def _functional_softmax(format: Format, input, dim=None, _stacklevel=3, dtype=None):
+    return _softmax(format, input, dim, dtype)
 
 
 def _attention(format: Format, *args, **kwargs):
@@ -44,23 +52,22 @@ def _gelu(format: Format, input, *, approximate="none"):
 
 
 def _silu(format: Format, input, inplace=False):
-    return F.silu(input, True) if inplace else functional.silu(input, format=format)
+    return NotImplemented if inplace else functional.silu(input, format=format)
 
 
 def _relu(format: Format, input, inplace=False):
-    return F.relu(input, True) if inplace else functional.relu(input)
+    return NotImplemented if inplace else functional.relu(input)
 
 
 def _dropout(format: Format, input, p=0.5, training=True, inplace=False):
-    if inplace:
-        return F.dropout(input, p, training, True)
-    return functional.dropout(input, p, training)
+    return NotImplemented if inplace else functional.dropout(input, p, training)
 
 
-def _matmul(format: Format, a, b, *args, **kwargs):
-    if args or kwargs:
-        return torch.matmul(a, b, *args, **kwargs)
-    return functional.matmul(a, b, format=format)
+def _matmul(format: Format, input, other=None, *, mat2=None, **rest):
+    other = mat2 if other is None else other
+    if rest or not isinstance(other, Tensor):
+        return NotImplemented
+    return functional.matmul(input, other, format=format)
 
 
 def _without_dispatch(function: Any) -> Callable:
@@ -77,14 +84,13 @@ _multi_head_attention_forward = _without_dispatch(F.multi_head_attention_forward
 
 CALLS: dict[Callable, tuple[str, Callable]] = {
     F.scaled_dot_product_attention: ("attention", _attention),
-    F.softmax: ("attention", _softmax),
+    F.softmax: ("attention", _functional_softmax),
     torch.softmax: ("attention", _softmax),
     Tensor.softmax: ("attention", _softmax),
     torch.matmul: ("attention", _matmul),
     torch.bmm: ("attention", _matmul),
     Tensor.matmul: ("attention", _matmul),
     Tensor.bmm: ("attention", _matmul),
-    Tensor.__matmul__: ("attention", _matmul),
     F.linear: ("linear", _linear),
     F.gelu: ("activation", _gelu),
     F.silu: ("activation", _silu),
@@ -112,9 +118,20 @@ class FunctionFormats(TorchFunctionMode):
                 with self:
                     return _multi_head_attention_forward(*args, **kwargs)
             role, replacement = CALLS[func]
-            if role in self.formats:
-                return replacement(self.formats[role], *args, **kwargs)
+            if role in self.formats and _served(*args, *kwargs.values()):
+                result = replacement(self.formats[role], *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         return func(*args, **kwargs)
+
+
+def _served(*arguments: Any) -> bool:
+    """Whether memtl's functions take these: torch's also know integers, complex and sparse."""
+    return all(
+        t.layout == torch.strided and (t.is_floating_point() or t.dtype == torch.bool)
+        for t in arguments
+        if isinstance(t, Tensor)
+    )
 
 
 class CallsLayer(Layer):
@@ -179,11 +196,13 @@ def _function_calls(function: types.FunctionType, depth: int) -> tuple[set[Calla
             else:
                 value = _METHODS.get(step.argval) if value is None else None
         elif step.opname.startswith("LOAD_FAST"):
-            value, on_self = None, step.argval == "self"
+            # Python 3.13 loads two at once.
+            name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+            value, on_self = None, name == "self"
             continue
         elif step.opname in ("BINARY_OP", "BINARY_MATRIX_MULTIPLY"):
             matmul = step.opname == "BINARY_MATRIX_MULTIPLY" or step.argrepr == "@"
-            value, on_self = (Tensor.__matmul__ if matmul else None), False
+            value, on_self = (Tensor.matmul if matmul else None), False  # as modes see it
         else:
             value, on_self = None, False
             continue

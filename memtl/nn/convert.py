@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..storage import Format
 from .calls import CALLS, CallsLayer, calls_of
@@ -105,18 +106,19 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if unknown := sorted(set(formats) - set(ROLES)):
         raise ValueError(f"roles must be among {ROLES}, got {unknown}")
-    modules = {_plain(name): module for name, module in model.named_modules()}
-    if done := sum(map(is_swapped, modules.values())):
+    modules = [(_plain(name), module) for name, module in model.named_modules()]
+    if done := sum(is_swapped(module) for _, module in modules):
         raise ValueError(
             f"this model is already converted ({done} modules): memtl.unconvert(model) first"
         )
-    targeted = _matching(modules, target_modules, "target_modules")
-    excluded = _matching(modules, exclude_modules, "exclude_modules") if exclude_modules else set()
+    names = [name for name, _ in modules]
+    targeted = _matching(names, target_modules, "target_modules")
+    excluded = _matching(names, exclude_modules, "exclude_modules") if exclude_modules else set()
     chosen = {role: format for role, format in formats.items() if format is not None}
 
     plan: list[tuple[nn.Module, type, dict]] = []
     rows: list[Row] = []
-    for name, module in modules.items():
+    for name, module in modules:
         kind = type(module).__name__
         if name in excluded or name not in targeted:
             if _is_leaf(module):
@@ -138,6 +140,8 @@ def convert(
 
 def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]):
     """What happens to one module: its row in the report, and mixin and attributes of the swap."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return Row(name, kind, reason="its parameters are not initialised yet"), None
     mixin = layer_for(module)
     if mixin is not None:
         if (reason := mixin.refuses(module)) is not None:

@@ -57,6 +57,10 @@ def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
 
 @layer("linear", "torch.nn.modules.linear.Linear")
 class LinearLayer(Layer):
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return None if module.weight.is_floating_point() else f"computes in {module.weight.dtype}"
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, format=self.memtl_format)
 
@@ -73,6 +77,8 @@ class TransposedLinearLayer(Layer):
 class PatchConvolutionLayer(Layer):
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
+        if not module.weight.is_floating_point():
+            return f"computes in {module.weight.dtype}"
         plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1)
         if module.stride == module.kernel_size and plain and module.groups == 1:
             return None
@@ -203,6 +209,8 @@ class MaskLayer(ActivationLayer):
 @layer("activation", "torch.nn.modules.activation.ReLU")
 class ReLULayer(MaskLayer):
     def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            return nn.functional.relu(input)
         return functional.relu(input)
 
 

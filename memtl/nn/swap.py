@@ -16,7 +16,8 @@ def swapped_class(mixin: type, original: type) -> type:
     def reduce(self: nn.Module, protocol: Any) -> tuple:
         # A class made at run time cannot be found by its name: copying and pickling go through the
         # pair that made it.
-        return _rebuild, (mixin, original), self.__getstate__()
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # 3.10
+        return _rebuild, (mixin, original), state
 
     namespace = {
         "__module__": original.__module__,

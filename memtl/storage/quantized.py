@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -37,13 +38,17 @@ class Quantized(Format):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS or type(self.bits) is not int:
             raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise TypeError(f"seed must be a 64-bit integer, got {self.seed!r}")
         if self.range is not None:
-            lo, hi = self.range
-            if not lo < hi:
-                raise ValueError(f"range must be (lo, hi) with lo < hi, got {self.range}")
-            object.__setattr__(self, "range", (float(lo), float(hi)))  # a list, from JSON
+            if not isinstance(self.range, (tuple, list)) or len(self.range) != 2:
+                raise TypeError(f"range must be None or (lo, hi), got {self.range!r}")
+            lo, hi = map(float, self.range)
+            if not (lo < hi and math.isfinite(hi - lo)):
+                raise ValueError(f"range must be (lo, hi), finite, lo < hi, got {self.range}")
+            object.__setattr__(self, "range", (lo, hi))  # a list, from JSON
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.range is None:

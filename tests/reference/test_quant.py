@@ -156,14 +156,15 @@ def test_a_group_with_anything_not_finite_reads_back_as_nan(ops, bits, bad):
 
 @EVERY_BITS
 @pytest.mark.parametrize("ends", [(-3e38, 3e38), (3.39e38, 3.4e38), (-3.4e38, 0.0), (0.0, 3.4e38)])
-def test_the_largest_numbers_read_back_close_or_as_nan(ops, bits, ends):
+def test_the_largest_numbers_read_back_close_or_not_finite(ops, bits, ends):
     x = torch.linspace(0, 1, 64).double().mul(ends[1] - ends[0]).add(ends[0]).float()
     codes, params = ops.quant_pack(x, bits, 0)
     dense = ops.quant_unpack(codes, params, bits, [64], torch.float32)
-    if dense.isnan().any():
-        assert dense.isnan().all()
-    else:
-        assert_within(dense.double(), x, params.double()[0, 0] * (1 + 1e-5))
+    step = params.double()[0, 0]
+    assert step.isfinite() or dense.isnan().all()
+    finite = dense.isfinite()  # an end rounded outward may decode beyond float32
+    assert_within(dense[finite], x[finite], step * (1 + 1e-5))
+    assert (x[dense.isinf()].abs() > 3.3e38).all()
 
 
 @EVERY_BITS

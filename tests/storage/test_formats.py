@@ -1,151 +1,347 @@
-"""Formats: what they keep to the byte, what comes back, and what they are as values."""
+"""What every format promises: sizes, descriptions, JSON, and a packed tensor that reads back."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
-from memtl.storage import Bits, Dense, Quantized, TopK, format_from_dict, pack
-from tests.helpers import FORMATS
+from memtl.storage import Bits, Dense, Format, Packed, Quantized, TopK, format_from_dict, pack
+from memtl.storage.format import _KINDS
+from tests.helpers import FORMATS, assert_same, assert_within, gamma
 
-SHAPES = [(0,), (1,), (7,), (5, 0), (3, 63), (4, 64), (2, 255), (2, 256), (3, 257), (2, 3, 600),
-          (2, 5, 3, 8)]  # fmt: skip
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+EVERY_FORMAT = {
+    **FORMATS,
+    "dense-fp32": Dense("fp32"),
+    "dense-fp16": Dense("fp16"),
+    "topk-3-percent": TopK(0.03),
+    "topk-everything": TopK(1.0),
+    "topk-bf16-bitmap": TopK(0.6, values="bf16"),
+    "topk-sample-int8": TopK(0.03, scope="sample"),
+    "topk-sample-bitmap": TopK(0.4, scope="sample", values="fp32"),
+    "range": Quantized(4, (-0.1, 1.1)),
+    "range-2-bit": Quantized(2, (-10.0, 10.0), seed=9),
+}
+EVERY = pytest.mark.parametrize("format", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (8,),
+    (255,),
+    (256,),
+    (257,),
+    (600,),
+    (3, 1),
+    (1, 300),
+    (5, 256),
+    (2, 3, 600),
+    (4, 7, 7),
+    (2, 3, 5, 64),
+    (3, 0),
+    (2, 0, 5),
+]
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bytes_are_exactly_those_announced_and_the_shape_comes_back(name, shape, dtype):
-    format = FORMATS[name]
-    x = torch.randn(shape).to(dtype)
+@EVERY
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_nbytes_is_exact(format, dtype):
+    for shape in map(torch.Size, SHAPES):
+        packed = pack(torch.randn(shape, dtype=torch.float64).to(dtype), format)
+        assert packed.nbytes == format.nbytes(shape, dtype), shape
+        assert all(t.is_contiguous() for t in packed.tensors)
+        own = sum(t.untyped_storage().nbytes() for t in packed.tensors)
+        assert own == packed.nbytes, "a packed tensor is a view of something larger"
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_unpack_gives_shape_and_dtype_back(format, dtype):
+    for shape in map(torch.Size, SHAPES):
+        x = torch.randn(shape, dtype=torch.float64).to(dtype)
+        packed = pack(x, format)
+        assert packed.shape == shape and packed.dtype == dtype
+        dense = packed.unpack()
+        assert dense.shape == shape and dense.dtype == dtype and dense.isfinite().all()
+        for other in (torch.float32, torch.bfloat16):
+            assert packed.unpack(other).dtype == other
+
+
+@EVERY
+def test_packing_keeps_no_reference_to_a_lossy_input(format):
+    if format == Dense():
+        pytest.skip("by reference is what it promises")
+    x = torch.randn(2, 300, dtype=torch.float64)
     packed = pack(x, format)
-    assert packed.nbytes == format.nbytes(x.shape, dtype)
-    back = packed.unpack()
-    assert back.shape == x.shape
-    assert back.dtype == dtype
-    assert back.is_contiguous()
+    expected = packed.unpack()
+    x.fill_(7)
+    assert_same(packed.unpack(), expected)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_layout_of_memory_does_not_matter(name):
-    format = FORMATS[name]
+@EVERY
+@pytest.mark.parametrize("shape", [(9, 60), (2, 9, 257), (4, 300), (5,)])
+def test_weight_grad_is_the_product_with_the_unpacked_tensor(format, shape):
+    x = torch.randn(shape)
+    packed = pack(x, format)
+    g = torch.randn(*shape[:-1], 11)
+    got = packed.weight_grad(g)
+    assert got.dtype == torch.float32
+    dense = packed.unpack().double().reshape(-1, shape[-1])
+    rows = g.double().reshape(-1, 11)
+    assert_within(got, rows.T @ dense, gamma(len(rows) + 3) * (rows.T.abs() @ dense.abs()))
+
+
+@EVERY
+def test_the_layout_of_memory_does_not_matter(format):
     x = torch.randn(4, 6, 5, 64)
     for view in (x.transpose(1, 3), x.contiguous(memory_format=torch.channels_last), x[:, ::2]):
-        assert torch.equal(pack(view, format).unpack(), pack(view.contiguous(), format).unpack())
+        assert_same(pack(view, format).unpack(), pack(view.contiguous(), format).unpack())
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("shape", [(1, 1), (9, 64), (6, 257), (2, 5, 600)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_weight_gradient_is_that_of_what_unpacks(name, shape, dtype):
-    format = FORMATS[name]
-    x = torch.randn(shape).to(dtype)
-    packed = pack(x, format)
-    grad_out = torch.randn(*shape[:-1], 11).to(dtype)
-    found = packed.weight_grad(grad_out)
-    stored = packed.unpack(torch.float64 if dtype == torch.float32 else None).double()
-    stored, g = stored.view(-1, shape[-1]), grad_out.double().view(-1, 11)
-    # A sum of T products, in float32 (in bfloat16 for the dense product of bfloat16 operands).
-    rounding = torch.finfo(torch.float32 if not name.startswith(("d", "8", "4", "2")) else dtype)
-    bound = (g.abs().t() @ stored.abs()) * (g.shape[0] + 2) * rounding.eps + 1e-30
-    if dtype == torch.bfloat16 and name.startswith("topk"):  # unpacked to bfloat16 above
-        bound = bound + (g.abs().t() @ stored.abs()) * 2**-8
-    assert found.dtype == torch.float32
-    assert found.shape == (11, shape[-1])
-    assert ((found.double() - g.t() @ stored).abs() <= bound).all()
-
-
-def test_top_k_needs_fewer_bytes_by_bitmap_above_an_eighth():
-    shape, dtype = torch.Size((10, 256)), torch.float32
-    for keep in (0.03, 0.1, 0.125, 0.13, 0.25, 1.0):
-        format = TopK(keep, values="bf16")
-        k = max(1, round(keep * 256))
-        assert format.nbytes(shape, dtype) == 10 * (2 * k + min(k, 32))
-
-
-def test_bits_an_element_as_documented():
-    elements = torch.Size((64, 768))
-    for format, bits in ((TopK(0.1), 1.6875), (TopK(0.03), 0.5625), (Quantized(4), 4.5)):
-        assert 8 * format.nbytes(elements, torch.float32) / elements.numel() == bits
-    fixed = Quantized(4, range=(0.0, 1.0))
-    assert 8 * fixed.nbytes(elements, torch.float32) / elements.numel() == 4
-    assert 8 * Bits().nbytes(elements, torch.bool) / elements.numel() == 1
-
-
-@pytest.mark.parametrize(
-    "format",
-    [*FORMATS.values(), Bits(), TopK(), Quantized(8, range=(-0.13, 1.13), seed=5)],
-    ids=str,
-)
-def test_json_round_trip(format):
-    assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
-    assert hash(format) == hash(dataclasses.replace(format))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        format.kind = "other"
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({}, "kind must be one of .* got None"),
-        ({"kind": "zip"}, "kind must be one of .* got 'zip'"),
-        ({"kind": "topk", "kep": 0.1}, r"'topk' has no field \['kep'\]"),
-        ({"kind": "topk", "keep": 2}, r"keep must be in \(0, 1\], got 2"),
-        ({"kind": "quantized", "bits": 5}, "bits must be one of .* got 5"),
-    ],
-)
-def test_bad_descriptions(data, message):
-    with pytest.raises(ValueError, match=message):
-        format_from_dict(data)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: TopK(0), ValueError, r"keep must be in \(0, 1\], got 0"),
-        (lambda: TopK(1.01), ValueError, r"got 1.01"),
-        (lambda: TopK(-0.1), ValueError, r"got -0.1"),
-        (lambda: TopK(float("nan")), ValueError, "got nan"),
-        (lambda: TopK(True), TypeError, "got bool"),
-        (lambda: TopK("0.1"), TypeError, "got str"),
-        (lambda: TopK(0.1, scope="row"), ValueError, "scope must be one of"),
-        (lambda: TopK(0.1, values="int4"), ValueError, "values must be one of"),
-        (lambda: Quantized(3), ValueError, "bits must be one of"),
-        (lambda: Quantized(4, range=(1.0, 0.0)), ValueError, "lo < hi"),
-        (lambda: Dense("int8"), ValueError, "dtype must be None or one of"),
-        (lambda: TopK().pack(torch.randn(2, 3)), ValueError, "keep is not set"),
-    ],
-)
-def test_bad_formats(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_what_is_not_finite_never_reads_back_as_a_plausible_number(format, value):
+    x = torch.randn(4, 256)
+    x[1, 100] = value
+    back = pack(x, format).unpack()
+    if isinstance(format, Quantized):  # the whole group says so
+        assert back[1, 64:128].isnan().all()
+        assert back[1, :64].isfinite().all()
+    else:
+        assert_same(back[1, 100], torch.tensor(value))
+        assert back[0].isfinite().all()
 
 
 def test_everything_kept_in_float32_is_exact():
     x = torch.randn(5, 300)
-    assert torch.equal(pack(x, TopK(1.0, values="fp32")).unpack(), x)
-    assert torch.equal(pack(x, TopK(1.0, values="fp32", scope="sample")).unpack(), x)
+    assert_same(pack(x, TopK(1.0, values="fp32")).unpack(), x)
+    assert_same(pack(x, TopK(1.0, "sample", "fp32")).unpack(), x)
 
 
-def test_a_mask_comes_back_as_it_was():
-    mask = torch.rand(3, 37) < 0.3
+@pytest.mark.parametrize("format", [TopK(), Bits()], ids=str)
+def test_json_of_what_is_open_and_of_masks(format):
+    assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
+
+
+@EVERY
+def test_json_round_trip(format):
+    text = json.dumps(format.to_dict())
+    again = format_from_dict(json.loads(text))
+    assert again == format and hash(again) == hash(format) and type(again) is type(format)
+    x = torch.randn(3, 300)
+    assert_same(pack(x, again).unpack(), pack(x, format).unpack())
+
+
+def test_formats_are_frozen_and_comparable():
+    assert len(set(EVERY_FORMAT.values())) == len(EVERY_FORMAT)
+    for format in EVERY_FORMAT.values():
+        for field in dataclasses.fields(format):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(format, field.name, None)
+
+
+def test_descriptions_are_short_and_different():
+    texts = {name: str(format) for name, format in EVERY_FORMAT.items()}
+    assert texts["topk-index"] == "topk 10% int8"
+    assert texts["topk-sample"] == "topk 10% fp16/sample"
+    assert texts["topk-3-percent"] == "topk 3% int8"
+    assert texts["4-bit"] == "4-bit" and texts["range"] == "4-bit fixed range"
+    assert texts["dense"] == "dense" and texts["dense-bf16"] == "dense bf16"
+    assert str(TopK()) == "topk int8" and str(Bits()) == "1 bit"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({}, "format kind must be one of"),
+        ({"kind": "zip"}, "format kind must be one of .* got 'zip'"),
+        ({"kind": "topk", "kept": 0.1}, r"format 'topk' has no field \['kept'\]"),
+        ({"kind": "dense", "dtype": "int8"}, "dtype must be None or one of"),
+        ({"kind": "quantized", "bits": 3}, "bits must be one of"),
+        ({"kind": "topk", "keep": 2}, r"keep must be in \(0, 1\], got 2"),
+    ],
+)
+def test_bad_descriptions_are_refused(data, message):
+    before = dict(data)
+    with pytest.raises(ValueError, match=message):
+        format_from_dict(data)
+    assert data == before
+
+
+def test_a_format_of_ones_own_can_be_named():
+    @dataclasses.dataclass(frozen=True)
+    class Halved(Format):
+        kind = "test-halved"
+        factor: int = 2
+
+        def pack(self, x):
+            return (x[..., :: self.factor].clone(),)
+
+        def unpack(self, packed, shape, dtype):
+            dense = torch.zeros(shape, dtype=dtype)
+            dense[..., :: self.factor] = packed[0].to(dtype)
+            return dense
+
+        def nbytes(self, shape, dtype):
+            return shape[:-1].numel() * -(-shape[-1] // self.factor) * dtype.itemsize
+
+        def __str__(self):
+            return f"every {self.factor}th"
+
+    try:
+        assert format_from_dict({"kind": "test-halved", "factor": 3}) == Halved(3)
+        x, g = torch.randn(4, 8), torch.randn(4, 5)
+        packed = pack(x, Halved())
+        assert packed.nbytes == Halved().nbytes(x.shape, x.dtype) == 64
+        torch.testing.assert_close(packed.weight_grad(g), g.T @ packed.unpack())
+    finally:
+        del _KINDS["test-halved"]
+
+
+# ------------------------------------------------------------------------------------------- TopK
+
+
+@pytest.mark.parametrize("keep", [0.03, 0.1, 0.125, 0.13, 0.5, 1.0])
+@pytest.mark.parametrize("values, size", [("int8", 1), ("fp16", 2), ("bf16", 2), ("fp32", 4)])
+def test_topk_bytes_by_its_docstring(keep, values, size):
+    for rows, n in ((1, 256), (4, 600), (3, 7), (2, 257), (5, 768), (1, 1)):
+        kept = sum(
+            max(1, math.floor(length * keep + 0.5))
+            for length in [256] * (n // 256) + [n % 256] * (n % 256 > 0)
+        )
+        blocks = -(-n // 256)
+        index, bitmap = kept, -(-n // 8)
+        per_row = kept * size + min(index, bitmap) + (2 * blocks if values == "int8" else 0)
+        assert TopK(keep, values=values).nbytes(torch.Size((rows, n)), torch.float32) == (
+            rows * per_row
+        )
+
+
+def test_topk_bits_an_element_of_the_docstring():
+    shape = torch.Size((10, 256 * 30))
+    assert TopK(0.1).nbytes(shape, torch.float32) * 8 / shape.numel() == 1.6875
+    assert TopK(0.03).nbytes(shape, torch.float32) * 8 / shape.numel() == 0.5625
+
+
+@pytest.mark.parametrize("keep", [0.03, 0.1, 0.3, 0.9, 1.0])
+def test_topk_sample_bytes(keep):
+    for batch, n in ((2, 600), (3, 7), (1, 1536)):
+        pruned = min(max(int(n * (1 - keep) + 1e-9), 1), n)
+        kept = n - pruned + 1
+        positions = min(kept, -(-n // 8)) if kept != n / 8 else kept
+        expected = batch * (2 * kept + positions + 2 * -(-n // 256))
+        shape = torch.Size((batch, n))
+        assert TopK(keep, "sample", "fp16").nbytes(shape, torch.float32) == expected
+
+
+def test_topk_sample_threshold_is_over_the_whole_sample():
+    x = torch.randn(3, 4, 100)
+    x[:, 0] *= 100  # all that is kept stands in the first token
+    dense = pack(x, TopK(0.2, "sample", "fp32")).unpack()
+    assert_same(dense[:, 0].ne(0).sum(1), torch.tensor([81, 81, 81]))
+    assert not dense[:, 1:].any()
+    blocks = pack(x, TopK(0.2, "block", "fp32")).unpack()
+    assert_same(blocks.ne(0).sum(2), torch.full((3, 4), 20))
+
+
+def test_topk_of_a_vector_is_one_sample():
+    x = torch.randn(50)
+    dense = pack(x, TopK(0.2, "sample", "fp32")).unpack()
+    magnitudes = x.abs().sort().values
+    assert_same(dense != 0, x.abs() >= magnitudes[40 - 1])
+
+
+def test_topk_resolve_fills_in_what_is_open():
+    assert TopK().resolve(0.3) == TopK(0.3)
+    assert TopK(0.1).resolve(0.3) == TopK(0.1)
+    assert Quantized(2).resolve(0.3) == Quantized(2)
+    with pytest.raises(ValueError, match=r"keep is not set: give a fraction in \(0, 1\]"):
+        TopK().pack(torch.randn(3))
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.0001, math.nan, math.inf])
+def test_topk_refuses_what_is_no_fraction(keep):
+    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got"):
+        TopK(keep)
+
+
+@pytest.mark.parametrize("keep", [True, "0.1", [0.1]])
+def test_topk_refuses_what_is_no_number(keep):
+    with pytest.raises(TypeError, match=r"keep must be a number in \(0, 1\], got"):
+        TopK(keep)
+
+
+@pytest.mark.parametrize("options", [{"scope": "row"}, {"values": "fp8"}, {"scope": None}])
+def test_topk_refuses_unknown_choices(options):
+    with pytest.raises(ValueError, match="must be one of .* got"):
+        TopK(0.1, **options)
+
+
+# -------------------------------------------------------------------------------- Quantized, Dense
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_quantized_bytes_by_its_docstring(bits):
+    for n in (0, 1, 63, 64, 65, 1000):
+        groups = math.ceil(n / 64)
+        shape = torch.Size((n,))
+        assert Quantized(bits).nbytes(shape, torch.float32) == groups * (8 * bits + 4)
+        fixed = Quantized(bits, (0.0, 1.0))
+        assert fixed.nbytes(shape, torch.float32) == groups * 8 * bits
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 16, True, "4", None, 4.0])
+def test_quantized_refuses_other_widths(bits):
+    with pytest.raises((TypeError, ValueError), match="bits must be"):
+        Quantized(bits)
+
+
+@pytest.mark.parametrize(
+    "range", [(1.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (0.0, math.inf), (1.0,), 3.0]
+)
+def test_quantized_refuses_what_is_no_range(range):
+    with pytest.raises((TypeError, ValueError), match="range must be"):
+        Quantized(4, range)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None])
+def test_quantized_refuses_what_is_no_seed(seed):
+    with pytest.raises(TypeError, match="seed must be"):
+        Quantized(4, seed=seed)
+
+
+def test_quantized_seed_decides_the_rounding():
+    x = torch.randn(1000)
+    assert_same(pack(x, Quantized(4, seed=3)).unpack(), pack(x, Quantized(4, seed=3)).unpack())
+    assert not torch.equal(pack(x, Quantized(4, seed=3)).unpack(), pack(x, Quantized(4)).unpack())
+
+
+def test_dense_keeps_the_tensor_or_a_cast():
+    x = torch.randn(5, 6)
+    packed = pack(x, Dense())
+    assert packed.tensors[0] is x
+    assert_same(pack(x, Dense("bf16")).unpack(), x.bfloat16().float())
+    assert_same(pack(x, Dense("fp16")).tensors[0], x.half())
+    with pytest.raises(ValueError, match=r"dtype must be None or one of .* got 'int8'"):
+        Dense("int8")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 43), (0, 4)])
+def test_bits_round_trip(shape):
+    mask = torch.rand(shape) < 0.5
     packed = pack(mask, Bits())
-    assert torch.equal(packed.unpack(), mask)
-    assert packed.nbytes == 14
+    assert packed.nbytes == Bits().nbytes(mask.shape, mask.dtype) == -(-mask.numel() // 8)
+    assert_same(packed.unpack(), mask)
+    x = torch.randn(shape)
+    assert_same(Bits().apply(packed.tensors, x, 2.0), torch.where(mask, x * 2, 0.0))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_is_not_finite_never_reads_back_as_a_plausible_number(name, value):
-    x = torch.randn(4, 256)
-    x[1, 100] = value
-    back = pack(x, FORMATS[name]).unpack()
-    found = back[1, 100].item()
-    if FORMATS[name].kind == "quantized":  # the whole group says so
-        assert back[1, 64:128].isnan().all()
-        assert back[1, :64].isfinite().all()
-    else:
-        assert found == value or (found != found and value != value)
-        assert back[0].isfinite().all()
+def test_packed_is_frozen():
+    packed = pack(torch.randn(3), Dense())
+    assert isinstance(packed, Packed)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        packed.dtype = torch.float16
