@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "Profile",
@@ -101,8 +101,9 @@ class SavedTensors:
 
 def _storages_of(t: Tensor) -> list[torch.UntypedStorage]:
     """The storages behind a tensor: one, or those of a sparse tensor's parts."""
-    if isinstance(t, UninitializedTensorMixin):
+    if is_lazy(t):  # has no storage yet
         return []
+    parts: tuple[Tensor, ...]
     if t.layout == torch.sparse_coo:
         parts = (t._indices(), t._values())
     elif t.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -58,7 +58,7 @@ def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
 @layer("linear", "torch.nn.modules.linear.Linear")
 class LinearLayer(Layer):
     @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
+    def refuses(cls, module: Any) -> str | None:
         return None if module.weight.is_floating_point() else f"computes in {module.weight.dtype}"
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class TransposedLinearLayer(Layer):
 @layer("convolution", "torch.nn.modules.conv.Conv2d")
 class PatchConvolutionLayer(Layer):
     @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
+    def refuses(cls, module: Any) -> str | None:
         if not module.weight.is_floating_point():
             return f"computes in {module.weight.dtype}"
         plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1)
