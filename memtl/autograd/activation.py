@@ -1,4 +1,9 @@
-"""Elementwise activations: what backward needs is the derivative, a number in a known range."""
+"""Elementwise activations: what backward needs is the derivative, a number in a known range; where
+it takes two values only, one bit.
+
+Everything works in place too: what backward needs is then packed before x is overwritten, and
+handed to the Function.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Bits, Quantized
+from ..storage import Bits, Dense, Format, Packed, Quantized, pack
 from .keep import first_order, keep, kept
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An elementwise function, its derivative, and bounds of that derivative."""
+    """An elementwise function with its parameters bound, its derivative, and bounds of that.
 
-    forward: Callable[[Tensor], Tensor]
+    ``forward(x, inplace)``. ``flat``: the derivative is 0 or 1 over whole ranges of x; the codes
+    then have both among their levels, so that those elements are stored exactly.
+    """
+
+    forward: Callable[..., Tensor]
     derivative: Callable[[Tensor], Tensor]
     lo: float
     hi: float
+    flat: bool = False
+
+    def range(self, bits: int) -> tuple[float, float]:
+        """The range of a code of so many bits."""
+        levels = 2**bits - 2
+        steps = levels
+        while self.flat and steps > 0:  # so many steps to 1: the most that still span the bounds
+            below, above = math.ceil(-self.lo * steps - 1e-9), math.ceil(self.hi * steps - 1e-9)
+            if below + above <= levels:
+                return -below / steps, (levels - below) / steps
+            steps -= 1
+        return self.lo, self.hi
 
 
-def _gelu_derivative(approximate: str) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+def _plain(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """For a function that torch has no in-place form of."""
+    return lambda x, inplace=False: x.copy_(forward(x)) if inplace else forward(x)
+
+
+def _methods(out_of_place: Callable, in_place: Callable) -> Callable[..., Tensor]:
+    return lambda x, inplace=False: (in_place if inplace else out_of_place)(x)
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        _plain(lambda x: F.gelu(x, approximate=approximate)),
+        lambda x: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),
+        -0.13,
+        1.13,
+    )
 
 
 def _gelu_new(x: Tensor) -> Tensor:  # transformers' NewGELUActivation, operation by operation
@@ -34,22 +71,120 @@ def _gelu_new(x: Tensor) -> Tensor:  # transformers' NewGELUActivation, operatio
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(torch.ones_like(x), x)
+    return aten.silu_backward(torch.ones_like(x), x)
+
+
+def _elu(alpha: float = 1.0) -> Activation:
+    return Activation(
+        lambda x, inplace=False: F.elu(x, alpha, inplace),
+        lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x),
+        min(0.0, alpha),
+        max(1.0, alpha),
+        flat=True,
+    )
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+
+
+def _selu() -> Activation:
+    return Activation(
+        lambda x, inplace=False: F.selu(x, inplace),
+        lambda x: aten.elu_backward(torch.ones_like(x), SELU_ALPHA, SELU_SCALE, 1, False, x),
+        0.0,
+        SELU_ALPHA * SELU_SCALE,
+    )
+
+
+def _celu(alpha: float = 1.0) -> Activation:
+    return Activation(
+        lambda x, inplace=False: F.celu(x, alpha, inplace),
+        lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),
+        0.0,
+        1.0,
+        flat=True,
+    )
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    return Activation(
+        _plain(lambda x: F.softplus(x, beta, threshold)),
+        lambda x: aten.softplus_backward(torch.ones_like(x), x, beta, threshold),
+        0.0,
+        1.0,
+        flat=True,
+    )
+
+
+def _tanh_derivative(x: Tensor) -> Tensor:
+    return aten.tanh_backward(torch.ones_like(x), torch.tanh(x))
+
+
+def _sigmoid_derivative(x: Tensor) -> Tensor:
+    return aten.sigmoid_backward(torch.ones_like(x), torch.sigmoid(x))
 
 
 # The derivative of GELU lies in [-.1290, 1.1290], tanh form included; that of SiLU, x * sigmoid(x),
-# in [-.0999, 1.0999], and x * sigmoid(1.702 x) has the same one at 1.702 x.
-ACTIVATIONS = {
-    "gelu": Activation(F.gelu, _gelu_derivative("none"), -0.13, 1.13),
-    "gelu_tanh": Activation(
-        lambda x: F.gelu(x, approximate="tanh"), _gelu_derivative("tanh"), -0.13, 1.13
+# in [-.0999, 1.0999], and x * sigmoid(1.702 x) has the same one at 1.702 x; that of Mish in
+# [-.1131, 1.0885]. A key's value makes the Activation from the function's parameters.
+ACTIVATIONS: dict[str, Callable[..., Activation]] = {
+    "gelu": lambda: _gelu("none"),
+    "gelu_tanh": lambda: _gelu("tanh"),
+    "gelu_new": lambda: dataclasses.replace(_gelu("tanh"), forward=_plain(_gelu_new)),
+    "quick_gelu": lambda: Activation(
+        _plain(lambda x: x * torch.sigmoid(1.702 * x)),
+        lambda x: _silu_derivative(1.702 * x),
+        -0.1,
+        1.1,
     ),
-    "gelu_new": Activation(_gelu_new, _gelu_derivative("tanh"), -0.13, 1.13),
-    "quick_gelu": Activation(
-        lambda x: x * torch.sigmoid(1.702 * x), lambda x: _silu_derivative(1.702 * x), -0.1, 1.1
+    "silu": lambda: Activation(
+        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1
     ),
-    "silu": Activation(F.silu, _silu_derivative, -0.1, 1.1),
+    "mish": lambda: Activation(
+        lambda x, inplace=False: F.mish(x, inplace),
+        lambda x: aten.mish_backward(torch.ones_like(x), x),
+        -0.1132,
+        1.0886,
+    ),
+    "hardswish": lambda: Activation(
+        lambda x, inplace=False: F.hardswish(x, inplace),
+        lambda x: aten.hardswish_backward(torch.ones_like(x), x),
+        -0.5,
+        1.5,
+        flat=True,
+    ),
+    "elu": _elu,
+    "selu": _selu,
+    "celu": _celu,
+    "softplus": _softplus,
+    "tanh": lambda: Activation(
+        _methods(torch.tanh, Tensor.tanh_), _tanh_derivative, 0.0, 1.0, flat=True
+    ),
+    "sigmoid": lambda: Activation(
+        _methods(torch.sigmoid, Tensor.sigmoid_), _sigmoid_derivative, 0.0, 0.25
+    ),
+    "logsigmoid": lambda: Activation(
+        _plain(F.logsigmoid), lambda x: torch.sigmoid(-x), 0.0, 1.0, flat=True
+    ),
 }
+
+
+def activation(name: str, *parameters: float) -> Activation:
+    """The named function with its parameters."""
+    return ACTIVATIONS[name](*parameters)
+
+
+def derivative_format(act: Activation, format: Quantized) -> Quantized:
+    """The fixed-range code for an activation's derivative, of the bits that ``format`` says."""
+    return Quantized(format.bits, act.range(format.bits), format.seed)
+
+
+def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:
+    """What backward needs of an x that is about to be overwritten: the derivative under a
+    ``Quantized`` format, else x itself."""
+    if isinstance(format, Quantized):
+        return pack(act.derivative(x), derivative_format(act, format))
+    return pack(x.clone() if isinstance(format, Dense) else x, format)
 
 
 class ActivationFunction(torch.autograd.Function):
@@ -57,20 +192,27 @@ class ActivationFunction(torch.autograd.Function):
 
     Memory: under a ``Quantized`` format the derivative in a fixed-range code, numel * bits / 8
     bytes; under any other format x itself in that format, the derivative being taken in backward.
+    In place, ``packed`` are the tensors of :func:`pack_activation`, made before.
     """
 
     @staticmethod
-    def forward(x, name, format):
-        return ACTIVATIONS[name].forward(x)
+    def forward(x, name, parameters, format, inplace, *packed):
+        y = activation(name, *parameters).forward(x, inplace)
+        return x if inplace else y  # the very x: torch.compile wants to see it returned
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.name, format = inputs
-        activation = ACTIVATIONS[ctx.name]
+        x, ctx.name, ctx.parameters, format, inplace, *packed = inputs
+        ctx.num_packed = len(packed)
+        act = activation(ctx.name, *ctx.parameters)
         ctx.derivative_kept = isinstance(format, Quantized)
         if isinstance(format, Quantized):
-            fixed = Quantized(format.bits, (activation.lo, activation.hi), format.seed)
-            keep(ctx, (activation.derivative(x), fixed))
+            format = derivative_format(act, format)
+        if inplace:
+            ctx.mark_dirty(x)
+            keep(ctx, (Packed(format, tuple(packed), x.shape, x.dtype), format))
+        elif ctx.derivative_kept:
+            keep(ctx, (act.derivative(x), format))
         else:
             keep(ctx, (x, format))
 
@@ -80,26 +222,140 @@ class ActivationFunction(torch.autograd.Function):
         (saved,), _ = kept(ctx)
         value = saved.unpack()
         if not ctx.derivative_kept:
-            value = ACTIVATIONS[ctx.name].derivative(value)
-        return grad_out * value, None, None
+            value = activation(ctx.name, *ctx.parameters).derivative(value)
+        return grad_out * value, *(None,) * (4 + ctx.num_packed)
 
 
-class ReLUFunction(torch.autograd.Function):
-    """y = max(x, 0), exact. Memory: one bit an element."""
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """An elementwise function whose derivative is ``on`` where ``mask(x)``, elsewhere ``off``.
+
+    ``of_output``: the mask can be read off y as well as off x.
+    """
+
+    forward: Callable[..., Tensor]
+    mask: Callable[[Tensor], Tensor]
+    on: float = 1.0
+    off: float = 0.0
+    of_output: bool = True
+
+
+# Comparisons are torch's own, negated where it negates them: NaN lets its gradient through or not
+# as there.
+MASKS: dict[str, Callable[..., Mask]] = {
+    "relu": lambda: Mask(lambda x, inplace=False: F.relu(x, inplace), lambda y: ~(y <= 0)),
+    "relu6": lambda: Mask(
+        lambda x, inplace=False: F.relu6(x, inplace), lambda y: ~((y <= 0) | (y >= 6))
+    ),
+    "hardtanh": lambda lo, hi: Mask(
+        lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace), lambda y: ~((y <= lo) | (y >= hi))
+    ),
+    "hardsigmoid": lambda: Mask(
+        lambda x, inplace=False: F.hardsigmoid(x, inplace),
+        lambda x: (x > -3) & (x < 3),
+        on=1 / 6,
+        of_output=False,
+    ),
+    "leaky_relu": lambda slope: Mask(
+        lambda x, inplace=False: F.leaky_relu(x, slope, inplace),
+        lambda x: x > 0,
+        off=slope,
+        of_output=False,
+    ),
+    "threshold": lambda threshold, value: Mask(
+        lambda x, inplace=False: F.threshold(x, threshold, value, inplace),
+        lambda x: ~(x <= threshold),
+        of_output=False,
+    ),
+}
+
+
+def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | None:
+    """The mask as bits where only x, before it is overwritten, can tell it; else None."""
+    mask = MASKS[name](*parameters)
+    return None if mask.of_output else Bits().pack(mask.mask(x))[0]
+
+
+class MaskFunction(torch.autograd.Function):
+    """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
+
+    ``bits``: the packed mask, made before where y does not tell it and x is overwritten.
+    """
 
     @staticmethod
-    def forward(x):
-        return F.relu(x)
+    def forward(x, name, parameters, inplace, bits):
+        y = MASKS[name](*parameters).forward(x, inplace)
+        return x if inplace else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        keep(ctx, (~(output <= 0), Bits()))  # not (output > 0): NaN lets its gradient through
+        x, ctx.name, ctx.parameters, inplace, bits = inputs
+        mask = MASKS[ctx.name](*ctx.parameters)
+        if inplace:
+            ctx.mark_dirty(x)
+        if bits is not None:
+            keep(ctx, (Packed(Bits(), (bits,), x.shape, torch.bool), Bits()))
+        else:
+            keep(ctx, (mask.mask(output if mask.of_output else x), Bits()))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (mask,), _ = kept(ctx)
-        return mask.format.apply(mask.tensors, grad_out)
+        (bits,), _ = kept(ctx)
+        mask = MASKS[ctx.name](*ctx.parameters)
+        if mask.off:
+            on, off = grad_out * mask.on, grad_out * mask.off
+            grad_x = torch.where(bits.unpack(), on, off)
+        else:
+            grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
+        return grad_x, *(None,) * 4
+
+
+class PReLUFunction(torch.autograd.Function):
+    """y = max(x, 0) + w min(x, 0), w one number or one a channel (dimension 1).
+
+    The gradient of x is exact. Memory: one bit an element for it (and a reference to w), and
+    ``format.nbytes(x)`` for min(x, 0) where w trains.
+    """
+
+    @staticmethod
+    def forward(x, weight, format, need_x, need_weight):
+        return torch.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, format, need_x, need_weight = inputs
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        negative = x.clamp_max(0) if need_weight else None
+        pairs = ((x > 0 if need_x else None, Bits()), (negative, format))
+        keep(ctx, *pairs, exact=(weight if need_x else None,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (positive, negative), (weight,) = kept(ctx)
+        grad_x = grad_weight = None
+        if positive is not None and ctx.needs_input_grad[0]:
+            scaled = grad_out * per_channel(weight, grad_out.dim())
+            grad_x = torch.where(positive.unpack(), grad_out, scaled)
+        if negative is not None and ctx.needs_input_grad[1]:
+            wide = torch.promote_types(grad_out.dtype, torch.float32)
+            product = grad_out.to(wide) * negative.unpack(wide)
+            grad_weight = product.sum_to_size(per_channel_size(ctx.weight_shape, grad_out.dim()))
+            grad_weight = grad_weight.reshape(ctx.weight_shape).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def per_channel_size(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    """The shape by which [C] is laid along dimension 1 of a tensor of ``dim`` dimensions."""
+    if dim < 2 or shape.numel() == 1:
+        return (1,) * dim
+    return (1, shape.numel(), *(1,) * (dim - 2))
+
+
+def per_channel(t: Tensor, dim: int) -> Tensor:
+    """[C] laid along dimension 1."""
+    return t.reshape(per_channel_size(t.shape, dim))
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -128,5 +384,29 @@ class DropoutFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _bits):
-        scale = 1 / (1 - ctx.p) if ctx.p < 1 else 0.0
-        return Bits().apply(ctx.saved_tensors, grad_out, scale), None
+        return dropped(grad_out, ctx.saved_tensors, ctx.p), None
+
+
+class InPlaceDropoutFunction(torch.autograd.Function):
+    """x *= noise, the noise being mask / (1 - p), drawn before. Memory: one bit an element."""
+
+    @staticmethod
+    def forward(x, noise, bits, p):
+        x.mul_(noise)
+        return x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, bits, ctx.p = inputs
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(bits)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        return dropped(grad_out, ctx.saved_tensors, ctx.p), None, None, None
+
+
+def dropped(grad_out: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
+    """The gradient through dropout."""
+    return Bits().apply(bits, grad_out, 1 / (1 - p) if p < 1 else 0.0)

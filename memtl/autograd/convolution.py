@@ -1,34 +1,69 @@
-"""The patch convolution: kernel and stride equal, so that every input element is used once."""
+"""Convolutions: the input is needed for the weight gradient alone, and is kept in any format."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..storage.convolution import ConvGeometry, convolution_backward, shape_only
 from .keep import first_order, keep, kept
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """The forward: torch's own function."""
+    stride, padding, dilation, groups, transposed, output_padding = geometry
+    if transposed:
+        run = TRANSPOSED[geometry.dims]
+        return run(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return CONVOLUTIONS[geometry.dims](x, weight, bias, stride, padding, dilation, groups)
+
+
+def uses_each_input_once(kernel: Sequence[int], geometry: ConvGeometry) -> bool:
+    """Whether this cuts x into patches, no two of which have an element in common."""
+    stride, padding, dilation, groups, transposed, _ = geometry
+    if transposed or groups > 1 or any(padding) or max(dilation) > 1:
+        return False
+    return all(k <= s for k, s in zip(kernel, stride, strict=True)) and max(stride) > 1
+
+
+def _input_grad(grad_out: Tensor, x_shape: torch.Size, weight: Tensor, geometry) -> Tensor:
+    x, weight = shape_only(grad_out, x_shape), weight.to(grad_out.dtype)
+    return convolution_backward(grad_out, x, weight, geometry, [True, False, False])[0]
+
+
+def _bias_grad(grad_out: Tensor) -> Tensor:
+    return grad_out.sum((0, *range(2, grad_out.dim())))
 
 
 class PatchConvolutionFunction(torch.autograd.Function):
-    """A 2-d convolution that cuts x [B, C, H, W] into p x q patches: a linear layer on patches.
+    """A convolution that cuts x [B, C, ...] into patches: a linear layer on patches.
 
     Gradients of x and the bias are exact; the weight's is taken from the stored patches, packed as
-    a [B, patches, C p q] tensor. Memory: ``format.nbytes`` of it if the weight trains, else none.
+    a [B, patches, C p q] tensor. Memory: ``format.nbytes`` of it if the weight trains, else none:
+    what no patch covers, three quarters of the input of a 1x1 convolution of stride 2, is not kept.
     """
 
     @staticmethod
-    def forward(x, weight, bias, format, cast, need_x, need_weight):
+    def forward(x, weight, bias, format, cast, geometry, need_x, need_weight):
         if cast is not None:
             weight = weight.to(cast)
             bias = None if bias is None else bias.to(cast)
-        return F.conv2d(x, weight, bias, stride=weight.shape[2:])
+        return convolve(x, weight, bias, geometry)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, format, cast, need_x, need_weight = inputs
+        x, weight, bias, format, cast, ctx.geometry, need_x, need_weight = inputs
         ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = x.shape, weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        patches = cut_patches(x, weight.shape[2:]) if need_weight else None
+        stride = ctx.geometry.stride
+        patches = cut_patches(x, weight.shape[2:], stride) if need_weight else None
         keep(ctx, (patches, format), exact=(weight if need_x else None,))
 
     @staticmethod
@@ -37,30 +72,68 @@ class PatchConvolutionFunction(torch.autograd.Function):
         (patches,), (weight,) = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad_out,
-                grad_out.new_empty((1,)).expand(ctx.x_shape),  # only its shape is read
-                weight.to(grad_out.dtype),
-                None,
-                ctx.weight_shape[2:],
-                [0, 0],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-                [True, False, False],
-            )[0]
+            grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
         if patches is not None and ctx.needs_input_grad[1]:
             rows = grad_out.flatten(2).transpose(1, 2)
             grad_weight = patches.weight_grad(rows).view(ctx.weight_shape).to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_out.sum((0, 2, 3)).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            grad_bias = _bias_grad(grad_out).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 
-def cut_patches(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x [B, C, H, W] -> [B, (H // p) (W // q), C p q]; what no patch covers is left out."""
-    p, q = size
-    channels, h, w = x.shape[1], x.shape[2] // p, x.shape[3] // q
-    x = x[:, :, : h * p, : w * q].unflatten(3, (w, q)).unflatten(2, (h, p))  # B C h p w q
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], h * w, channels * p * q)
+def cut_patches(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """x [B, C, H, W] -> [B, patches, C p q], of any spatial dimension; what no patch covers is left
+    out."""
+    dims = len(size)
+    for i in range(dims):
+        x = x.unfold(2 + i, size[i], stride[i])  # [B, C, h, w, p, q] in the end
+    x = x.movedim(1, 1 + dims)  # [B, h, w, C, p, q]
+    patches = math.prod(x.shape[1 : 1 + dims])
+    return x.reshape(x.shape[0], patches, math.prod(x.shape[1 + dims :]))
+
+
+class ConvolutionFunction(torch.autograd.Function):
+    """Any convolution, of 1 to 3 dimensions, grouped, dilated, transposed.
+
+    Gradients of x and the bias are exact; the weight's is taken from the stored x, packed as a
+    [B, C H W] tensor in the order in which x lies in memory. Memory: ``format.nbytes`` of it if the
+    weight trains, else nothing; the weight itself is referenced when x needs a gradient.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, format, cast, geometry, need_x, need_weight):
+        if cast is not None:
+            weight = weight.to(cast)
+            bias = None if bias is None else bias.to(cast)
+        return convolve(x, weight, bias, geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, format, cast, ctx.geometry, need_x, need_weight = inputs
+        ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = x.shape, weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.channels_last = is_channels_last(x)
+        rows = None
+        if need_weight:
+            rows = (x.movedim(1, -1) if ctx.channels_last else x).flatten(1)
+        keep(ctx, (rows, format), exact=(weight if need_x else None,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x,), (weight,) = kept(ctx)
+        grad_x = grad_weight = grad_bias = None
+        if weight is not None and ctx.needs_input_grad[0]:
+            grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
+        if x is not None and ctx.needs_input_grad[1]:
+            grad_weight = x.conv_weight_grad(
+                grad_out, ctx.x_shape[1:], ctx.weight_shape, ctx.geometry, ctx.channels_last
+            ).to(ctx.weight_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = _bias_grad(grad_out).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, *(None,) * 5
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of x [B, C, ...] are the dimension that varies fastest in memory."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()

@@ -17,16 +17,19 @@ from torch import Tensor
 from ..storage import Format, Packed, pack
 
 
-def keep(ctx, *pairs: tuple[Tensor | None, Format], exact: tuple[Tensor | None, ...] = ()) -> None:
-    """Save each tensor of ``pairs`` in its format (None: nothing), and those of ``exact`` as is."""
+def keep(
+    ctx, *pairs: tuple[Tensor | Packed | None, Format], exact: tuple[Tensor | None, ...] = ()
+) -> None:
+    """Save each tensor of ``pairs`` in its format (None: nothing; a ``Packed`` is in it already),
+    and those of ``exact`` as is."""
     saved = list(exact)
     specs: list[tuple | None] = []
     for x, format in pairs:
         if x is None:
             specs.append(None)
             continue
-        packed = pack(x, format)
-        specs.append((format, x.shape, x.dtype, len(packed.tensors)))
+        packed = x if isinstance(x, Packed) else pack(x, format)
+        specs.append((packed.format, packed.shape, packed.dtype, len(packed.tensors)))
         saved.extend(packed.tensors)
     ctx.specs = tuple(specs)
     ctx.num_exact = len(exact)
@@ -50,7 +53,8 @@ def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For every ``backward``: a second derivative through it is refused, whoever asks for it.
+    """For every ``backward``: it runs in the dtypes it was given, an autocast region around it or
+    not, and a second derivative through it is refused, whoever asks for it.
 
     ``once_differentiable`` refuses only where grad_out needs a gradient; elsewhere it hands out
     gradients as constants, and a gradient penalty would silently lose its term.
@@ -58,7 +62,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return outputs
@@ -78,3 +82,11 @@ def _leaf(t: Tensor | None) -> Tensor | None:
     t = t.detach()
     t.requires_grad = True  # the method requires_grad_() is refused inside torch.func transforms
     return t
+
+
+def is_parameter(t: Tensor) -> bool:
+    """Whether t is a parameter or a view of one: there anyway, whoever keeps it."""
+    if isinstance(t, torch.nn.Parameter):
+        return True
+    # Under torch.compile views have no base to ask for.
+    return not torch.compiler.is_compiling() and isinstance(t._base, torch.nn.Parameter)

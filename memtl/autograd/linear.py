@@ -24,8 +24,10 @@ class LinearFunction(torch.autograd.Function):
             bias = None if bias is None else bias.to(cast)
         if transposed:  # the very call of transformers.pytorch_utils.Conv1D
             flat = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
-            return flat.view(*x.shape[:-1], weight.shape[1])
-        return F.linear(x, weight, bias)
+            return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], weight.shape[1]))
+        # In place operations on the result are refused where it is a view made in here.
+        y = F.linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -49,31 +51,3 @@ class LinearFunction(torch.autograd.Function):
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_out.reshape(-1, grad_out.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-class MatmulFunction(torch.autograd.Function):
-    """y = a b (batched), each operand kept in its format; attention written out by hand.
-
-    Memory: its format's ``nbytes`` of each operand whose partner needs a gradient.
-    """
-
-    @staticmethod
-    def forward(a, b, format_a, format_b, need_a, need_b):
-        return torch.matmul(a, b)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        a, b, format_a, format_b, need_a, need_b = inputs
-        ctx.shapes = a.shape, b.shape
-        keep(ctx, (a if need_b else None, format_a), (b if need_a else None, format_b))
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out):
-        (a, b), _ = kept(ctx)
-        grad_a = grad_b = None
-        if b is not None and ctx.needs_input_grad[0]:
-            grad_a = (grad_out @ b.unpack().transpose(-2, -1)).sum_to_size(ctx.shapes[0])
-        if a is not None and ctx.needs_input_grad[1]:
-            grad_b = (a.unpack().transpose(-2, -1) @ grad_out).sum_to_size(ctx.shapes[1])
-        return grad_a, grad_b, None, None, None, None

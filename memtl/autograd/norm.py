@@ -122,3 +122,56 @@ class RMSNormFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
         return grad_x, grad_weight, *(None,) * 6
+
+
+class NormalizeFunction(torch.autograd.Function):
+    """y = x / max(|x|, eps) along ``dim``, in the Euclidean norm.
+
+    Memory: ``format.nbytes(x)`` for y, and the norms, one number a row. Returns y and the norms.
+    """
+
+    @staticmethod
+    def forward(x, dim, eps, format):
+        norm = x.norm(2, dim, keepdim=True)  # torch's F.normalize, operation by operation
+        return x / norm.clamp_min(eps).expand_as(x), norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.dim, ctx.eps, format = inputs
+        y, norm = output
+        ctx.mark_non_differentiable(norm)
+        keep(ctx, (y, format), exact=(norm,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _norm):
+        (y,), (norm,) = kept(ctx)
+        y = y.unpack()
+        along = y * (grad_out * y).sum(ctx.dim, keepdim=True)
+        along = torch.where(norm < ctx.eps, 0, along)  # there the divisor is a constant
+        grad_x = (grad_out - along) / norm.clamp_min(ctx.eps)
+        return grad_x.to(y.dtype), None, None, None
+
+
+class VectorNormFunction(torch.autograd.Function):
+    """y = |x|, the Euclidean norm over ``dim``. Memory: ``format.nbytes(x)``, and y exactly."""
+
+    @staticmethod
+    def forward(x, dim, keepdim, format):
+        return torch.linalg.vector_norm(x, 2, dim, keepdim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.dim, ctx.keepdim, format = inputs
+        keep(ctx, (x, format), exact=(output,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x,), (norm,) = kept(ctx)
+        if not ctx.keepdim:
+            dims = ctx.dim if isinstance(ctx.dim, (tuple, list)) else (ctx.dim,)
+            for dim in sorted(d % len(x.shape) for d in dims):
+                grad_out, norm = grad_out.unsqueeze(dim), norm.unsqueeze(dim)
+        scale = torch.where(norm == 0, 0, grad_out / norm)  # torch's subgradient at 0
+        return x.unpack() * scale, None, None, None

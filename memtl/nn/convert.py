@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..storage import Format
-from .calls import CALLS, CallsLayer, calls_of
+from .bytecode import calls_of
+from .calls import CallsLayer
 from .layers import LAYERS, ROLES, forward_owner, layer_for
 from .swap import is_swapped, swap, unswap
+from .table import CALLS
 
 Patterns = str | Sequence[str] | None
 
@@ -152,22 +154,44 @@ def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]
         row = Row(name, kind, mixin.role, mixin.describe(format))
         return row, (mixin, {"memtl_format": format})
     calls = calls_of(module)
-    roles = {CALLS[call][0] for call in calls if call in CALLS} & set(formats)
-    if roles:
-        names = (
-            "multi_head_attention_forward"
-            if kind == "MultiheadAttention"
-            else ", ".join(sorted({call.__name__ for call in calls if CALLS[call][0] in roles}))
-        )
-        shown = ", ".join(str(formats[role]) for role in sorted(roles))
+    served = [CALLS[call] for call in calls if call in CALLS and CALLS[call].role in formats]
+    leaf = _is_leaf(module)
+    if served:
+        if leaf and (dtype := _other_dtype(module)) is not None:
+            return Row(name, kind, reason=f"computes in {dtype}"), None
         attributes = {"memtl_formats": dict(formats), "memtl_calls": calls}
-        return Row(name, f"{kind} calls {names}", "/".join(sorted(roles)), shown), (
-            CallsLayer,
-            attributes,
-        )
-    if not _is_leaf(module) or isinstance(module, KEEPS_NOTHING):
+        return _calls_row(name, module, calls, served, formats), (CallsLayer, attributes)
+    if leaf and calls:
+        roles = ", ".join(sorted({CALLS[call].role for call in calls}))
+        return Row(name, kind, reason=f"no format is given for the role {roles}"), None
+    if not leaf or isinstance(module, KEEPS_NOTHING):
         return None, None
     return Row(name, kind, reason=_reason(module)), None
+
+
+def _calls_row(name, module, calls, served, formats) -> Row:
+    """The row of a module that is converted for the functions it calls."""
+    roles = sorted({call.role for call in served})
+    kept = dict.fromkeys(call.kept(formats[call.role]) for call in served)
+    if len(kept) > 1:
+        kept.pop("nothing", None)
+    shown = ", ".join(kept)
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        shown = ", ".join(str(formats[role]) for role in roles)
+        kind = f"{kind} calls multi_head_attention_forward"
+    elif not type(module).__module__.startswith("torch.nn.modules"):
+        names = {call.__name__ for call in calls if CALLS[call].role in formats}
+        kind = f"{kind} calls {', '.join(sorted(names))}"
+    return Row(name, kind, "/".join(roles), shown)
+
+
+def _other_dtype(module: nn.Module) -> str | None:
+    """A dtype of its parameters in which memtl does not compute."""
+    for p in module.parameters(recurse=False):
+        if not p.is_floating_point():
+            return str(p.dtype)
+    return None
 
 
 def _reason(module: nn.Module) -> str:

@@ -73,21 +73,6 @@ class TransposedLinearLayer(Layer):
         )
 
 
-@layer("convolution", "torch.nn.modules.conv.Conv2d")
-class PatchConvolutionLayer(Layer):
-    @classmethod
-    def refuses(cls, module: Any) -> str | None:
-        if not module.weight.is_floating_point():
-            return f"computes in {module.weight.dtype}"
-        plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1)
-        if module.stride == module.kernel_size and plain and module.groups == 1:
-            return None
-        return "only convolutions whose stride equals their kernel (patches) are converted so far"
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.patch_conv2d(input, self.weight, self.bias, format=self.memtl_format)
-
-
 @layer("norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 class LayerNormLayer(Layer):
     @classmethod
@@ -140,23 +125,6 @@ class ActivationLayer(Layer):
         return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"
 
 
-@layer(
-    "activation",
-    "torch.nn.modules.activation.GELU",
-    "timm.layers.activations.GELU",
-)
-class GELULayer(ActivationLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        approximate = getattr(self, "approximate", "none")
-        return functional.gelu(input, approximate, format=self.memtl_format)
-
-
-@layer("activation", "timm.layers.activations.GELUTanh")
-class GELUTanhLayer(ActivationLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, "tanh", format=self.memtl_format)
-
-
 @layer("activation", "transformers.activations.GELUActivation", "transformers.activations.GELUTanh")
 class HuggingFaceGELULayer(ActivationLayer):
     @classmethod
@@ -185,49 +153,6 @@ class NewGELULayer(ActivationLayer):
 class QuickGELULayer(ActivationLayer):
     def forward(self, input: Tensor) -> Tensor:
         return functional.quick_gelu(input, format=self.memtl_format)
-
-
-@layer(
-    "activation",
-    "torch.nn.modules.activation.SiLU",
-    "timm.layers.activations.Swish",
-    "transformers.activations.SiLUActivation",
-)
-class SiLULayer(ActivationLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input, format=self.memtl_format)
-
-
-class MaskLayer(ActivationLayer):
-    """A layer whose backward needs one bit an element, whatever the format: exact."""
-
-    @classmethod
-    def describe(cls, format: Format) -> str:
-        return "1 bit, exact"
-
-
-@layer("activation", "torch.nn.modules.activation.ReLU")
-class ReLULayer(MaskLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        if not input.is_floating_point():
-            return nn.functional.relu(input)
-        return functional.relu(input)
-
-
-@layer("activation", "torch.nn.modules.dropout.Dropout")
-class DropoutLayer(MaskLayer):
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout(input, self.p, self.training)
-
-
-@layer("attention", "torch.nn.modules.activation.Softmax")
-class SoftmaxLayer(Layer):
-    @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
-        return "its dim is not set" if module.dim is None else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.softmax(input, self.dim, format=self.memtl_format)
 
 
 @functools.cache

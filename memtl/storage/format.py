@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .convolution import ConvGeometry, library_weight_grad
 
 _KINDS: dict[str, type[Format]] = {}
 
@@ -47,6 +50,24 @@ class Format(abc.ABC):
         compute = torch.promote_types(grad_out.dtype, torch.float32)
         x = self.unpack(packed, shape, grad_out.dtype)
         return (grad_out.t() @ x.reshape(-1, shape[-1])).to(compute)
+
+    def conv_weight_grad(
+        self,
+        packed: tuple[Tensor, ...],
+        shape: torch.Size,
+        grad_out: Tensor,
+        input_size: Sequence[int],
+        weight_size: Sequence[int],
+        geometry: ConvGeometry,
+        channels_last: bool,
+    ) -> Tensor:
+        """The weight gradient of a convolution, of ``weight_size``, at least float32.
+
+        x was packed as ``shape`` [B, n], a row being a sample of ``input_size`` (C, ...) or, with
+        ``channels_last``, in the order (..., C).
+        """
+        x = self.unpack(packed, shape, grad_out.dtype)
+        return library_weight_grad(x, grad_out, input_size, weight_size, geometry, channels_last)
 
     def resolve(self, keep: float) -> Format:
         """This format with a fraction to keep filled in where it leaves that open."""
@@ -99,6 +120,19 @@ class Packed:
         """``grad_out^T x`` [O, D]; grad_out [..., O] has as many rows as x [..., D]."""
         return self.format.weight_grad(
             self.tensors, self.shape, grad_out.reshape(-1, grad_out.shape[-1])
+        )
+
+    def conv_weight_grad(
+        self,
+        grad_out: Tensor,
+        input_size: Sequence[int],
+        weight_size: Sequence[int],
+        geometry: ConvGeometry,
+        channels_last: bool,
+    ) -> Tensor:
+        """See :meth:`Format.conv_weight_grad`."""
+        return self.format.conv_weight_grad(
+            self.tensors, self.shape, grad_out, input_size, weight_size, geometry, channels_last
         )
 
     @property

@@ -9,13 +9,28 @@ import torch
 import torch.nn.functional as F
 
 from memtl import functional as M
-from memtl.autograd.activation import ACTIVATIONS
+from memtl.autograd.activation import ACTIVATIONS, MASKS, activation
 from memtl.memory import saved_bytes
 from memtl.storage import Dense, Quantized, TopK, pack
-from tests.helpers import assert_same, grad_like, leaves
+from tests.helpers import assert_same, grad_like, leaves, run
 
 NAMES = {"gelu_tanh": lambda x, **o: M.gelu(x, "tanh", **o)}
 EVERY = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+# What an in-place form is compared with, and how it is called.
+IN_PLACE = {
+    "silu": (F.silu, {}),
+    "mish": (F.mish, {}),
+    "hardswish": (F.hardswish, {}),
+    "elu": (F.elu, {"alpha": 0.7}),
+    "selu": (F.selu, {}),
+    "celu": (F.celu, {"alpha": 0.7}),
+    "relu": (F.relu, {}),
+    "relu6": (F.relu6, {}),
+    "hardtanh": (F.hardtanh, {"min_val": -0.5, "max_val": 0.4}),
+    "hardsigmoid": (F.hardsigmoid, {}),
+    "leaky_relu": (F.leaky_relu, {"negative_slope": 0.1}),
+    "threshold": (F.threshold, {"threshold": 0.2, "value": -3.0}),
+}
 
 
 def function(name):
@@ -24,33 +39,41 @@ def function(name):
 
 @EVERY
 def test_derivatives_lie_in_their_declared_range_and_nearly_fill_it(name):
-    activation = ACTIVATIONS[name]
+    act = activation(name)
     x = torch.linspace(-40, 40, 800_001, dtype=torch.float64)
-    derivative = activation.derivative(x)
-    assert activation.lo < derivative.min() < activation.lo + 0.002
-    assert activation.hi - 0.002 < derivative.max() < activation.hi
+    derivative = act.derivative(x)
+    assert act.lo <= derivative.min() < act.lo + 0.002
+    assert act.hi - 0.002 < derivative.max() <= act.hi
+    for bits in (8, 4, 2):
+        lo, hi = act.range(bits)
+        assert lo <= act.lo and act.hi <= hi
+        if act.flat and bits > 2:  # 0 and 1 are stored exactly
+            ends = torch.tensor([0.0, 1.0]).repeat(32)
+            stored = pack(ends, Quantized(bits, (lo, hi))).unpack()
+            assert (stored - ends).abs().max() < 1e-6
 
 
 @EVERY
 def test_derivatives_are_the_derivatives_of_the_forward(name):
-    activation = ACTIVATIONS[name]
+    act = activation(name)
     (x,) = leaves([torch.randn(1000, dtype=torch.float64) * 3])
-    (expected,) = torch.autograd.grad(activation.forward(x).sum(), x)
-    torch.testing.assert_close(activation.derivative(x.detach()), expected, rtol=0, atol=1e-12)
+    (expected,) = torch.autograd.grad(act.forward(x).sum(), x)
+    torch.testing.assert_close(act.derivative(x.detach()), expected, rtol=0, atol=1e-12)
 
 
 @EVERY
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_gradient_is_the_stored_derivative(name, bits):
-    activation = ACTIVATIONS[name]
+    act = activation(name)
     (x,) = leaves([torch.randn(3, 77) * 2])
     out = function(name)(x, format=Quantized(bits, seed=5))
     g = grad_like(out)
     out.backward(g)
-    derivative = activation.derivative(x.detach())
-    stored = pack(derivative, Quantized(bits, (activation.lo, activation.hi), 5)).unpack()
+    derivative = act.derivative(x.detach())
+    stored = pack(derivative, Quantized(bits, act.range(bits), 5)).unpack()
     assert_same(x.grad, g * stored)
-    step = (activation.hi - activation.lo) / (2**bits - 2)
+    lo, hi = act.range(bits)
+    step = (hi - lo) / (2**bits - 2)
     assert (stored - derivative).abs().max() < step * (1 + 1e-5)
 
 
@@ -62,7 +85,7 @@ def test_under_other_formats_the_input_is_kept(name, format):
     g = grad_like(out)
     out.backward(g)
     stored = pack(x.detach(), format).unpack()
-    assert_same(x.grad, g * ACTIVATIONS[name].derivative(stored))
+    assert_same(x.grad, g * activation(name).derivative(stored))
     assert saved_bytes(function(name), x, format=format) == format.nbytes(x.shape, x.dtype)
 
 
@@ -87,11 +110,12 @@ def test_one_element_that_is_not_finite_leaves_its_neighbours_alone(name):
         grads.append(x.grad.view(-1))
     others = torch.ones(231, dtype=torch.bool)
     others[[10, 70, 150]] = False
-    step = (ACTIVATIONS[name].hi - ACTIVATIONS[name].lo) / 254
+    lo, hi = activation(name).range(8)
+    step = (hi - lo) / 254
     assert (grads[0] - grads[1])[others].abs().max() <= step * (1 + 1e-4)
     assert grads[1][10].isnan()
     (x,) = leaves([spoiled])
-    ACTIVATIONS[name].forward(x).sum().backward()
+    activation(name).forward(x).sum().backward()
     stock = x.grad.view(-1)
     assert (grads[1].isfinite() == stock.isfinite()).all()
 
@@ -181,3 +205,109 @@ def test_compiled_dropout_uses_one_mask_both_ways():
     assert abs(kept.float().mean() - 0.7) < 6 * math.sqrt(0.21 / 2000)  # six standard deviations
     torch.testing.assert_close(out.detach(), torch.where(kept, x.detach() / 0.7, 0))
     torch.testing.assert_close(x.grad, torch.where(kept, g / 0.7, 0))
+
+
+def in_place(function, format, **options):
+    """``function`` in place on a result, as a model does after a linear layer."""
+    formatted = {} if format is None else {"format": format}
+
+    def run(x):
+        y = x * 1.0
+        out = function(y, **options, inplace=True, **formatted)
+        assert out is y
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("format", [Quantized(4), Dense(), TopK(0.5)], ids=str)
+def test_in_place_forms_overwrite_x_and_give_the_gradients_of_the_others(name, format):
+    stock, options = IN_PLACE[name]
+    values, function = torch.randn(3, 5, 43), getattr(M, name)
+    format = None if name in MASKS else format
+    formatted = {} if format is None else {"format": format}
+    results = [
+        run(fn, [values])
+        for fn in (
+            in_place(function, format, **options),
+            lambda x: function(x * 1.0, **options, **formatted),
+            in_place(stock, None, **options),
+        )
+    ]
+    (out, (grad,), _), (same_out, (same_grad,), _), (stock_out, (stock_grad,), _) = results
+    assert_same(out, stock_out)
+    assert_same(out, same_out)
+    assert_same(grad, same_grad)
+    if format is None or isinstance(format, Dense):
+        torch.testing.assert_close(grad, stock_grad)
+    kept = 0 if format is None else format.nbytes(values.shape, values.dtype)
+    if format is None:
+        kept = -(-values.numel() // 8)
+    elif isinstance(format, Quantized):
+        kept -= 4 * -(-values.numel() // 64)  # the derivative's code has no scale
+    x = values.clone().requires_grad_()
+    assert saved_bytes(in_place(function, format, **options), x) == kept
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_methods_in_place(name):
+    values = torch.randn(3, 77)
+    out, (grad,), _ = run(in_place(getattr(M, name), Quantized(8)), [values])
+    expected, (stock,), _ = run(lambda x: getattr(x * 1.0, name + "_")(), [values])
+    assert_same(out, expected)
+    torch.testing.assert_close(grad, stock, atol=0.02, rtol=0)
+
+
+def test_dropout_in_place_draws_torchs_mask():
+    values = torch.randn(5, 91)
+    results = [run(in_place(fn, None, p=0.3), [values], seed=3) for fn in (M.dropout, F.dropout)]
+    (out, (grad,), state), (expected, (stock,), stock_state) = results
+    assert_same(out, expected)
+    assert_same(state, stock_state)
+    torch.testing.assert_close(grad, stock)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "leaky_relu"])
+def test_in_place_on_a_view_changes_its_base(name):
+    function, stock = getattr(M, name), IN_PLACE[name][0]
+    options = {} if name in MASKS else {"format": Dense()}
+    results = []
+    for fn, given in ((function, options), (stock, {})):
+        x = torch.linspace(-2, 2, 24).requires_grad_()
+        y = x * 1.0
+        fn(y.view(2, 12)[:, 3:9], inplace=True, **given)
+        (y * torch.arange(24)).sum().backward()
+        results.append((y.detach(), x.grad))
+    assert_same(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("function", [M.relu, M.silu, M.hardsigmoid])
+def test_in_place_on_a_leaf_is_refused_as_torch_does(function):
+    x = torch.randn(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        function(x, inplace=True)
+
+
+def test_in_place_spoils_what_another_layer_kept_and_torch_says_so():
+    x = torch.randn(4, 8, requires_grad=True)
+    y = x * 1.0
+    z = y.exp()
+    M.relu(z, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["relu", "hardswish"])
+def test_in_place_compiled_as_one_graph(name):
+    torch._dynamo.reset()
+    values = torch.randn(4, 40)
+    format = None if name in MASKS else Quantized(4)
+    fn = in_place(getattr(M, name), format)
+    out, (grad,), _ = run(fn, [values])
+    compiled, (compiled_grad,), _ = run(
+        torch.compile(fn, fullgraph=True, backend="aot_eager"), [values]
+    )
+    assert_same(compiled, out)
+    assert_same(compiled_grad, grad)

@@ -27,6 +27,9 @@ FORMATTED = pytest.mark.parametrize(
     "case", [c for c in CASES.values() if c.formats], ids=[n for n, c in CASES.items() if c.formats]
 )
 FLOAT32_INSIDE = (CASES["rms_norm-llama"], CASES["softmax-middle"])
+# Of these torch rounds a constant to float32.
+FLOAT32_CONSTANT = (CASES["celu"], CASES["hardsigmoid"])
+PRODUCTS = ("matmul", "scaled_dot_product_attention", "mul", "addcmul", "einsum", "baddbmm")
 FOUR = Quantized(4)
 # Rounding when the same sum is taken in another order, for the sizes in the table.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
@@ -50,6 +53,8 @@ def test_every_public_function_is_in_the_table():
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_forward_is_stock_bit_for_bit_and_draws_the_same_random_numbers(case, dtype):
+    if case.function == "avg_pool3d" and dtype in (torch.bfloat16, torch.float16):
+        pytest.skip("torch has none")
     tensors = case.tensors(dtype)
     expected, _, state = run(case.stock, tensors)
     for format in (FOUR, TopK(0.1), Dense()) if case.formats else (None,):
@@ -100,8 +105,10 @@ def test_forward_is_stock_when_nothing_needs_a_gradient(case):
 def test_gradients_under_an_exact_format_are_stock_up_to_rounding(case):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         tensors = case.tensors(dtype)
-        if dtype == torch.float64 and case in FLOAT32_INSIDE:
+        if dtype == torch.float64 and case in FLOAT32_INSIDE + FLOAT32_CONSTANT:
             continue
+        if dtype == torch.bfloat16 and case.function == "avg_pool3d":
+            continue  # torch has none
         _, expected, _ = run(case.stock, tensors)
         _, grads, _ = run(bind(case, Dense()), tensors)
         for ours, stock in zip(grads, expected, strict=True):
@@ -211,7 +218,7 @@ def test_nothing_is_kept_when_no_gradient_is_wanted(case):
     with torch.no_grad():
         assert saved_bytes(case.ours, FOUR, *leaves(tensors)) == 0
     assert saved_bytes(case.ours, FOUR, *leaves(tensors, [False] * len(tensors))) == 0
-    assert saved_bytes(case.ours, FOUR, *leaves(tensors)) > 0
+    assert (saved_bytes(case.ours, FOUR, *leaves(tensors)) > 0) == case.keeps
 
 
 @EVERY
@@ -228,7 +235,8 @@ def test_compiled_as_one_graph_equals_eager(case):
     assert_same(out, expected)
     for a, b in zip(compiled_grads, grads, strict=True):
         assert_same(a, b)
-    assert saved_bytes(compiled, *leaves(tensors)) <= saved_bytes(fn, *leaves(tensors))
+    if case is not CASES["max_pool2d-large"]:  # there torch's partitioner keeps int64, not float32
+        assert saved_bytes(compiled, *leaves(tensors)) <= saved_bytes(fn, *leaves(tensors))
 
 
 @FORMATTED
@@ -256,14 +264,18 @@ def test_what_is_not_finite_stays_visible(case, bad):
 
 @EVERY
 def test_empty_batch(case):
-    if len(case.shapes[0]) == 1 or case is CASES["matmul-broadcast"]:
+    if len(case.shapes[0]) == 1 or not case.batch:
         pytest.skip("no batch dimension")
     batched = {case.shapes[0][0]}
     tensors = case.tensors()
     for i, t in enumerate(tensors):
         own = len(t.shape) == len(case.shapes[0]) and t.shape[0] in batched
-        if own and (i == 0 or case.function in ("matmul", "scaled_dot_product_attention")):
+        if own and (i == 0 or case.function in PRODUCTS):
             tensors[i] = t[:0]
+    if case.function == "instance_norm":  # torch's own fails on it
+        with pytest.raises(IndexError):
+            run(case.stock, tensors)
+        return
     _, expected, _ = run(case.stock, tensors)
     for format in (FOUR, TopK(0.1), TopK(0.1, scope="sample")) if case.formats else (None,):
         out, grads, _ = run(bind(case, format), tensors)
@@ -313,12 +325,20 @@ def test_an_open_format_is_refused(case):
 
 WRONG_SHAPES = {
     "linear": [[(2, 3), (4, 5)], [(2, 3), (3,)], [(), (3, 3)], [(2, 3), (4, 3), (5,)]],
-    "patch_conv2d": [
+    "conv2d": [
         [(2, 3, 8, 8), (4, 2, 2, 2)],
         [(2, 8, 8), (4, 8, 2, 2)],
         [(2, 3, 8, 8), (4, 12)],
         [(2, 3, 8, 8), (4, 3, 2, 2), (3,)],
     ],
+    "conv_transpose2d": [[(2, 3, 8, 8), (4, 3, 2, 2)], [(2, 3, 8, 8), (3, 5, 2, 2), (3,)]],
+    "batch_norm": [[(3,), (3,), (3,)], [(2, 3), (2,), (2,)]],
+    "mul": [[(2, 3), (2, 4)]],
+    "addcmul": [[(2, 3), (2, 3), (2, 4)]],
+    "baddbmm": [[(2, 4, 4), (2, 3, 5), (2, 5, 4)]],
+    "prelu": [[(2, 3), (2,)]],
+    "max_pool2d": [[(2, 3)]],
+    "avg_pool1d": [[(3,)]],
     "matmul": [[(2, 3), (4, 5)], [(2, 3, 4), (3, 4, 5)]],
     "scaled_dot_product_attention": [
         [(2, 3, 7, 8), (2, 3, 7, 6), (2, 3, 7, 8)],
@@ -333,8 +353,9 @@ WRONG_SHAPES = {
 )
 def test_shapes_that_do_not_fit_are_named(name, shapes):
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    arguments = (2,) if "pool" in name else ()
     with pytest.raises(ValueError, match=f"{name}: expected") as error:
-        getattr(functional, name)(*tensors)
+        getattr(functional, name)(*tensors, *arguments)
     assert str(list(shapes[0])) in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""patch_conv2d: a linear layer on patches."""
+"""Convolutions: patches, which are a linear layer, and all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_weight_gradient_is_taken_from_the_unpacked_patches(format, channels_las
     x, weight = torch.randn(2, 3, 17, 13), torch.randn(6, 3, 4, 3, requires_grad=True)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    out = M.patch_conv2d(x, weight, format=format)
+    out = M.conv2d(x, weight, stride=(4, 3), format=format)
     g = grad_like(out)
     out.backward(g)
     stored = pack(patches_of(x, 4, 3).contiguous(), format).unpack().reshape(-1, 36).double()
@@ -42,8 +42,9 @@ def test_every_gradient_equals_torch_under_an_exact_format(size, kernel):
     tensors = [torch.randn(2, 3, *size), torch.randn(5, 3, *kernel), torch.randn(5)]
     tensors = [t.double() for t in tensors]
     ours, stock = leaves(tensors), leaves(tensors)
-    out = M.patch_conv2d(*ours, format=Dense())
-    expected = F.conv2d(*stock, stride=kernel)
+    stride = tuple(max(k, 2) for k in kernel)  # 1x1: every other element
+    out = M.conv2d(*ours, stride=stride, format=Dense())
+    expected = F.conv2d(*stock, stride=stride)
     assert_same(out.detach(), expected.detach())
     out.backward(grad_like(out))
     expected.backward(grad_like(out))
@@ -55,7 +56,7 @@ def test_an_image_without_a_batch_dimension():
     """As nn.Conv2d allows."""
     tensors = torch.randn(3, 8, 8), torch.randn(5, 3, 4, 4), torch.randn(5)
     ours, stock = leaves(tensors), leaves(tensors)
-    out, expected = M.patch_conv2d(*ours, format=Dense()), F.conv2d(*stock, stride=4)
+    out, expected = M.conv2d(*ours, stride=4, format=Dense()), F.conv2d(*stock, stride=4)
     assert_same(out.detach(), expected.detach())
     out.backward(grad_like(out))
     expected.backward(grad_like(out))
@@ -66,7 +67,7 @@ def test_an_image_without_a_batch_dimension():
 def test_backward_reads_no_uninitialised_memory(poison):
     """The gradient of x is asked for with a placeholder in place of x."""
     x, weight = leaves((torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4)))
-    out = M.patch_conv2d(x, weight, format=TopK(0.2))
+    out = M.conv2d(x, weight, stride=4, format=TopK(0.2))
     out.backward(grad_like(out))
     assert x.grad.isfinite().all() and weight.grad.isfinite().all()
 
@@ -79,7 +80,7 @@ def test_bytes(format):
 
     def bytes_when(*needs):
         tensors = leaves((x, weight, bias), needs)
-        return saved_bytes(lambda: M.patch_conv2d(*tensors, format=format))
+        return saved_bytes(lambda: M.conv2d(*tensors, stride=(4, 3), format=format))
 
     assert bytes_when(False, True, True) == kept
     assert bytes_when(True, True, True) == kept + own

@@ -1,0 +1,136 @@
+"""Batch and group normalisation: x-hat is kept in any format, the statistics exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activation import per_channel
+from .keep import first_order, keep, kept
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """y = x-hat * w + b over x [B, C, ...], x-hat = (x - mean) * rstd by channel.
+
+    In training the statistics are the batch's; the bias gradient is exact. In evaluation they are
+    constants: the gradient of x is exact too and needs rstd alone, and x-hat is kept only where w
+    trains. Memory: ``format.nbytes(x)`` for x-hat, where needed, and rstd, one number a channel.
+    Returns y, mean and rstd.
+    """
+
+    @staticmethod
+    def forward(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, format, need_x,
+        need_weight,
+    ):  # fmt: skip
+        # What F.batch_norm calls, for its statistics' sake; the kernel is chosen inside.
+        y, mean, rstd, *_ = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, training, momentum, eps,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        if not training:
+            mean, rstd = running_mean.clone(), torch.rsqrt(running_var + eps)
+        return y, mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, _, ctx.training, _, _, format, need_x, need_weight = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        x_hat = None
+        if need_weight or (need_x and ctx.training):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x_hat = (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
+        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _mean, _rstd):
+        (x_hat,), (rstd, weight) = kept(ctx)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        grad_out = grad_out.to(wide)
+        others = (0, *range(2, grad_out.dim()))
+        grad_x = grad_weight = grad_bias = None
+        scale = None
+        if need_x:
+            scale = rstd.to(wide) if weight is None else rstd.to(wide) * weight.to(wide)
+        if x_hat is None:
+            if need_x:
+                grad_x = grad_out * per_channel(scale, grad_out.dim())
+            if need_bias:
+                grad_bias = grad_out.sum(others)
+        else:
+            x_hat = x_hat.unpack(wide)
+            # x-hat is its own normalised form: mean 0, rstd 1; the true rstd is in the weight.
+            zeros, ones = x_hat.new_zeros(x_hat.shape[1]), x_hat.new_ones(x_hat.shape[1])
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad_out, x_hat, ones if scale is None else scale, zeros, ones, zeros, ones,
+                ctx.training, 0.0, [need_x, need_weight, need_bias],
+            )  # fmt: skip
+        grads = zip(
+            (grad_x, grad_weight, grad_bias), ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
+        return *(g.to(dtype) if need else None for g, dtype, need in grads), *(None,) * 8
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """y = x-hat * w + b over x [B, C, ...], x-hat = (x - mean) * rstd by sample and group.
+
+    The bias gradient is exact. Memory: ``format.nbytes(x)`` for x-hat where x or the weight needs a
+    gradient, and rstd, one number a group, where x does. Returns y, mean and rstd.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, groups, eps, format, need_x, need_weight):
+        batch, channels, *spatial = x.shape
+        size = 1
+        for n in spatial:
+            size *= n
+        return torch.native_group_norm(x, weight, bias, batch, channels, size, groups, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.groups, _, format, need_x, need_weight = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        x_hat = None
+        if need_x or need_weight:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
+            x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
+        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _mean, _rstd):
+        (x_hat,), (rstd, weight) = kept(ctx)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        grad_out = grad_out.to(wide)
+        if x_hat is None:
+            grad_bias = grad_out.sum((0, *range(2, grad_out.dim()))).to(ctx.dtypes[2])
+            return None, None, grad_bias, *(None,) * 5
+        x_hat = x_hat.unpack(wide)
+        batch, channels = x_hat.shape[:2]
+        zeros = x_hat.new_zeros((batch, ctx.groups))
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad_out.contiguous(), x_hat.contiguous(), zeros, torch.ones_like(zeros),
+            None if weight is None else weight.to(wide), batch, channels,
+            x_hat[0, 0].numel() if batch else 1, ctx.groups, [need_x, need_weight, need_bias],
+        )  # fmt: skip
+        grad_x, grad_weight, grad_bias = grads
+        if need_x:
+            grouped = grad_x.unflatten(1, (ctx.groups, -1))
+            grad_x = (grouped * _by_group(rstd, grouped)).flatten(1, 2)
+        wanted = zip(
+            (grad_x, grad_weight, grad_bias), ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
+        return *(g.to(dtype) if need else None for g, dtype, need in wanted), *(None,) * 5
+
+
+def _by_group(t: Tensor, like: Tensor) -> Tensor:
+    """[B, G] laid over [B, G, C / G, ...]."""
+    return t.reshape(*like.shape[:2], *(1,) * (like.dim() - 2)).to(like.dtype)

@@ -1,0 +1,190 @@
+"""Pooling and padding: backward needs the place of the maximum, or no more than shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..storage import Dense, Format, Packed, Quantized
+from ..storage.convolution import shape_only
+from .keep import first_order, keep, kept
+
+aten = torch.ops.aten
+
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+ADAPTIVE_MAX_POOL = {
+    1: F.adaptive_max_pool1d,
+    2: F.adaptive_max_pool2d,
+    3: F.adaptive_max_pool3d,
+}
+
+
+class MaxPoolFunction(torch.autograd.Function):
+    """y = the maximum over windows of x [..., spatial], exact.
+
+    Memory: the place of the maximum within its window, 2, 4 or 8 bits an element of y for windows
+    of up to 3, 15 or 255 elements, else 4 bytes (torch keeps x, and 8 bytes an element of y).
+    """
+
+    @staticmethod
+    def forward(x, kernel, stride, padding, dilation, ceil_mode):
+        y, place = MAX_POOL[len(kernel)](
+            x, kernel, stride, padding, dilation, ceil_mode, return_indices=True
+        )
+        window = (kernel, stride, padding, dilation)
+        offset = _in_window(place, x.shape[-len(kernel) :], window)
+        return y, *places_format(kernel).pack(offset.float())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *window, _ = inputs
+        y, places = output
+        ctx.window, ctx.x_shape = tuple(window), x.shape
+        ctx.mark_non_differentiable(places)
+        format = places_format(window[0])
+        keep(ctx, (Packed(format, (places,), y.shape, torch.float32), format))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _places):
+        (places,), _ = kept(ctx)
+        dims = len(ctx.window[0])
+        place = _in_plane(places.unpack().to(torch.int64), ctx.x_shape[-dims:], ctx.window)
+        return scatter_planes(grad_out, place, ctx.x_shape, dims), *(None,) * 5
+
+
+def places_format(kernel: Sequence[int]) -> Format:
+    """Whole numbers below the size of the window; on the levels of a fixed-range code, exactly."""
+    for bits in (2, 4, 8):
+        if math.prod(kernel) <= 2**bits - 1:
+            return Quantized(bits, (0.0, 2.0**bits - 2))
+    return Dense("fp32")
+
+
+class AdaptiveMaxPoolFunction(torch.autograd.Function):
+    """y = the maximum over a grid of windows of x, exact.
+
+    Memory: the index of the maximum in its plane, in the smallest integer type (torch keeps x, and
+    8 bytes an element of y).
+    """
+
+    @staticmethod
+    def forward(x, size, dims):
+        y, place = ADAPTIVE_MAX_POOL[dims](x, size, return_indices=True)
+        return y, place.to(smallest_integer(math.prod(x.shape[-dims:])))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, ctx.dims = inputs
+        ctx.x_shape = x.shape
+        ctx.mark_non_differentiable(output[1])
+        keep(ctx, (output[1], Dense()))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _place):
+        (place,), _ = kept(ctx)
+        place = place.tensors[0].to(torch.int64)
+        return scatter_planes(grad_out, place, ctx.x_shape, ctx.dims), None, None
+
+
+def smallest_integer(count: int) -> torch.dtype:
+    """The smallest integer type that tells ``count`` things apart."""
+    return next(
+        (t for t in (torch.uint8, torch.int16, torch.int32) if count <= torch.iinfo(t).max + 1),
+        torch.int64,
+    )
+
+
+def _starts(size: torch.Size, window, device) -> list[Tensor]:
+    """Where the windows of an output [..., *size] begin, one broadcastable tensor a dimension."""
+    _, stride, padding, _ = window
+    starts = []
+    for i, n in enumerate(size):
+        start = torch.arange(n, device=device) * stride[i] - padding[i]
+        starts.append(start.reshape(-1, *(1,) * (len(size) - 1 - i)))
+    return starts
+
+
+def _in_window(place: Tensor, plane: torch.Size, window) -> Tensor:
+    """Indices in a plane -> indices in each one's window, both in row-major order."""
+    kernel, _, _, dilation = window
+    dims = len(kernel)
+    starts = _starts(place.shape[-dims:], window, place.device)
+    offset = torch.zeros_like(place)
+    for i in range(dims):
+        coordinate = place // math.prod(plane[i + 1 :]) % plane[i]
+        offset = offset * kernel[i] + (coordinate - starts[i]) // dilation[i]
+    return offset
+
+
+def _in_plane(offset: Tensor, plane: torch.Size, window) -> Tensor:
+    """The inverse of :func:`_in_window`."""
+    kernel, _, _, dilation = window
+    dims = len(kernel)
+    starts = _starts(offset.shape[-dims:], window, offset.device)
+    place = torch.zeros_like(offset)
+    for i in range(dims):
+        step = offset // math.prod(kernel[i + 1 :]) % kernel[i]
+        place = place * plane[i] + starts[i] + step * dilation[i]
+    return place
+
+
+def scatter_planes(grad_out: Tensor, place: Tensor, shape: torch.Size, dims: int) -> Tensor:
+    """Each element of grad_out added at its place in a plane of zeros."""
+    start = len(shape) - dims
+    planes = grad_out.new_zeros((*shape[:start], math.prod(shape[start:])))
+    return planes.scatter_add_(-1, place.flatten(start), grad_out.flatten(start)).view(shape)
+
+
+class ShapeOnlyFunction(torch.autograd.Function):
+    """Functions of :data:`SHAPE_ONLY`, whose backward needs the shape of x and no element of it.
+
+    Exact. Memory: none (torch keeps x).
+    """
+
+    @staticmethod
+    def forward(x, name, arguments):
+        return SHAPE_ONLY[name][0](x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.name, ctx.arguments = inputs
+        ctx.x_shape = x.shape
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        like = shape_only(grad_out, ctx.x_shape)
+        return SHAPE_ONLY[ctx.name][1](grad_out, like, *ctx.arguments), None, None
+
+
+def _pad(mode: str):
+    return lambda x, padding: F.pad(x, padding, mode)
+
+
+SHAPE_ONLY = {
+    "avg_pool2d": (aten.avg_pool2d, aten.avg_pool2d_backward),
+    "avg_pool3d": (aten.avg_pool3d, aten.avg_pool3d_backward),
+    "adaptive_avg_pool2d": (
+        F.adaptive_avg_pool2d,
+        lambda grad, x, size: aten._adaptive_avg_pool2d_backward(grad, x),
+    ),
+    "adaptive_avg_pool3d": (
+        F.adaptive_avg_pool3d,
+        lambda grad, x, size: aten._adaptive_avg_pool3d_backward(grad, x),
+    ),
+    **{
+        f"{mode}_pad{dims}d": (
+            _pad(mode),
+            getattr(aten, f"{torch_mode}_pad{dims}d_backward"),
+        )
+        for mode, torch_mode in (("reflect", "reflection"), ("replicate", "replication"))
+        for dims in (1, 2, 3)
+    },
+}
+"""Name -> forward(x, *arguments), and backward(grad_out, x of that shape, *arguments)."""

@@ -1,0 +1,230 @@
+"""Activations, in place too; dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autograd.activation import (
+    MASKS,
+    ActivationFunction,
+    DropoutFunction,
+    InPlaceDropoutFunction,
+    MaskFunction,
+    PReLUFunction,
+    activation,
+    pack_activation,
+    pack_mask,
+)
+from ..storage import Bits, Format
+from .common import (
+    FOUR_BITS,
+    autocast_float32,
+    check_format,
+    check_tensors,
+    needs,
+    sizes,
+)
+
+
+def gelu(x: Tensor, approximate: str = "none", *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.gelu``, both forms.
+
+    Under a ``Quantized`` format what is kept is the derivative, in a fixed-range code of that many
+    bits; under any other format x itself.
+
+    Raises:
+        TypeError: x is no dense floating-point tensor.
+        ValueError: ``approximate`` is neither ``"none"`` nor ``"tanh"``.
+
+    Memory: numel * bits / 8 bytes, or ``format.nbytes(x)``.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return _elementwise("gelu" if approximate == "none" else "gelu_tanh", x, format)
+
+
+def gelu_new(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """The tanh form of GELU as transformers writes it out (GPT-2); see :func:`gelu`."""
+    return _elementwise("gelu_new", x, format)
+
+
+def quick_gelu(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of CLIP; see :func:`gelu`."""
+    return _elementwise("quick_gelu", x, format)
+
+
+def silu(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.silu``, x * sigmoid(x); see :func:`gelu`."""
+    return _elementwise("silu", x, format, inplace=inplace)
+
+
+def mish(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.mish``, x * tanh(softplus(x)); see :func:`gelu`."""
+    return _elementwise("mish", x, format, inplace=inplace)
+
+
+def hardswish(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.hardswish``, x * relu6(x + 3) / 6; see :func:`gelu`. Derivatives of 0 and 1 are exact."""
+    return _elementwise("hardswish", x, format, inplace=inplace)
+
+
+def elu(
+    x: Tensor, alpha: float = 1.0, inplace: bool = False, *, format: Format = FOUR_BITS
+) -> Tensor:
+    """``F.elu``; see :func:`gelu`. Derivatives of 1 are exact."""
+    return _elementwise("elu", x, format, (float(alpha),), inplace)
+
+
+def selu(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.selu``; see :func:`gelu`."""
+    return _elementwise("selu", x, format, inplace=inplace)
+
+
+def celu(
+    x: Tensor, alpha: float = 1.0, inplace: bool = False, *, format: Format = FOUR_BITS
+) -> Tensor:
+    """``F.celu``; see :func:`gelu`. Derivatives of 1 are exact."""
+    return _elementwise("celu", x, format, (float(alpha),), inplace)
+
+
+def softplus(
+    x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, format: Format = FOUR_BITS
+) -> Tensor:
+    """``F.softplus``; see :func:`gelu`."""
+    check_tensors("softplus", x=x)
+    return _elementwise("softplus", autocast_float32(x), format, (float(beta), float(threshold)))
+
+
+def logsigmoid(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.logsigmoid``; see :func:`gelu`."""
+    return _elementwise("logsigmoid", x, format)
+
+
+def tanh(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``torch.tanh``; see :func:`gelu`."""
+    return _elementwise("tanh", x, format, inplace=inplace)
+
+
+def sigmoid(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
+    """``torch.sigmoid``; see :func:`gelu`."""
+    return _elementwise("sigmoid", x, format, inplace=inplace)
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """``F.relu``; its gradient is exact. Memory: one bit an element."""
+    return _masked("relu", x, (), inplace)
+
+
+def relu6(x: Tensor, inplace: bool = False) -> Tensor:
+    """``F.relu6``; its gradient is exact. Memory: one bit an element."""
+    return _masked("relu6", x, (), inplace)
+
+
+def hardtanh(
+    x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    """``F.hardtanh``; its gradient is exact. Memory: one bit an element.
+
+    Raises:
+        TypeError: x is no dense floating-point tensor.
+        ValueError: ``min_val`` exceeds ``max_val``.
+    """
+    if min_val > max_val:
+        raise ValueError(f"hardtanh: expected min_val <= max_val, got {min_val} and {max_val}")
+    return _masked("hardtanh", x, (float(min_val), float(max_val)), inplace)
+
+
+def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """``F.hardsigmoid``; its gradient is exact. Memory: one bit an element."""
+    return _masked("hardsigmoid", x, (), inplace)
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """``F.leaky_relu``; its gradient is exact. Memory: one bit an element."""
+    return _masked("leaky_relu", x, (float(negative_slope),), inplace)
+
+
+def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """``F.threshold``; its gradient is exact. Memory: one bit an element."""
+    return _masked("threshold", x, (float(threshold), float(value)), inplace)
+
+
+def prelu(x: Tensor, weight: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """``F.prelu``; the gradient of x is exact, that of the weight is taken from min(x, 0), stored.
+
+    Args:
+        x: [B, C, ...], floating point.
+        weight: [C] or [1].
+
+    Raises:
+        TypeError, ValueError: as :func:`memtl.functional.linear`.
+
+    Memory: one bit an element, and ``format.nbytes(x)`` where the weight trains.
+    """
+    check_tensors("prelu", x=x)
+    if weight is None:
+        raise TypeError("prelu: weight must be a tensor, got NoneType")
+    check_tensors("prelu", weight=weight)
+    check_format("prelu", format)
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if weight.dim() > 1 or weight.numel() not in (1, channels):
+        raise ValueError(
+            f"prelu: expected weight [1] or [{channels}] for x {sizes(x)}, got {sizes(weight)}"
+        )
+    need_x, need_weight = needs(x, weight)
+    if not (need_x or need_weight):
+        return torch.prelu(x, weight)
+    return PReLUFunction.apply(x, weight, format, need_x, need_weight)
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``F.dropout``, drawing the same mask from the same generator; its gradient is exact.
+
+    Raises:
+        TypeError: x is no dense floating-point tensor.
+        ValueError: p is outside [0, 1].
+
+    Memory: one bit an element.
+    """
+    check_tensors("dropout", x=x)
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: p must be in [0, 1], got {p}")
+    if not training or p == 0 or not any(needs(x)):
+        return F.dropout(x, p, training, inplace)
+    if not inplace:
+        return DropoutFunction.apply(x, p)[0]
+    with torch.no_grad():  # what F.dropout multiplies by, on every device
+        noise = F.dropout(torch.ones_like(x), p, True, inplace=True)
+        (bits,) = Bits().pack(noise != 0)
+    return InPlaceDropoutFunction.apply(x, noise, bits, p)
+
+
+def _elementwise(
+    name: str,
+    x: Tensor,
+    format: Format,
+    parameters: tuple[float, ...] = (),
+    inplace: bool = False,
+) -> Tensor:
+    check_tensors(name, x=x)
+    check_format(name, format)
+    if not any(needs(x)):
+        return activation(name, *parameters).forward(x, inplace)
+    packed: tuple[Tensor, ...] = ()
+    if inplace:
+        with torch.no_grad():
+            packed = pack_activation(x, activation(name, *parameters), format).tensors
+    return ActivationFunction.apply(x, name, parameters, format, inplace, *packed)
+
+
+def _masked(name: str, x: Tensor, parameters: tuple[float, ...], inplace: bool) -> Tensor:
+    check_tensors(name, x=x)
+    if not any(needs(x)):
+        return MASKS[name](*parameters).forward(x, inplace)
+    bits = None
+    if inplace:
+        with torch.no_grad():
+            bits = pack_mask(x, name, parameters)
+    return MaskFunction.apply(x, name, parameters, inplace, bits)
