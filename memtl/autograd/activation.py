@@ -70,6 +70,24 @@ def _gelu_new(x: Tensor) -> Tensor:  # transformers' NewGELUActivation, operatio
     return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
+def _gelu_written_out(forward: Callable[[Tensor], Tensor], root: float) -> Activation:
+    """The tanh form as some models write it, with their own digits of sqrt(2 / pi)."""
+
+    def derivative(x: Tensor) -> Tensor:
+        t = torch.tanh(root * x * (1 + 0.044715 * x * x))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
+
+    return Activation(_plain(forward), derivative, -0.13, 1.13)
+
+
+def _gelu_fast(x: Tensor) -> Tensor:  # transformers' FastGELUActivation
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _gelu_bloom(x: Tensor) -> Tensor:  # its bloom_gelu_forward
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
 def _silu_derivative(x: Tensor) -> Tensor:
     return aten.silu_backward(torch.ones_like(x), x)
 
@@ -131,6 +149,8 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
     "gelu": lambda: _gelu("none"),
     "gelu_tanh": lambda: _gelu("tanh"),
     "gelu_new": lambda: dataclasses.replace(_gelu("tanh"), forward=_plain(_gelu_new)),
+    "gelu_fast": lambda: _gelu_written_out(_gelu_fast, 0.7978845608),
+    "gelu_bloom": lambda: _gelu_written_out(_gelu_bloom, 0.79788456),
     "quick_gelu": lambda: Activation(
         _plain(lambda x: x * torch.sigmoid(1.702 * x)),
         lambda x: _silu_derivative(1.702 * x),
@@ -309,6 +329,24 @@ class MaskFunction(torch.autograd.Function):
         else:
             grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
         return grad_x, *(None,) * 4
+
+
+class SquareFunction(torch.autograd.Function):
+    """y = x^2. Memory: ``format.nbytes(x)``."""
+
+    @staticmethod
+    def forward(x, format):
+        return torch.square(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        keep(ctx, inputs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x,), _ = kept(ctx)
+        return grad_out * x.unpack() * 2, None
 
 
 class PReLUFunction(torch.autograd.Function):

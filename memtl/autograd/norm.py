@@ -83,19 +83,34 @@ def llama_rms_norm(x, weight, eps):
     return weight * wide.to(x.dtype)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions.
+def gemma_rms_norm(x, weight, eps):
+    """The forward of transformers' Gemma models, operation by operation: the weight is 1 + w."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (1.0 + weight.float())).type_as(x)
 
-    Memory: as :class:`LayerNormFunction`. ``llama``: compute the forward as transformers does.
+
+RMS_NORMS = {
+    "torch": lambda x, weight, shape, eps: F.rms_norm(x, shape, weight, eps),
+    "llama": lambda x, weight, shape, eps: llama_rms_norm(x, weight, eps),
+    "gemma": lambda x, weight, shape, eps: gemma_rms_norm(x, weight, eps),
+}
+"""Who rounds where: forward(x, weight, shape, eps)."""
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions; w + 1 for "gemma".
+
+    Memory: as :class:`LayerNormFunction`. ``style``: whose forward, see :data:`RMS_NORMS`.
     """
 
     @staticmethod
-    def forward(x, weight, shape, eps, format, llama, need_x, need_weight):
-        return llama_rms_norm(x, weight, eps) if llama else F.rms_norm(x, shape, weight, eps)
+    def forward(x, weight, shape, eps, format, style, need_x, need_weight):
+        return RMS_NORMS[style](x, weight, shape, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, shape, eps, format, llama, need_x, need_weight = inputs
+        x, weight, shape, eps, format, ctx.style, need_x, need_weight = inputs
         ctx.rows = x.dim() - len(shape)
         ctx.dims = tuple(range(ctx.rows, x.dim()))
         ctx.dtypes = (x.dtype, None if weight is None else weight.dtype)
@@ -116,7 +131,9 @@ class RMSNormFunction(torch.autograd.Function):
         x_hat = x_hat.unpack(wide)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            scaled = grad_out if weight is None else grad_out * weight.to(wide)
+            scaled = grad_out
+            if weight is not None:
+                scaled = grad_out * (weight.to(wide) + (ctx.style == "gemma"))
             projection = (scaled * x_hat).mean(ctx.dims, keepdim=True)
             grad_x = ((scaled - x_hat * projection) * rstd).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:

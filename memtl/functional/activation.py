@@ -13,6 +13,7 @@ from ..autograd.activation import (
     InPlaceDropoutFunction,
     MaskFunction,
     PReLUFunction,
+    SquareFunction,
     activation,
     pack_activation,
     pack_mask,
@@ -48,6 +49,16 @@ def gelu(x: Tensor, approximate: str = "none", *, format: Format = FOUR_BITS) ->
 def gelu_new(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     """The tanh form of GELU as transformers writes it out (GPT-2); see :func:`gelu`."""
     return _elementwise("gelu_new", x, format)
+
+
+def gelu_fast(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """The tanh form as transformers' FastGELUActivation writes it out; see :func:`gelu`."""
+    return _elementwise("gelu_fast", x, format)
+
+
+def gelu_bloom(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """The tanh form as BLOOM writes it out; see :func:`gelu`."""
+    return _elementwise("gelu_bloom", x, format)
 
 
 def quick_gelu(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
@@ -149,6 +160,17 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 def threshold(x: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """``F.threshold``; its gradient is exact. Memory: one bit an element."""
     return _masked("threshold", x, (float(threshold), float(value)), inplace)
+
+
+def square(x: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
+    """``torch.square``, with x kept in ``format``. Memory: ``format.nbytes(x)``.
+
+    Raises:
+        TypeError: x is no dense floating-point tensor.
+    """
+    check_tensors("square", x=x)
+    check_format("square", format)
+    return SquareFunction.apply(x, format) if any(needs(x)) else torch.square(x)
 
 
 def prelu(x: Tensor, weight: Tensor, *, format: Format = FOUR_BITS) -> Tensor:

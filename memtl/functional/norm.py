@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..autograd.channel_norm import BatchNormFunction, GroupNormFunction
 from ..autograd.norm import (
+    RMS_NORMS,
     LayerNormFunction,
     NormalizeFunction,
     RMSNormFunction,
     VectorNormFunction,
-    llama_rms_norm,
 )
 from ..storage import Format
 from .common import (
@@ -68,20 +68,23 @@ def rms_norm(
     eps: float | None = None,
     *,
     format: Format = FOUR_BITS,
-    llama: bool = False,
+    style: str = "torch",
 ) -> Tensor:
     """``F.rms_norm``, with x / rms(x) kept in ``format``; see :func:`layer_norm`.
 
-    ``llama``: round as transformers' LlamaRMSNorm and its kin do (normalise in float32, cast, then
-    multiply by the weight).
+    ``style``: ``"llama"`` rounds as transformers' LlamaRMSNorm and its kin do (normalise in
+    float32, cast, then multiply by the weight), ``"gemma"`` as GemmaRMSNorm (multiply by 1 +
+    weight, then cast).
     """
+    if style not in RMS_NORMS:
+        raise ValueError(f"rms_norm: style must be one of {sorted(RMS_NORMS)}, got {style!r}")
     check_tensors("rms_norm", x=x, weight=weight)
     shape = _check_normalized("rms_norm", x, normalized_shape, format)
     check_shape("rms_norm", "weight", weight, shape, x)
     need_x, need_weight = needs(x, weight)
     if not (need_x or need_weight):
-        return llama_rms_norm(x, weight, eps) if llama else F.rms_norm(x, shape, weight, eps)
-    return RMSNormFunction.apply(x, weight, shape, eps, format, llama, need_x, need_weight)
+        return RMS_NORMS[style](x, weight, shape, eps)
+    return RMSNormFunction.apply(x, weight, shape, eps, format, style, need_x, need_weight)
 
 
 def _check_normalized(

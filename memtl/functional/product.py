@@ -178,7 +178,22 @@ def _multiply(
         return torch.mul(a, b) if input is None else torch.addcmul(input, a, b, value=value)
     numel = torch.broadcast_shapes(*shapes).numel()
 
-    def format_of(t: Tensor) -> Format:
-        return Dense() if is_parameter(t) or 16 * t.numel() <= numel else format
+    def small(t: Tensor) -> bool:
+        return is_parameter(t) or 16 * t.numel() <= numel
 
+    def format_of(t: Tensor) -> Format:
+        return Dense() if small(t) else format
+
+    if small(a):
+        a = _compact(a)
+    if small(b):
+        b = _compact(b)
     return MultiplyFunction.apply(input, a, b, value, format_of(a), format_of(b), need_a, need_b)
+
+
+def _compact(t: Tensor) -> Tensor:
+    """t, or a copy where a reference would keep much more alive: a slice of something large."""
+    if torch.compiler.is_compiling() or is_parameter(t):
+        return t
+    own = t.numel() * t.element_size()
+    return t.clone() if t.untyped_storage().nbytes() > 2 * own else t

@@ -38,7 +38,7 @@ def _class_calls(cls: type[nn.Module]) -> frozenset[Callable]:
             found |= calls
             pending += [getattr(cls, name, None) for name in methods]
     if cls.__module__.startswith("torch.nn.modules"):
-        found -= {Tensor.mul}  # of sizes
+        found -= {Tensor.mul, Tensor.__pow__}  # of sizes
     return frozenset(found)
 
 
@@ -67,8 +67,9 @@ def _function_calls(function: types.FunctionType, depth: int) -> tuple[set[Calla
             value, on_self = None, name == "self"
             continue
         elif step.opname.startswith("BINARY_"):  # as modes see it
-            symbol = {"BINARY_MATRIX_MULTIPLY": "@", "BINARY_MULTIPLY": "*"}.get(step.opname)
-            operator = {"@": Tensor.matmul, "*": Tensor.mul}
+            old = {"MATRIX_MULTIPLY": "@", "MULTIPLY": "*", "POWER": "**"}  # before Python 3.11
+            symbol = old.get(step.opname.removeprefix("BINARY_"))
+            operator = {"@": Tensor.matmul, "*": Tensor.mul, "**": Tensor.__pow__}
             value, on_self = operator.get(symbol or step.argrepr), False
         else:
             value, on_self = None, False

@@ -9,6 +9,7 @@ that own the ``forward`` being replaced, so that a subclass with a forward of it
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,27 @@ class LlamaRMSNormLayer(Layer):
             self.weight,
             self.variance_epsilon,
             format=self.memtl_format,
-            llama=True,
+            style="llama",
+        )
+
+
+@layer("norm", "transformers.models.t5.modeling_t5.T5LayerNorm")
+class T5LayerNormLayer(LlamaRMSNormLayer):
+    """The same where x and the weight are of one type."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super(LlamaRMSNormLayer, self).forward(hidden_states)  # type: ignore[misc]
+        return super().forward(hidden_states)
+
+
+@layer("norm", "transformers.models.gemma.modeling_gemma.GemmaRMSNorm")
+class GemmaRMSNormLayer(Layer):
+    """Also serves every class of transformers whose forward and ``_norm`` are GemmaRMSNorm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(
+            x, self.weight.shape, self.weight, self.eps, format=self.memtl_format, style="gemma"
         )
 
 
@@ -139,6 +160,18 @@ class HuggingFaceGELULayer(ActivationLayer):
         return functional.gelu(input, approximate, format=self.memtl_format)
 
 
+@layer("activation", "transformers.activations.FastGELUActivation")
+class FastGELULayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu_fast(input, format=self.memtl_format)
+
+
+@layer("activation", "transformers.models.bloom.modeling_bloom.BloomGelu")
+class BloomGELULayer(ActivationLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu_bloom(x, format=self.memtl_format)
+
+
 @layer("activation", "transformers.activations.NewGELUActivation")
 class NewGELULayer(ActivationLayer):
     def forward(self, input: Tensor) -> Tensor:
@@ -155,16 +188,29 @@ class QuickGELULayer(ActivationLayer):
         return functional.quick_gelu(input, format=self.memtl_format)
 
 
+# Of these classes transformers keeps a copy in every model: layer -> where the first one is, and
+# the methods that a copy must have in common with it, byte for byte.
+_COPIED: dict[type[Layer], tuple[str, str, tuple[str, ...]]] = {
+    LlamaRMSNormLayer: ("llama.modeling_llama", "LlamaRMSNorm", ("forward",)),
+    T5LayerNormLayer: ("t5.modeling_t5", "T5LayerNorm", ("forward",)),
+    GemmaRMSNormLayer: ("gemma.modeling_gemma", "GemmaRMSNorm", ("forward", "_norm")),
+}
+
+
 @functools.cache
-def _llama_code():
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+def _copied_code(mixin: type[Layer]) -> tuple:
+    module, name, methods = _COPIED[mixin]
+    cls = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    return _code_key(cls, methods)
 
-    return _code_key(LlamaRMSNorm.forward)
 
-
-def _code_key(function):
-    code = function.__code__
-    return code.co_code, code.co_consts[1:], code.co_names  # the first constant is the docstring
+def _code_key(cls: type, methods: tuple[str, ...]) -> tuple | None:
+    """What the methods do; None where one is missing."""
+    codes = [getattr(getattr(cls, name, None), "__code__", None) for name in methods]
+    if None in codes:
+        return None
+    # The first constant is the docstring.
+    return tuple((c.co_code, c.co_consts[1:], c.co_names) for c in codes)
 
 
 def forward_owner(cls: type[nn.Module]) -> type[nn.Module]:
@@ -176,9 +222,9 @@ def layer_for(module: nn.Module) -> type[Layer] | None:
     """The mixin that serves this module's forward, or None."""
     owner = forward_owner(type(module))
     found = LAYERS.get(f"{owner.__module__}.{owner.__qualname__}")
-    if found is None and owner.__module__.startswith("transformers.models."):
-        forward = owner.__dict__["forward"]
-        if owner.__name__.endswith("RMSNorm") and hasattr(forward, "__code__"):
-            if _code_key(forward) == _llama_code():
-                return LlamaRMSNormLayer
+    named_norm = owner.__name__.endswith(("RMSNorm", "LayerNorm"))
+    if found is None and named_norm and owner.__module__.startswith("transformers.models."):
+        for mixin, (_, _, methods) in _COPIED.items():
+            if _code_key(owner, methods) == _copied_code(mixin):
+                return mixin
     return found

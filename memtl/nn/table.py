@@ -80,6 +80,12 @@ def _mul(format: Format, input, other=None, **rest):
     return NotImplemented if rest else _two(format, functional.mul, input, other)
 
 
+def _pow(format: Format, input, exponent, **rest):
+    if rest or not isinstance(exponent, (int, float)) or exponent != 2:
+        return NotImplemented
+    return functional.square(input, format=format)
+
+
 def _matmul(format: Format, input, other=None, *, mat2=None, **rest):
     other = mat2 if other is None else other
     if rest or not isinstance(other, Tensor):
@@ -237,6 +243,11 @@ CALLS: dict[Callable, Call] = {
         "activation",
         {
             F.prelu: _same(functional.prelu),
+            torch.square: _same(functional.square),
+            Tensor.square: _same(functional.square),
+            torch.pow: _pow,
+            Tensor.pow: _pow,
+            Tensor.__pow__: _pow,
             torch.mul: _mul,
             Tensor.mul: _mul,
             torch.addcmul: _same(functional.addcmul, input="input", tensor1="a", tensor2="b"),

@@ -13,7 +13,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.activations import NewGELUActivation, QuickGELUActivation
+from transformers.activations import (
+    FastGELUActivation,
+    NewGELUActivation,
+    QuickGELUActivation,
+)
+from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -49,6 +55,13 @@ def _conv1d(x, weight, bias):
 
 def _llama(x, weight):
     return LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-6), x)
+
+
+def _gemma(x, weight):
+    norm = GemmaRMSNorm(0)
+    del norm.weight
+    norm.weight = weight
+    return norm(x)
 
 
 def _sdpa_case(shapes=((2, 3, 7, 8),) * 3, mask=None, **options):
@@ -185,12 +198,22 @@ CASES: dict[str, Case] = {
     ),
     "rms_norm-llama": Case(
         "rms_norm",
-        lambda f, x, w: M.rms_norm(x, (70,), w, 1e-6, format=f, llama=True),
+        lambda f, x, w: M.rms_norm(x, (70,), w, 1e-6, format=f, style="llama"),
         _llama,
         ((2, 9, 70), (70,)),
         (False, False),
     ),
+    "rms_norm-gemma": Case(
+        "rms_norm",
+        lambda f, x, w: M.rms_norm(x, (70,), w, 1e-6, format=f, style="gemma"),
+        _gemma,
+        ((2, 9, 70), (70,)),
+        (False, False),
+    ),
     "gelu": _elementwise("gelu", F.gelu),
+    "gelu_fast": _elementwise("gelu_fast", lambda x: FastGELUActivation().forward(x)),
+    "gelu_bloom": _elementwise("gelu_bloom", lambda x: bloom_gelu_forward(x)),
+    "square": _elementwise("square", torch.square),
     "gelu-tanh": _elementwise("gelu", lambda x: F.gelu(x, approximate="tanh"), approximate="tanh"),
     "gelu_new": _elementwise("gelu_new", lambda x: NewGELUActivation().forward(x)),
     "quick_gelu": _elementwise("quick_gelu", lambda x: QuickGELUActivation().forward(x)),

@@ -26,7 +26,7 @@ EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 FORMATTED = pytest.mark.parametrize(
     "case", [c for c in CASES.values() if c.formats], ids=[n for n, c in CASES.items() if c.formats]
 )
-FLOAT32_INSIDE = (CASES["rms_norm-llama"], CASES["softmax-middle"])
+FLOAT32_INSIDE = (CASES["rms_norm-llama"], CASES["rms_norm-gemma"], CASES["softmax-middle"])
 # Of these torch rounds a constant to float32.
 FLOAT32_CONSTANT = (CASES["celu"], CASES["hardsigmoid"])
 PRODUCTS = ("matmul", "scaled_dot_product_attention", "mul", "addcmul", "einsum", "baddbmm")
