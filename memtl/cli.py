@@ -68,9 +68,9 @@ def _profile(options: argparse.Namespace) -> int:
     stock = measure()
     report = apply(model, config)
     converted = measure()
-    unconvert(model)
     if options.coverage:
-        print(report, end="\n\n")
+        print(report.measure(model, **arguments), end="\n\n")
+    unconvert(model)
     print(memory.comparison(stock, converted))
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,28 +53,31 @@ class BatchNormFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
-        others = (0, *range(2, grad_out.dim()))
-        grad_x = grad_weight = grad_bias = None
-        scale = None
-        if need_x:
-            scale = rstd.to(wide) if weight is None else rstd.to(wide) * weight.to(wide)
-        if x_hat is None:
-            if need_x:
-                grad_x = grad_out * per_channel(scale, grad_out.dim())
-            if need_bias:
-                grad_bias = grad_out.sum(others)
+        grads: tuple[Tensor | None, ...]
+        if x_hat is None:  # evaluation: an affine map, whose slope is known
+            slope = rstd if weight is None or rstd is None else rstd * weight
+            grads = (
+                grad_out * per_channel(slope.to(wide), grad_out.dim()) if need_x else None,
+                None,
+                grad_out.sum((0, *range(2, grad_out.dim()))) if need_bias else None,
+            )
         else:
             x_hat = x_hat.unpack(wide)
             # x-hat is its own normalised form: mean 0, rstd 1; the true rstd is in the weight.
             zeros, ones = x_hat.new_zeros(x_hat.shape[1]), x_hat.new_ones(x_hat.shape[1])
-            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad_out, x_hat, ones if scale is None else scale, zeros, ones, zeros, ones,
-                ctx.training, 0.0, [need_x, need_weight, need_bias],
+            scale = ones if rstd is None else rstd.to(wide)
+            scale = scale if weight is None else scale * weight.to(wide)
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad_out, x_hat, scale, zeros, ones, zeros, ones, ctx.training, 0.0,
+                [need_x, need_weight, need_bias],
             )  # fmt: skip
-        grads = zip(
-            (grad_x, grad_weight, grad_bias), ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
-        return *(g.to(dtype) if need else None for g, dtype, need in grads), *(None,) * 8
+        return *cast_needed(ctx, grads), *(None,) * 8
+
+
+def cast_needed(ctx, grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """The gradients of the first inputs that are asked for, in those inputs' dtypes."""
+    for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False):
+        yield grad.to(dtype) if need and grad is not None else None
 
 
 class GroupNormFunction(torch.autograd.Function):
@@ -116,19 +121,15 @@ class GroupNormFunction(torch.autograd.Function):
         x_hat = x_hat.unpack(wide)
         batch, channels = x_hat.shape[:2]
         zeros = x_hat.new_zeros((batch, ctx.groups))
-        grads = torch.ops.aten.native_group_norm_backward(
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
             grad_out.contiguous(), x_hat.contiguous(), zeros, torch.ones_like(zeros),
             None if weight is None else weight.to(wide), batch, channels,
             x_hat[0, 0].numel() if batch else 1, ctx.groups, [need_x, need_weight, need_bias],
         )  # fmt: skip
-        grad_x, grad_weight, grad_bias = grads
         if need_x:
             grouped = grad_x.unflatten(1, (ctx.groups, -1))
             grad_x = (grouped * _by_group(rstd, grouped)).flatten(1, 2)
-        wanted = zip(
-            (grad_x, grad_weight, grad_bias), ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
-        return *(g.to(dtype) if need else None for g, dtype, need in wanted), *(None,) * 5
+        return *cast_needed(ctx, (grad_x, grad_weight, grad_bias)), *(None,) * 5
 
 
 def _by_group(t: Tensor, like: Tensor) -> Tensor:

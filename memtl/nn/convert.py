@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,70 +12,13 @@ from ..storage import Format
 from .bytecode import calls_of
 from .calls import CallsLayer
 from .layers import LAYERS, ROLES, forward_owner, layer_for
+from .report import Report, Row, plain_name
 from .swap import is_swapped, swap, unswap
 from .table import CALLS
 
 Patterns = str | Sequence[str] | None
 
 KEEPS_NOTHING = (nn.Identity, nn.Flatten, nn.Unflatten)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One module in the coverage table: converted (``reason`` empty) or skipped, and why."""
-
-    name: str
-    kind: str
-    role: str = ""
-    kept: str = ""
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a conversion did: the coverage table. ``print`` it."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def converted(self) -> tuple[Row, ...]:
-        """The rows of converted modules."""
-        return tuple(row for row in self.rows if not row.reason)
-
-    @property
-    def skipped(self) -> tuple[Row, ...]:
-        """The rows of modules left as they were, each with its reason."""
-        return tuple(row for row in self.rows if row.reason)
-
-    def __str__(self) -> str:
-        lines = [f"converted {len(self.converted)} modules, left {len(self.skipped)}"]
-        lines += _table(
-            ("layer", "kind", "role", "keeps"),
-            [(r.name, r.kind, r.role, r.kept) for r in self.converted],
-        )
-        if self.skipped:
-            lines += ["", "left as they are"]
-            lines += _table(
-                ("layer", "kind", "reason"), [(r.name, r.kind, r.reason) for r in self.skipped]
-            )
-        return "\n".join(lines)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows that differ only in a layer's number become one: ``blocks.*.attn.qkv  x12``."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, *rest in rows:
-        groups.setdefault((re.sub(r"\b\d+\b", "*", name), *rest), []).append(name)
-    body = []
-    for (pattern, *rest), names in groups.items():
-        label = f"{pattern} x{len(names)}" if len(names) > 1 else names[0] or "(the model itself)"
-        body.append((label, *rest))
-    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-    return [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *body]
-    ]
 
 
 def convert(
@@ -108,7 +50,7 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if unknown := sorted(set(formats) - set(ROLES)):
         raise ValueError(f"roles must be among {ROLES}, got {unknown}")
-    modules = [(_plain(name), module) for name, module in model.named_modules()]
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
     if done := sum(is_swapped(module) for _, module in modules):
         raise ValueError(
             f"this model is already converted ({done} modules): memtl.unconvert(model) first"
@@ -206,11 +148,6 @@ def _reason(module: nn.Module) -> str:
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
-
-
-def _plain(name: str) -> str:
-    """A module's name without the prefixes of torch.compile and of parallel wrappers."""
-    return re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).lstrip(".")
 
 
 def _matching(names: Iterable[str], patterns: Patterns, option: str) -> set[str]:

@@ -198,19 +198,16 @@ _COPIED: dict[type[Layer], tuple[str, str, tuple[str, ...]]] = {
 
 
 @functools.cache
-def _copied_code(mixin: type[Layer]) -> tuple:
-    module, name, methods = _COPIED[mixin]
+def _copied_code(module: str, name: str, methods: tuple[str, ...]) -> tuple:
     cls = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     return _code_key(cls, methods)
 
 
-def _code_key(cls: type, methods: tuple[str, ...]) -> tuple | None:
-    """What the methods do; None where one is missing."""
+def _code_key(cls: type, methods: tuple[str, ...]) -> tuple:
+    """What the methods do."""
     codes = [getattr(getattr(cls, name, None), "__code__", None) for name in methods]
-    if None in codes:
-        return None
     # The first constant is the docstring.
-    return tuple((c.co_code, c.co_consts[1:], c.co_names) for c in codes)
+    return tuple(c and (c.co_code, c.co_consts[1:], c.co_names) for c in codes)
 
 
 def forward_owner(cls: type[nn.Module]) -> type[nn.Module]:
@@ -224,7 +221,7 @@ def layer_for(module: nn.Module) -> type[Layer] | None:
     found = LAYERS.get(f"{owner.__module__}.{owner.__qualname__}")
     named_norm = owner.__name__.endswith(("RMSNorm", "LayerNorm"))
     if found is None and named_norm and owner.__module__.startswith("transformers.models."):
-        for mixin, (_, _, methods) in _COPIED.items():
-            if _code_key(owner, methods) == _copied_code(mixin):
+        for mixin, original in _COPIED.items():
+            if _code_key(owner, original[2]) == _copied_code(*original):
                 return mixin
     return found

@@ -97,9 +97,8 @@ def _einsum(format: Format, *args):
     if len(args) != 3 or not isinstance(args[0], str) or einsum_indices(args[0]) is None:
         return NotImplemented
     equation, a, b = args
-    indices = dict(zip("".join(einsum_indices(equation)[:2]), (*a.shape, *b.shape), strict=False))
-    if any(n == 1 for n in indices.values()):
-        return NotImplemented  # a 1 may stand for any extent
+    if 1 in (*a.shape, *b.shape):
+        return NotImplemented  # it may stand for any extent
     return _two(format, lambda a, b, format: functional.einsum(equation, a, b, format=format), a, b)
 
 
@@ -234,7 +233,7 @@ CALLS: dict[Callable, Call] = {
             F.leaky_relu: _same(functional.leaky_relu),
             F.leaky_relu_: _in_place(functional.leaky_relu),
             F.threshold: _same(functional.threshold),
-            F.threshold_: _in_place(functional.threshold),
+            torch.threshold_: _in_place(functional.threshold),
             F.dropout: _same(functional.dropout),
         },
         _bit,

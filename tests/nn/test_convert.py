@@ -174,10 +174,12 @@ def test_twice_is_an_error():
 
 
 def test_nothing_to_convert_is_an_error_and_changes_nothing():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh())
+    convolution = nn.Conv2d(3, 8, 3).requires_grad_(False)
+    convolution.weight.data = convolution.weight.data.to(torch.int8)
+    model = nn.Sequential(convolution, nn.LSTM(3, 4))
     with pytest.raises(ValueError, match="nothing to convert in Sequential") as error:
         convert(model, FORMATS)
-    assert "only convolutions whose stride equals" in str(error.value)
+    assert "computes in torch.int8" in str(error.value)
     assert "memtl has no layer for it" in str(error.value)
     assert not any(map(is_swapped, model.modules()))
 
@@ -221,40 +223,56 @@ def test_a_role_without_a_format_is_left_and_named():
     report = convert(Block(), {**FORMATS, "norm": None})
     row = next(r for r in report.skipped if r.name == "norm")
     assert row.reason == "no format is given for the role norm"
+    report = convert(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1)), {"linear": TopK(0.1)})
+    assert report.skipped[0].reason == "no format is given for the role convolution"
+
+
+class Transposed(nn.Linear):
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight.t())
 
 
 class Doubled(nn.Linear):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return 2 * F.linear(x, self.weight, self.bias)
 
 
 class Renamed(nn.Linear):
     pass
 
 
-def test_a_forward_of_its_own_is_left_alone_with_the_reason():
-    model = nn.Sequential(Doubled(8, 8), Renamed(8, 8))
+def test_a_forward_of_its_own_is_served_for_what_it_calls_or_left_alone_with_the_reason():
+    model = nn.Sequential(Transposed(8, 8), Doubled(8, 8), Renamed(8, 8))
     x = torch.randn(2, 8)
     expected = model(x)
     report = convert(model, FORMATS)
-    assert [r.name for r in report.converted] == ["1"]
-    assert report.skipped[0].reason == "Doubled overrides Linear.forward"
-    assert isinstance(model[1], Renamed)
-    assert torch.equal(model(x), expected)
-
-
-def test_in_place_layers_are_left_with_the_reason():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Dropout(0.1, inplace=True))
-    report = convert(model, FORMATS)
-    assert [(r.name, r.reason) for r in report.skipped] == [
-        ("1", "works in place"),
-        ("2", "works in place"),
+    assert [(r.name, r.kind) for r in report.converted] == [
+        ("1", "Doubled calls linear, mul"),
+        ("2", "Renamed"),
     ]
+    assert report.skipped[0].reason == "Transposed overrides Linear.forward"
+    assert isinstance(model[2], Renamed)
+    assert torch.equal(model(x), expected)
+    assert saved_bytes(model[1], x) == TopK(0.1).nbytes(x.shape, x.dtype)
+
+
+def test_in_place_layers_overwrite_and_keep_a_bit():
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(inplace=True), nn.Dropout(0.1, inplace=True))
+    x = torch.randn(2, 8)
+    expected = run(model, x)
+    report = convert(model, FORMATS)
+    assert [r.kept for r in report.converted[1:]] == ["1 bit, exact"] * 2
+    assert torch.equal(run(model, x), expected)
+    with memtl.memory.SavedTensors(model) as saved:
+        hidden = model[0](x)
+        assert model[1](hidden) is hidden
+        assert model[2](hidden) is hidden
+    assert saved.by_layer["1"] == saved.by_layer["2"] == 128 // 8
 
 
 def test_the_report_has_a_row_for_every_leaf_and_prints():
     model = nn.Sequential(
-        nn.Embedding(5, 8), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 4), nn.Identity()
+        nn.Embedding(5, 8), nn.Linear(8, 8), nn.Softsign(), nn.Linear(8, 4), nn.Identity()
     )
     report = convert(model, FORMATS)
     assert {r.name for r in report.rows} == {"0", "1", "2", "3"}
@@ -262,6 +280,39 @@ def test_the_report_has_a_row_for_every_leaf_and_prints():
     assert text.startswith("converted 2 modules, left 2")
     assert "* x2" in text and "topk 10% int8" in text
     assert "keeps its integer indices only" in text
+    assert "KiB" not in text
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return x**3
+
+
+def test_a_measured_report_names_what_unknown_layers_still_keep():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softsign(), nn.Sequential(Cube(), Cube())
+    )
+    x = torch.randn(2, 3, 8, 8)
+    report = convert(model, FORMATS)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    measured = report.measure(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    kept = {row.name: row.saved for row in measured.rows}
+    plane = 2 * 4 * 6 * 6 * 4
+    assert kept["0"] == TopK(0.1).nbytes(torch.Size((2, 3 * 8 * 8)), x.dtype)
+    assert kept["1"] == Quantized(4).nbytes(torch.Size((2, 4, 6, 6)), x.dtype) + 4 * 4  # and rstd
+    assert kept["2"] >= plane and kept["3.0"] == plane
+    assert "Softsign" in str(measured) and "KiB kept" in str(measured)
+    assert f"{2 * plane / 1024:.1f}" in str(measured)  # both cubes, in one line
+    assert sum(kept.values()) == saved_bytes(model, x)
+
+
+def test_a_report_of_another_model():
+    report = convert(nn.Sequential(nn.Linear(2, 2), nn.GELU()), FORMATS)
+    with pytest.raises(ValueError, match="the report of another model: no '0' in it"):
+        report.measure(nn.Linear(2, 2), torch.randn(1, 2))
 
 
 def test_a_wrapper_s_prefix_is_not_part_of_a_name():
