@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null)
 
-.PHONY: install demo test bench lint format gpu clean
+.PHONY: install demo test bench bench-training models lint format gpu clean
 
 install: $(VENV)/.built
 
@@ -28,6 +28,12 @@ test: install
 
 bench: install
 	$(BIN)/python benchmarks/kernels/table.py
+
+bench-training: install
+	$(BIN)/python benchmarks/training/table.py
+
+models: install
+	$(BIN)/python benchmarks/models/table.py
 
 lint: install
 	$(BIN)/ruff check .

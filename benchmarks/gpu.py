@@ -10,7 +10,8 @@ the operator's.
 
 Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
 checkpointing, and with Back Razor (balanced, keep 0.1), steps taking turns. Saved bytes are exact;
-the peak is the most that a step needs beyond what is allocated between steps.
+the peak is the most that a step needs beyond what is allocated between steps: weights and the
+optimizer's state.
 """
 
 import argparse
@@ -18,12 +19,11 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT))
 import memtl  # noqa: E402
 from benchmarks.kernels import harness  # noqa: E402
 from benchmarks.kernels.cases import all_cases  # noqa: E402
+from benchmarks.training.steps import SEED, format_rows, measure  # noqa: E402
+from benchmarks.training.workloads import CHECKPOINTING, STOCK, Mode, Workload  # noqa: E402
 
-SEED = 0
-MIB = 2**20
+MODES = (STOCK, CHECKPOINTING, Mode("back razor", config=memtl.BackRazorConfig(keep=0.1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,72 +62,6 @@ def kernel_rows(
         )
 
 
-def training_step(scale: Scale, device: str, mode: str) -> tuple[Callable[[], Any], Callable]:
-    """A whole step of a fresh model, and its forward alone."""
-    import timm
-
-    torch.manual_seed(SEED)
-    model = timm.create_model(scale.model, num_classes=100).to(device).train()
-    images = torch.randn(scale.batch, 3, 224, 224, device=device)
-    labels = torch.randint(100, (scale.batch,), device=device)
-    if mode == "checkpointing":
-        model.set_grad_checkpointing()
-    elif mode == "back razor":
-        memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return F.cross_entropy(model(images), labels)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        forward().backward()
-        optimizer.step()
-
-    return step, forward
-
-
-def training_rows(scale: Scale, device: str, timer: harness.Timer) -> list[dict[str, Any]]:
-    """Step time, saved bytes and peak of each mode."""
-    modes = {
-        mode: training_step(scale, device, mode)
-        for mode in ("stock", "checkpointing", "back razor")
-    }
-    steps = {mode: [step] for mode, (step, _) in modes.items()}
-    medians = harness.interleaved_medians(steps, timer, 3 * scale.seconds)
-    rows = []
-    for mode, (step, forward) in modes.items():
-        saved = memtl.memory.saved_bytes(forward)
-        peak = memtl.memory.peak_bytes(step, device)
-        rows.append(
-            {
-                "mode": mode,
-                "model": scale.model,
-                "batch": scale.batch,
-                "seconds": medians[mode],
-                "relative_time": medians[mode] / medians["stock"],
-                "saved_bytes_per_sample": saved / scale.batch,
-                "peak_bytes": peak,
-            }
-        )
-    return rows
-
-
-def format_training(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{rows[0]['model']}, batch {rows[0]['batch']}, autocast bfloat16",
-        f"{'':14} {'ms/step':>9} {'of stock':>9} {'saved MiB/sample':>17} {'peak MiB':>10}",
-    ]
-    for row in rows:
-        peak = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
-        lines.append(
-            f"{row['mode']:14} {row['seconds'] * 1e3:9.2f} {row['relative_time']:8.2f}x "
-            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {peak:>10}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -152,8 +87,11 @@ def main() -> int:
     for row in kernel_rows(scale, device, timer, bandwidth):
         print(harness.format_row(row), flush=True)
         record["rows"].append(row)
-    record["training"] = training_rows(scale, device, timer)
-    print(f"\n{format_training(record['training'])}")
+    workload = Workload(scale.model, scale.batch)
+    record["training"] = measure(
+        workload, MODES, device, timer, 3 * scale.seconds, autocast=torch.bfloat16
+    )
+    print(f"\n{format_rows(record['training'], 'autocast bfloat16')}")
     output = options.output
     if output is None and device == "cuda":
         name = re.sub(r"\W+", "-", record["gpu"]).strip("-").lower()

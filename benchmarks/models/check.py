@@ -103,7 +103,7 @@ class Check:
         if not self.same_keys:
             found.append("the keys of the state_dict differ")
         if not self.ratio >= LEAST_RATIO:
-            found.append(f"{self.ratio:.1f}x fewer bytes")
+            found.append(f"{self.ratio:.2f}x fewer bytes")
         for keep, gradients in ((KEEP, self.pruned), (KEEP_ALL, self.unpruned)):
             found += [f"keep {keep:g}: {text}" for text in _gradient_failures(gradients, keep)]
         if not self.classes_back:

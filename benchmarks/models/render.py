@@ -86,10 +86,10 @@ parameter has a gradient), and is compared with itself before the conversion, on
 numbers. **Stock** and **kept** are the bytes saved for backward, MiB a sample, before and after
 `memtl.apply(model, memtl.BackRazorConfig(keep={KEEP:g}))`; **keeps most** is the heaviest layer of
 the converted model. The other columns are cosines of gradients with the exact ones, along one
-random direction of the output: the mean, and in brackets the worst and whose it is. At keep {KEEP_ALL:g} nothing is
-pruned, and what is left is the error of few bits. For vectors (biases, norms) it is that at keep
-{KEEP:g}. **Left out** are gradients with less than {NEGLIGIBLE:.0e} of the norm of the model's
-largest: rounding noise, as for a bias in front of a batch normalisation.
+random direction of the output: the mean, and in brackets the worst and whose it is. At keep
+{KEEP_ALL:g} nothing is pruned, and what is left is the error of few bits. For vectors (biases,
+norms) it is that at keep {KEEP:g}. **Left out** are gradients with less than {NEGLIGIBLE:.0e} of
+the norm of the model's largest: rounding noise, as for a bias in front of a batch normalisation.
 
 A model is **ok** when its forward and its buffers are the same, bit for bit; every gradient is
 there and finite; it keeps at least {LEAST_RATIO:g} times fewer bytes; the mean cosine of its

@@ -222,7 +222,7 @@ def test_bytes_that_are_still_kept(tower):
     model, inputs = tower
     found = check(model, inputs, faulty(fault))
     assert found.ratio < 4
-    assert f"{found.ratio:.1f}x fewer bytes" in found.failures()
+    assert f"{found.ratio:.2f}x fewer bytes" in found.failures()
 
 
 def test_what_unconvert_does_not_undo(tower):

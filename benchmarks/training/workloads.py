@@ -1,0 +1,96 @@
+"""What is trained, and how: models with their batches, and what is done to save memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memtl
+
+CLASSES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A classifier and the batch it is trained on: images of 224 pixels, or texts.
+
+    ``model`` is a name of timm, or ``hf:`` and a type of transformers, whose default configuration
+    is taken: ``hf:bert`` is BERT base. ``options`` change it. Weights and inputs are random, of
+    torch's global generator.
+    """
+
+    model: str
+    batch: int
+    tokens: int = 128  # of a text
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model is one of transformers."""
+        return self.model.startswith("hf:")
+
+    def build(self) -> nn.Module:
+        """The model, in training mode."""
+        if not self.is_text:
+            import timm
+
+            return timm.create_model(self.model, num_classes=CLASSES, **self.options).train()
+        import transformers
+
+        options = {"num_labels": CLASSES, "use_cache": False, **self.options}
+        config = transformers.AutoConfig.for_model(self.model[3:], **options)
+        return transformers.AutoModelForSequenceClassification.from_config(config).train()
+
+    def batch_of(self, model: Any, device: str) -> tuple[Tensor, Tensor]:
+        """Inputs and labels."""
+        labels = torch.randint(CLASSES, (self.batch,), device=device)
+        if not self.is_text:
+            return torch.randn(self.batch, 3, 224, 224, device=device), labels
+        words = model.config.vocab_size
+        return torch.randint(words, (self.batch, self.tokens), device=device), labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A way to train: stock, with the library's own checkpointing, or converted."""
+
+    name: str
+    checkpointing: bool = False
+    config: memtl.BackRazorConfig | None = None
+
+    def prepare(self, model: Any) -> None:
+        """Change ``model`` in place."""
+        if self.checkpointing:
+            if hasattr(model, "set_grad_checkpointing"):
+                model.set_grad_checkpointing()
+            else:  # what transformers calls it since 5, and before
+                enable = getattr(model, "activation_checkpointing_enable", None)
+                (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if self.config is not None:
+            memtl.apply(model, self.config)
+
+
+STOCK = Mode("stock")
+CHECKPOINTING = Mode("checkpointing", checkpointing=True)
+
+MODES = (
+    STOCK,
+    CHECKPOINTING,
+    Mode("balanced, keep 0.1", config=memtl.BackRazorConfig(keep=0.1)),
+    Mode("balanced, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
+    Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
+)
+
+WORKLOADS = (
+    Workload("vit_base_patch16_224", 4),
+    Workload("resnet50", 8),
+    Workload("mobilenetv2_100", 8),
+    Workload("hf:bert", 4),
+)
+
+QUICK = (
+    Workload("vit_tiny_patch16_224", 1, options={"depth": 2}),
+    Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
+)

@@ -1,0 +1,149 @@
+"""The benchmark of training steps: a step trains, the modes are what they say, the program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernels import harness
+from benchmarks.training import table
+from benchmarks.training.steps import format_rows, make_step, measure
+from benchmarks.training.workloads import (
+    CHECKPOINTING,
+    MODES,
+    QUICK,
+    STOCK,
+    WORKLOADS,
+    Mode,
+    Workload,
+)
+from memtl.memory import saved_bytes
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+IMAGES = Workload("vit_tiny_patch16_224", 1, options={"depth": 2, "embed_dim": 48})
+TEXTS = Workload("hf:bert", 2, tokens=16, options=TEXT)
+SMALL = [IMAGES, TEXTS]
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=lambda workload: workload.model)
+def test_a_step_trains_and_leaves_no_gradients(workload):
+    models = []
+
+    class Watched(Mode):
+        def prepare(self, model):
+            super().prepare(model)
+            models.append(model)
+
+    step = make_step(workload, Watched("stock"), "cpu")
+    before = [p.detach().clone() for p in models[0].parameters()]
+    first = step.forward().item()
+    for _ in range(5):
+        step.run()
+    assert all(p.grad is None for p in models[0].parameters())
+    changed = sum(
+        not torch.equal(a, b) for a, b in zip(before, models[0].parameters(), strict=True)
+    )
+    assert changed == len(before)
+    assert step.forward().item() < first
+    assert step.gradient_bytes == sum(p.nbytes for p in before)
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=lambda workload: workload.model)
+def test_every_mode_starts_from_the_same_loss(workload):
+    losses, saved = {}, {}
+    for mode in MODES:
+        step = make_step(workload, mode, "cpu")
+        torch.manual_seed(0)
+        losses[mode.name] = step.forward().item()
+        saved[mode.name] = saved_bytes(step.forward)
+    assert len(set(losses.values())) == 1
+    stock = saved.pop("stock")
+    assert all(count < stock / 2 for count in saved.values())
+    assert saved["balanced, keep 0.03"] < saved["balanced, keep 0.1"]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.model)
+def test_checkpointing_is_on_in_every_model(workload):
+    """Of the models as they are, on one sample: their own switch has to do something."""
+    small = Workload(workload.model, 2, tokens=8, options=TEXT if workload.is_text else {})
+    stock, checkpointed = (
+        saved_bytes(make_step(small, mode, "cpu").forward) for mode in (STOCK, CHECKPOINTING)
+    )
+    assert checkpointed < stock / 2
+
+
+def test_rows(monkeypatch):
+    times = {"stock": 2.0, "checkpointing": 3.0}
+    monkeypatch.setattr(harness, "interleaved_medians", lambda calls, timer, seconds: times)
+    rows = measure(TEXTS, (STOCK, CHECKPOINTING), "cpu", harness.cpu_timer, 0.0)
+    assert [row["mode"] for row in rows] == ["stock", "checkpointing"]
+    assert [row["relative_time"] for row in rows] == [1.0, 1.5]
+    expected = saved_bytes(make_step(TEXTS, STOCK, "cpu").forward) / 2
+    assert rows[0]["saved_bytes_per_sample"] == expected
+    text = format_rows(rows, "float32")
+    assert "hf:bert, batch 2, float32" in text and "1.50x" in text
+    assert text.count("n/a") == sum(row["peak_bytes"] is None for row in rows)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "benchmarks/training/table.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_program(tmp_path):
+    output = tmp_path / "training.json"
+    done = run("--quick", "--unchecked", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert record["unchecked"] is True and record["seed"] == 0 and record["threads"] == 1
+    found = [(row["model"], row["mode"]) for row in record["rows"]]
+    assert found == [(workload.model, mode.name) for workload in QUICK for mode in MODES]
+    for row in record["rows"]:
+        assert row["seconds"] > 0 and row["saved_bytes_per_sample"] > 0
+        assert row["mode"] in done.stdout
+
+
+def test_program_refuses_where_a_test_fails(tmp_path, monkeypatch, capsys):
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("def test_it():\n    assert False\n")
+    output = tmp_path / "training.json"
+    monkeypatch.setattr(table, "TESTS", (str(failing),))
+    monkeypatch.setattr(sys, "argv", ["table.py", "--quick", f"--output={output}"])
+    assert table.main() == 1
+    assert "nothing is measured" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads=0"], "must be at least 1, got 0"),
+        (["--only=nothing"], "invalid choice"),
+        (["--only=resnet50", "--quick"], "leave --only out"),
+    ],
+)
+def test_program_refuses_what_it_cannot_do(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table.py", *arguments])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert message in capsys.readouterr().err
