@@ -25,26 +25,13 @@ aten = torch.ops.aten
 class Activation:
     """An elementwise function with its parameters bound, its derivative, and bounds of that.
 
-    ``forward(x, inplace)``. ``flat``: the derivative is 0 or 1 over whole ranges of x; the codes
-    then have both among their levels, so that those elements are stored exactly.
+    ``forward(x, inplace)``.
     """
 
     forward: Callable[..., Tensor]
     derivative: Callable[[Tensor], Tensor]
     lo: float
     hi: float
-    flat: bool = False
-
-    def range(self, bits: int) -> tuple[float, float]:
-        """The range of a code of so many bits."""
-        levels = 2**bits - 2
-        steps = levels
-        while self.flat and steps > 0:  # so many steps to 1: the most that still span the bounds
-            below, above = math.ceil(-self.lo * steps - 1e-9), math.ceil(self.hi * steps - 1e-9)
-            if below + above <= levels:
-                return -below / steps, (levels - below) / steps
-            steps -= 1
-        return self.lo, self.hi
 
 
 def _plain(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -98,7 +85,6 @@ def _elu(alpha: float = 1.0) -> Activation:
         lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x),
         min(0.0, alpha),
         max(1.0, alpha),
-        flat=True,
     )
 
 
@@ -120,7 +106,6 @@ def _celu(alpha: float = 1.0) -> Activation:
         lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),
         0.0,
         1.0,
-        flat=True,
     )
 
 
@@ -130,7 +115,6 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         lambda x: aten.softplus_backward(torch.ones_like(x), x, beta, threshold),
         0.0,
         1.0,
-        flat=True,
     )
 
 
@@ -171,21 +155,16 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         lambda x: aten.hardswish_backward(torch.ones_like(x), x),
         -0.5,
         1.5,
-        flat=True,
     ),
     "elu": _elu,
     "selu": _selu,
     "celu": _celu,
     "softplus": _softplus,
-    "tanh": lambda: Activation(
-        _methods(torch.tanh, Tensor.tanh_), _tanh_derivative, 0.0, 1.0, flat=True
-    ),
+    "tanh": lambda: Activation(_methods(torch.tanh, Tensor.tanh_), _tanh_derivative, 0.0, 1.0),
     "sigmoid": lambda: Activation(
         _methods(torch.sigmoid, Tensor.sigmoid_), _sigmoid_derivative, 0.0, 0.25
     ),
-    "logsigmoid": lambda: Activation(
-        _plain(F.logsigmoid), lambda x: torch.sigmoid(-x), 0.0, 1.0, flat=True
-    ),
+    "logsigmoid": lambda: Activation(_plain(F.logsigmoid), lambda x: torch.sigmoid(-x), 0.0, 1.0),
 }
 
 
@@ -196,7 +175,7 @@ def activation(name: str, *parameters: float) -> Activation:
 
 def derivative_format(act: Activation, format: Quantized) -> Quantized:
     """The fixed-range code for an activation's derivative, of the bits that ``format`` says."""
-    return Quantized(format.bits, act.range(format.bits), format.seed)
+    return Quantized(format.bits, (act.lo, act.hi), format.seed)
 
 
 def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Bits, Dense
+from ..storage import Bits, Dense, Format, Packed, Quantized
 from .keep import first_order, keep, kept
 
 
@@ -23,13 +23,30 @@ class SoftmaxFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, ctx.dim, _, format = inputs
         ctx.dtype = x.dtype
-        keep(ctx, (output, format))
+        keep(ctx, (stored_probabilities(output, format), format))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
         (y,), _ = kept(ctx)
-        return softmax_grad(grad_out, y.unpack(), ctx.dim).to(ctx.dtype), None, None, None
+        return (
+            softmax_grad(grad_out, read_probabilities(y), ctx.dim).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def stored_probabilities(p: Tensor, format: Format) -> Tensor:
+    """What is kept for p: under a ``Quantized`` format its root, for most probabilities are far
+    below the largest one of their group, by which its steps are measured."""
+    return p.sqrt() if isinstance(format, Quantized) else p
+
+
+def read_probabilities(kept: Packed) -> Tensor:
+    """p from what :func:`stored_probabilities` made."""
+    value = kept.unpack()
+    return value.square() if isinstance(kept.format, Quantized) else value
 
 
 def softmax_grad(grad_out: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -100,13 +117,20 @@ class ExplicitAttentionFunction(torch.autograd.Function):
         ctx.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         ctx.mask_shape = None if mask is None else mask.shape
         p = _probabilities(q, k, mask, is_causal, scale, ctx.enable_gqa).to(q.dtype)
-        keep(ctx, (q, format), (k, format), (v, format), (p, format), (bits, Dense()))
+        keep(
+            ctx,
+            (q, format),
+            (k, format),
+            (v, format),
+            (stored_probabilities(p, format), format),
+            (bits, Dense()),
+        )
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _bits):
         (q_, k_, v_, p_, bits), _ = kept(ctx)
-        q, k, v, p = (t.unpack() for t in (q_, k_, v_, p_))
+        q, k, v, p = *(t.unpack() for t in (q_, k_, v_)), read_probabilities(p_)
         k, v = _expand_heads(k, q, ctx.enable_gqa), _expand_heads(v, q, ctx.enable_gqa)
 
         def dropped(x: Tensor) -> Tensor:

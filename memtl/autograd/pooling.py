@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Dense, Format, Packed, Quantized
+from ..storage import Bits, Dense, Format, Packed, Quantized
 from ..storage.convolution import shape_only
 from .keep import first_order, keep, kept
 
@@ -90,6 +90,41 @@ class AdaptiveMaxPoolFunction(torch.autograd.Function):
         (place,), _ = kept(ctx)
         place = place.tensors[0].to(torch.int64)
         return scatter_planes(grad_out, place, ctx.x_shape, ctx.dims), None, None
+
+
+class ExtremeFunction(torch.autograd.Function):
+    """y = the largest (or smallest) element of x over ``dim``, exact; ties share the gradient.
+
+    Memory: one bit an element of x (torch keeps x and y).
+    """
+
+    @staticmethod
+    def forward(x, dim, keepdim, smallest):
+        return (torch.amin if smallest else torch.amax)(x, dim, keepdim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, dim, ctx.keepdim, _ = inputs
+        ctx.dims = sorted(d % x.dim() for d in dim)
+        keep(ctx, (x == _unreduced(output, ctx), Bits()))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (reached,), _ = kept(ctx)
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        reached = reached.unpack()
+        count = reached.sum(ctx.dims, keepdim=True).to(wide)
+        share = (_unreduced(grad_out, ctx) / count).to(grad_out.dtype)
+        return reached * share, None, None, None  # NaN where no element equals a NaN
+
+
+def _unreduced(t: Tensor, ctx) -> Tensor:
+    """A reduced tensor, its dimensions back in place with size 1."""
+    if not ctx.keepdim:
+        for dim in ctx.dims:
+            t = t.unsqueeze(dim)
+    return t
 
 
 def smallest_integer(count: int) -> torch.dtype:

@@ -77,7 +77,7 @@ def mish(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Ten
 
 
 def hardswish(x: Tensor, inplace: bool = False, *, format: Format = FOUR_BITS) -> Tensor:
-    """``F.hardswish``, x * relu6(x + 3) / 6; see :func:`gelu`. Derivatives of 0 and 1 are exact."""
+    """``F.hardswish``, x * relu6(x + 3) / 6; see :func:`gelu`."""
     return _elementwise("hardswish", x, format, inplace=inplace)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ..autograd.pooling import (
     MAX_POOL,
     SHAPE_ONLY,
     AdaptiveMaxPoolFunction,
+    ExtremeFunction,
     MaxPoolFunction,
     ShapeOnlyFunction,
 )
@@ -83,6 +85,22 @@ def adaptive_max_pool2d(x: Tensor, output_size: Numbers) -> Tensor:
 def adaptive_max_pool3d(x: Tensor, output_size: Numbers) -> Tensor:
     """``F.adaptive_max_pool3d``; see :func:`adaptive_max_pool2d`."""
     return _adaptive_max_pool("adaptive_max_pool3d", 3, x, output_size)
+
+
+def amax(x: Tensor, dim: Numbers, keepdim: bool = False) -> Tensor:
+    """``torch.amax``; its gradient is exact, ties sharing it.
+
+    Raises:
+        TypeError: x is no dense floating-point tensor.
+
+    Memory: one bit an element of x.
+    """
+    return _extreme("amax", x, dim, keepdim)
+
+
+def amin(x: Tensor, dim: Numbers, keepdim: bool = False) -> Tensor:
+    """``torch.amin``; see :func:`amax`."""
+    return _extreme("amin", x, dim, keepdim)
 
 
 def avg_pool1d(
@@ -183,6 +201,15 @@ def _max_pool(name, dims, x, kernel_size, stride, padding, dilation, ceil_mode) 
     kernel = _tuple(kernel_size, dims)
     window = (kernel if not stride else _tuple(stride, dims), _tuple(padding, dims))
     return MaxPoolFunction.apply(x, kernel, *window, _tuple(dilation, dims), ceil_mode)[0]
+
+
+def _extreme(name: str, x: Tensor, dim: Numbers, keepdim: bool) -> Tensor:
+    check_tensors(name, x=x)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    smallest = name == "amin"
+    if not any(needs(x)):
+        return (torch.amin if smallest else torch.amax)(x, dims, keepdim)
+    return ExtremeFunction.apply(x, dims, keepdim, smallest)
 
 
 def _adaptive_max_pool(name, dims, x, output_size) -> Tensor:

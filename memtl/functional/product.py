@@ -30,7 +30,9 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
         ValueError: shapes do not fit.
 
     Memory: ``format.nbytes`` of each operand whose partner needs a gradient; an operand that is a
-    parameter, or a view of one, is there anyway and is kept by reference, exactly.
+    parameter, or a view of one, is there anyway and is kept by reference, exactly. One that is a
+    quarter of its partner or of the result or less (the queries beside a map of attention) is kept
+    in twice the bits: it costs little beside them.
     """
     check_tensors("matmul", a=a, b=b)
     check_format("matmul", format)
@@ -43,7 +45,14 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     need_a, need_b = needs(a, b)
     if not (need_a or need_b) or a.dim() < 2 or b.dim() < 2:
         return torch.matmul(a, b)
-    format_a, format_b = (Dense() if is_parameter(t) else format for t in (a, b))
+    largest = max(a.numel(), b.numel(), a.numel() // a.shape[-1] * b.shape[-1] if a.numel() else 0)
+
+    def format_of(t: Tensor) -> Format:
+        if is_parameter(t):
+            return Dense()
+        return format.finer() if 4 * t.numel() <= largest else format
+
+    format_a, format_b = format_of(a), format_of(b)
     (a, _), (b, _) = autocast(a), autocast(b)
     return MatmulFunction.apply(a, b, format_a, format_b, need_a, need_b)
 

@@ -134,6 +134,16 @@ def _unpooled(function: Callable) -> Callable[..., Any]:
     return without_indices
 
 
+def _extreme(function: Callable) -> Callable[..., Any]:
+    """Serve a maximum along dimensions; that of a whole tensor is torch's."""
+
+    def serve(format: Format, input, dim=(), keepdim=False, **rest):
+        whole = not isinstance(dim, int) and len(dim) == 0
+        return NotImplemented if rest or whole else function(input, dim, keepdim)
+
+    return serve
+
+
 def _bit(format: Format) -> str:
     return "1 bit, exact"
 
@@ -235,6 +245,10 @@ CALLS: dict[Callable, Call] = {
             F.threshold: _same(functional.threshold),
             torch.threshold_: _in_place(functional.threshold),
             F.dropout: _same(functional.dropout),
+            torch.amax: _extreme(functional.amax),
+            Tensor.amax: _extreme(functional.amax),
+            torch.amin: _extreme(functional.amin),
+            Tensor.amin: _extreme(functional.amin),
         },
         _bit,
     ),

@@ -69,6 +69,11 @@ class Format(abc.ABC):
         x = self.unpack(packed, shape, grad_out.dtype)
         return library_weight_grad(x, grad_out, input_size, weight_size, geometry, channels_last)
 
+    def finer(self) -> Format:
+        """A more faithful format, for a tensor that is small beside its neighbours; itself where
+        there is none."""
+        return self
+
     def resolve(self, keep: float) -> Format:
         """This format with a fraction to keep filled in where it leaves that open."""
         return self

@@ -60,6 +60,9 @@ class Quantized(Format):
             return torch.ops.memtl.quant_unpack(*packed, self.bits, shape, dtype)
         return torch.ops.memtl.quant_unpack_range(*packed, self.bits, *self.range, shape, dtype)
 
+    def finer(self) -> Quantized:
+        return dataclasses.replace(self, bits=min(8, 2 * self.bits))
+
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return ceil_div(shape.numel(), GROUP) * (8 * self.bits + (0 if self.range else 4))
 

@@ -406,6 +406,8 @@ CASES: dict[str, Case] = {
         ((3, 6, 5), (3, 6, 9), (3, 9, 5)),
         (True, False, False),
     ),
+    "amax": _exact("amax", torch.amax, (3, 4, 5, 6), (1, -1)),
+    "amin": _exact("amin", torch.amin, (3, 4, 5), 1, keepdim=True),
     "max_pool1d": _exact("max_pool1d", F.max_pool1d, (3, 4, 23), 2),
     "max_pool2d": _exact(
         "max_pool2d", F.max_pool2d, (3, 4, 13, 10), 3, stride=2, padding=1, ceil_mode=True

@@ -244,12 +244,21 @@ def test_matmul_gradients_are_taken_from_the_unpacked_partner(format):
 
 
 def test_matmul_bytes():
-    a, b = torch.randn(2, 6, 64), torch.randn(2, 64, 32)
+    a, b = torch.randn(2, 24, 64), torch.randn(2, 64, 32)
     four = Quantized(4)
     bytes_a, bytes_b = (four.nbytes(t.shape, t.dtype) for t in (a, b))
     assert saved_bytes(M.matmul, *leaves((a, b))) == bytes_a + bytes_b
     assert saved_bytes(M.matmul, *leaves((a, b), [True, False])) == bytes_b
     assert saved_bytes(M.matmul, *leaves((a, b), [False, True])) == bytes_a
+
+
+def test_small_operands_of_a_large_product_get_twice_the_bits():
+    a, b = torch.randn(2, 64, 16), torch.randn(2, 16, 64)  # queries and keys of few features
+    eight = Quantized(8).nbytes(a.shape, a.dtype)
+    assert saved_bytes(M.matmul, *leaves((a, b))) == 2 * eight
+    values = torch.randn(2, 64, 16)
+    kept = Quantized(4).nbytes(torch.Size((2, 64, 64)), a.dtype) + eight
+    assert saved_bytes(M.matmul, *leaves((torch.randn(2, 64, 64), values))) == kept
 
 
 @pytest.mark.parametrize("shapes", [((5,), (5,)), ((5,), (5, 3)), ((4, 5), (5,))])
