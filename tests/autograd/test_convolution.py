@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,138 @@ def test_bytes(format):
     assert bytes_when(True, True, True) == kept + own
     assert bytes_when(True, False, True) == own
     assert bytes_when(False, False, True) == 0
+
+
+# What a general convolution must do with strides, paddings, groups and dilations.
+GEOMETRIES = {
+    "plain": {},
+    "padded": {"padding": 1},
+    "strided": {"stride": 2, "padding": 1},
+    "dilated": {"dilation": 2, "padding": (2, 1)},
+    "grouped": {"groups": 2, "padding": 1},
+    "depthwise": {"groups": 4},
+}
+
+
+def weight_for(options, channels=4, outputs=8, kernel=(3, 3)):
+    return torch.randn(outputs, channels // options.get("groups", 1), *kernel)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_weight_gradient_is_taken_from_the_unpacked_input(format, options, channels_last):
+    x, weight = torch.randn(3, 4, 11, 9), weight_for(options).requires_grad_()
+    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    out = M.conv2d(x, weight, format=format, **options)
+    assert_same(out.detach(), F.conv2d(x, weight, **options).detach())
+    g = grad_like(out)
+    out.backward(g)
+    rows = x.permute(order).reshape(3, -1)
+    stored = pack(rows, format).unpack().view([x.shape[i] for i in order])
+    stored = stored.permute(0, 3, 1, 2) if channels_last else stored
+
+    def grad(x, g):
+        return torch.nn.grad.conv2d_weight(x, weight.shape, g, **options)
+
+    expected = grad(stored.double(), g.double())
+    terms = out.shape[0] * out[0, 0].numel()
+    bound = gamma(terms + 2) * grad(stored.double().abs(), g.double().abs())
+    assert_within(weight.grad, expected, bound)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("options", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_bytes_of_any_convolution(format, options):
+    x, weight, bias = torch.randn(3, 4, 11, 9), weight_for(options), torch.randn(8)
+    kept = format.nbytes(torch.Size((3, 4 * 11 * 9)), x.dtype)
+    own = 4 * weight.numel()
+
+    def bytes_when(*needs, layout=torch.contiguous_format):
+        tensors = leaves((x.to(memory_format=layout), weight, bias), needs)
+        return saved_bytes(lambda: M.conv2d(*tensors, format=format, **options))
+
+    assert bytes_when(False, True, True) == kept
+    assert bytes_when(False, True, True, layout=torch.channels_last) == kept
+    assert bytes_when(True, True, True) == kept + own
+    assert bytes_when(True, False, True) == own
+    assert bytes_when(False, False, True) == 0
+
+
+def test_a_1x1_convolution_of_stride_2_keeps_a_quarter_of_its_input():
+    x, weight = leaves([torch.randn(2, 64, 16, 16), torch.randn(8, 64, 1, 1)], [False, True])
+    format = TopK(0.1)
+    whole = saved_bytes(M.conv2d, x, weight, format=format)
+    assert saved_bytes(M.conv2d, x, weight, stride=2, format=format) < 0.3 * whole
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
+def test_every_dimension_in_every_layout_is_stock(name, kind):
+    dims = int(name[4])
+    name = name.replace("conv", kind)
+    x = torch.randn(2, 4, *(6, 5, 7)[:dims])
+    shape = (4, 3) if kind == "conv_transpose" else (3, 4)
+    weight = torch.randn(*shape, *(3, 2, 3)[:dims])
+    views = [x, x.movedim(1, -1).contiguous().movedim(-1, 1), x.repeat(1, 2, *(1,) * dims)[:, ::2]]
+    for view in views:
+        results = []
+        for module, options in ((M, {"format": Dense()}), (F, {})):
+            inputs = [view.detach().requires_grad_(), weight.clone().requires_grad_()]
+            out = getattr(module, name)(*inputs, stride=2, padding=1, **options)
+            out.backward(grad_like(out))
+            results.append((out.detach(), *(t.grad for t in inputs)))
+        for ours, stock in zip(*results, strict=True):
+            torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+        assert_same(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("kernel", [(4, 4), (3, 2), (1, 5)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_padding_is_torchs(kernel, dilation):
+    tensors = torch.randn(2, 3, 9, 8), torch.randn(4, 3, *kernel), torch.randn(4)
+    ours, stock = leaves(tensors), leaves(tensors)
+    options = {"padding": "same", "dilation": dilation}
+    out, expected = M.conv2d(*ours, format=Dense(), **options), F.conv2d(*stock, **options)
+    assert_same(out.detach(), expected.detach())
+    out.backward(grad_like(out))
+    expected.backward(grad_like(out))
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 5), (0, 3, 6, 5)])
+def test_sizes_of_zero(shape):
+    tensors = torch.randn(shape), torch.randn(4, 3, 3, 3)
+    ours, stock = leaves(tensors), leaves(tensors)
+    options = {"padding": 1}
+    try:
+        expected = F.conv2d(*stock, **options)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            M.conv2d(*ours, **options)
+        return
+    out = M.conv2d(*ours, **options)
+    assert_same(out.detach(), expected.detach())
+    out.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(ours, stock, strict=True):
+        assert_same(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "full"}, "padding must be numbers, 'same' or 'valid', got 'full'"),
+        ({"padding": "same", "stride": 2}, r"padding 'same' needs stride 1, got \(2, 2\)"),
+        ({"stride": (1, 2, 3)}, r"expected one number or 2, got \(1, 2, 3\)"),
+        ({"groups": 3}, "with 3 groups, got"),
+        ({"groups": 0}, "with 0 groups, got"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    x, weight = leaves([torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)])
+    with pytest.raises(ValueError, match=f"conv2d: .*{message}"):
+        M.conv2d(x, weight, **options)
