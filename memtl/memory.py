@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,15 @@ class SavedTensors:
             _module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         )
         hooks.__enter__()
-        self._exits = [lambda: hooks.__exit__(None, None, None), *(h.remove for h in handles)]
+        warned = warnings.catch_warnings()
+        warned.__enter__()
+        # A compiled module says of such hooks that they see it twice, which does no harm here.
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global")
+        self._exits = [
+            lambda: warned.__exit__(None, None, None),
+            lambda: hooks.__exit__(None, None, None),
+            *(h.remove for h in handles),
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -71,12 +80,15 @@ class SavedTensors:
             leave()
 
     def _enter_module(self, module: nn.Module, _inputs: object) -> None:
+        if torch.compiler.is_compiling():  # traced: the call of the compiled module counts
+            return
         self._running.append(self._names.get(module, type(module).__name__))
         for t in (*module.parameters(), *module.buffers()):
             self._own.update(storage.data_ptr() for storage in _storages_of(t))
 
     def _leave_module(self, *_: object) -> None:
-        self._running.pop()
+        if not torch.compiler.is_compiling():
+            self._running.pop()
 
     def _pack(self, t: Tensor) -> Tensor:
         layer = self._running[-1] if self._running else ""

@@ -6,11 +6,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from memtl import backends, demo
+from memtl import assets, backends, demo
 from memtl.tasks import Split, load_digits
 from memtl.training import Settings, fit
 
-METHODS = demo.methods([0.1, 0.03])
+MODELS = list(demo.NETWORKS)
+METHODS = {model: demo.methods(network, [0.1, 0.03]) for model, network in demo.NETWORKS.items()}
 NAMES = [
     "last layer only",
     "full fine-tuning",
@@ -29,11 +30,11 @@ def small_digits():
     return dataclasses.replace(task, **few)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A tiny demo, run once: what it printed, its JSON and its page."""
+@pytest.fixture(scope="module", params=MODELS)
+def run(request, tmp_path_factory):
+    """A tiny demo of each network, run once: its status and arguments, its JSON and its page."""
     folder = tmp_path_factory.mktemp("demo")
-    arguments = ["--quick", "--steps", "1", "--seeds", "2"]
+    arguments = ["--model", request.param, "--quick", "--steps", "1", "--seeds", "2"]
     arguments += ["--json", str(folder / "demo.json"), "--html", str(folder / "demo.html")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMTL_PROGRESS", "0")
@@ -49,6 +50,8 @@ def test_json_has_every_figure_and_where_it_is_from(run):
     assert [m["name"] for m in record["methods"]] == NAMES
     assert record["seeds"] == [0, 1]
     assert record["command"] == " ".join(["memtl", "demo", *arguments])
+    assert record["model"]["name"] == demo.NETWORKS[arguments[1]].asset
+    assert record["model"]["sha256"] == assets.metadata(record["model"]["name"])["sha256"]
     assert record["settings"]["steps"] == 1 and record["settings"]["batch_size"] == 8
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert record["environment"]["backends"]["topk_pack"] == backends.owner("topk_pack", "cpu")
@@ -66,6 +69,7 @@ def test_json_has_every_figure_and_where_it_is_from(run):
 
 
 def test_back_razor_keeps_less_the_less_it_is_told_to_keep(run):
+    # A block of the CNN expands its input sixfold; so checkpointing it saves less.
     saved = {m["name"]: m["saved_bytes"] for m in run[2]["methods"]}
     last, full, checkpointed, tenth, thirtieth = (saved[name] for name in NAMES)
     assert last < thirtieth < tenth < full / 8
@@ -74,9 +78,11 @@ def test_back_razor_keeps_less_the_less_it_is_told_to_keep(run):
 
 def test_methods_see_the_same_data_from_the_same_weights(run):
     losses = {m["name"]: m["losses"] for m in run[2]["methods"]}
+    # With its statistics frozen, batch normalisation is another function.
+    names = NAMES[1:] if run[1][1] == "cnn" else NAMES
     for seed in (0, 1):  # the forward is exact, so the first loss tells
-        first = [losses[name][seed][0] for name in NAMES]
-        assert first == pytest.approx([first[0]] * 5, rel=1e-5)
+        first = [losses[name][seed][0] for name in names]
+        assert first == pytest.approx([first[0]] * len(names), rel=1e-5)
     assert losses[NAMES[1]][0] != losses[NAMES[1]][1]
 
 
@@ -90,31 +96,51 @@ def test_page_shows_every_method(run):
     assert "http://" not in stripped and "https://" not in stripped
 
 
-@pytest.mark.parametrize("method", METHODS, ids=NAMES)
-def test_seed_decides_the_weights_method_does_not(method):
-    weights = demo.build(method, 3).state_dict()
-    plain = demo.build(METHODS[1], 3).state_dict()
-    assert weights.keys() == plain.keys()
-    assert all(torch.equal(weights[key], plain[key]) for key in plain)
-    assert not torch.equal(
-        weights["head.weight"], demo.build(method, 4).state_dict()["head.weight"]
-    )
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("index", range(5), ids=NAMES)
+def test_seed_decides_the_weights_method_does_not(model, index):
+    method, full = METHODS[model][index], METHODS[model][1]
+    weights, plain = demo.build(method, 3).state_dict(), demo.build(full, 3).state_dict()
+    frozen = {key for key in plain if key.endswith("num_batches_tracked")} if index == 0 else set()
+    assert weights.keys() == plain.keys() - frozen
+    assert all(torch.equal(weights[key], plain[key]) for key in weights)
+    first, other = (demo.build(method, seed).get_classifier().weight for seed in (3, 4))
+    assert not torch.equal(first, other)
 
 
-def test_what_trains():
+@pytest.mark.parametrize("model", MODELS)
+def test_what_trains(model):
     trainable = {
         m.name: {n for n, p in demo.build(m, 0).named_parameters() if p.requires_grad}
-        for m in METHODS
+        for m in METHODS[model]
     }
-    assert trainable.pop("last layer only") == {"head.weight", "head.bias"}
-    everything = {n for n, _ in demo.build(METHODS[1], 0).named_parameters()}
+    head = {"vit": "head", "cnn": "classifier"}[model]
+    assert trainable.pop("last layer only") == {f"{head}.weight", f"{head}.bias"}
+    everything = {n for n, _ in demo.build(METHODS[model][1], 0).named_parameters()}
     assert all(names == everything for names in trainable.values())
 
 
-def test_checkpointing_changes_no_result():
+def test_last_layer_only_leaves_the_statistics_of_the_source_task_alone():
+    task = small_digits()
+    source = assets.load("cnn_glyphs").state_dict()
+    frozen, full = (demo.build(METHODS["cnn"][i], 0) for i in (0, 1))
+    for model in (frozen, full):
+        fit(model, task.train, task.val, Settings(steps=1, batch_size=16))
+    statistics = [key for key in source if "running" in key]
+    assert len(statistics) == 2 * 34
+    assert all(torch.equal(frozen.state_dict()[key], source[key]) for key in statistics)
+    assert not any(torch.equal(full.state_dict()[key], source[key]) for key in statistics)
+    # In training, too, it is a function of one image alone.
+    images = task.val.images[:8]
+    frozen.train()
+    assert torch.allclose(frozen(images)[:1], frozen(images[:1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_checkpointing_changes_no_result(model):
     task = small_digits()
     settings = Settings(steps=2, batch_size=16)
-    runs = [fit(demo.build(m, 0), task.train, task.val, settings) for m in METHODS[1:3]]
+    runs = [fit(demo.build(m, 0), task.train, task.val, settings) for m in METHODS[model][1:3]]
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-4)
 
 
@@ -133,6 +159,7 @@ def test_missing_extras_are_named(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "resnet"], "--model: invalid choice: 'resnet'"),
         (["--seeds", "0"], "--seeds: must be at least 1"),
         (["--steps", "x"], "--steps: invalid"),
         (["--keep", "1.5"], "--keep: keep must be in (0, 1]"),

@@ -18,7 +18,7 @@ from ..autograd.activation import (
     pack_activation,
     pack_mask,
 )
-from ..storage import Bits, Format
+from ..storage import Bits, Dense, Format
 from .common import (
     FOUR_BITS,
     autocast_float32,
@@ -235,6 +235,10 @@ def _elementwise(
     if not any(needs(x)):
         return activation(name, *parameters).forward(x, inplace)
     packed: tuple[Tensor, ...] = ()
+    if inplace and torch.compiler.is_compiling():
+        # Compiled code keeps less so. What is kept must not be x itself: it is about to change.
+        kept = x.clone() if isinstance(format, Dense) else x
+        return x.copy_(_elementwise(name, kept, format, parameters))
     if inplace:
         with torch.no_grad():
             packed = pack_activation(x, activation(name, *parameters), format).tensors
@@ -246,6 +250,8 @@ def _masked(name: str, x: Tensor, parameters: tuple[float, ...], inplace: bool) 
     if not any(needs(x)):
         return MASKS[name](*parameters).forward(x, inplace)
     bits = None
+    if inplace and torch.compiler.is_compiling():
+        return x.copy_(_masked(name, x, parameters, False))  # compiled code keeps less so
     if inplace:
         with torch.no_grad():
             bits = pack_mask(x, name, parameters)

@@ -134,16 +134,41 @@ class GemmaRMSNormLayer(Layer):
         )
 
 
+class MaskLayer(Layer):
+    """A layer whose backward needs one bit an element, whatever the format: exact."""
+
+    @classmethod
+    def describe(cls, format: Format) -> str:
+        return "1 bit, exact"
+
+
 class ActivationLayer(Layer):
     """An elementwise activation without parameters: one function of :mod:`memtl.functional`."""
 
     @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
-        return "works in place" if getattr(module, "inplace", False) else None
-
-    @classmethod
     def describe(cls, format: Format) -> str:
         return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"
+
+
+# torch.compile does not show these three functions to a mode.
+
+
+@layer("activation", "torch.nn.modules.activation.Hardswish")
+class HardswishLayer(ActivationLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardswish(input, self.inplace, format=self.memtl_format)
+
+
+@layer("activation", "torch.nn.modules.activation.Hardsigmoid")
+class HardsigmoidLayer(MaskLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardsigmoid(input, self.inplace)
+
+
+@layer("activation", "torch.nn.modules.activation.Threshold")
+class ThresholdLayer(MaskLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.threshold(input, self.threshold, self.value, self.inplace)
 
 
 @layer("activation", "transformers.activations.GELUActivation", "transformers.activations.GELUTanh")

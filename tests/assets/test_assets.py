@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 
 from memtl import assets
-from memtl.assets import pretrain_vit
+from memtl.assets import pretrain
 from memtl.tasks import Glyphs
 
 NAME = "vit_glyphs"
+RECIPES = pretrain.RECIPES
+networks = pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES.values()])
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A folder with a copy of the two files of the shipped network."""
+    """A folder with a copy of the two files of a shipped network."""
     for suffix in (".safetensors", ".json"):
         shutil.copy(Path(assets.__file__).with_name(NAME + suffix), tmp_path)
     return tmp_path
@@ -30,25 +33,85 @@ def rewrite_record(directory: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_shipped_network():
-    assert assets.names() == [NAME]
-    model = assets.load()
-    assert sum(p.numel() for p in model.parameters()) == 1_208_510
+def state(model: nn.Module, head: bool = True) -> dict[str, torch.Tensor]:
+    """What a network consists of; without its classifier, if so wanted."""
+    own = {id(p) for p in model.get_classifier().parameters()}
+    everything = model.state_dict(keep_vars=True)
+    return {
+        key: value.detach() for key, value in everything.items() if head or id(value) not in own
+    }
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_names():
+    assert assets.names() == ["cnn_glyphs", "vit_glyphs"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit_glyphs", 1_208_510), ("cnn_glyphs", 748_062)])
+def test_shipped_network(name, size):
+    model = assets.load(name)
+    assert sum(p.numel() for p in model.parameters()) == size
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
     with torch.no_grad():
         assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 62)
 
 
-def test_shipped_weights_are_small():
-    weights = Path(assets.__file__).with_name(f"{NAME}.safetensors")
-    assert weights.stat().st_size == assets.metadata()["bytes"] <= 4 * 2**20
+def test_the_default_is_the_vit():
+    assert same(state(assets.load()), state(assets.load("vit_glyphs")))
+    assert assets.metadata() == assets.metadata("vit_glyphs")
+
+
+def test_the_cnn_has_batch_statistics():
+    """Those of training: not the initial ones, and counted in int64."""
+    norms = [m for m in assets.load("cnn_glyphs").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 3 * 10 + 2 + 2
+    steps = assets.metadata("cnn_glyphs")["steps"]
+    for norm in norms:
+        assert norm.num_batches_tracked.dtype == torch.int64
+        assert norm.num_batches_tracked == steps
+        assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+        assert norm.running_mean.abs().sum() > 0 and (norm.running_var > 0).all()
+
+
+@networks
+def test_shipped_files_are_small_and_as_recorded(name):
+    weights = Path(assets.__file__).with_name(f"{name}.safetensors")
+    assert weights.stat().st_size == assets.metadata(name)["bytes"] <= 4 * 2**20
+
+
+@pytest.mark.parametrize("network", RECIPES)
+def test_records_are_complete(network):
+    recipe = RECIPES[network]
+    record = assets.metadata(recipe.name)
+    assert record["architecture"] == recipe.architecture
+    assert record["steps"] == recipe.steps
+    assert record["optimizer"]["learning_rate"] == recipe.learning_rate
+    assert record["command"] == (
+        f"python -m memtl.assets.pretrain {network} --steps {recipe.steps} "
+        f"--batch-size {record['batch_size']} --seed {record['seed']}"
+    )
+    assert record["wall_time_seconds"] > 0 and record["threads"] >= 1
+    assert {"python", "torch", "timm", "matplotlib", "pillow"} <= record["versions"].keys()
+    assert not set(record["training_fonts"]) & set(record["heldout_fonts"])
+    assert 0.7 < record["heldout_accuracy"] <= record["heldout_case_folded_accuracy"] < 1
+
+
+def test_the_networks_learned_from_the_same_data():
+    first, second = (assets.metadata(recipe.name) for recipe in RECIPES.values())
+    for key in ("task", "classes", "training_fonts", "heldout_fonts", "heldout_images"):
+        assert first[key] == second[key], key
 
 
 @pytest.mark.slow
-def test_recorded_accuracy_is_true():
-    record = assets.metadata()
-    scores = pretrain_vit.evaluate(assets.load(), Glyphs().heldout)
+@networks
+def test_recorded_accuracy_is_true(name):
+    record = assets.metadata(name)
+    scores = pretrain.evaluate(assets.load(name), Glyphs().heldout)
     # Another FreeType may draw a few pixels differently; a wrong figure would be far off.
     assert scores["accuracy"] == pytest.approx(record["heldout_accuracy"], abs=0.01)
     assert scores["case_folded_accuracy"] == pytest.approx(
@@ -56,24 +119,26 @@ def test_recorded_accuracy_is_true():
     )
 
 
-def test_loads_are_equal_and_separate():
-    first, second = assets.load(), assets.load()
+@networks
+def test_loads_are_equal_and_separate(name):
+    first, second = assets.load(name), assets.load(name)
     with torch.no_grad():
-        first.head.weight.zero_()
-    assert second.head.weight.abs().sum() > 0
-    assert torch.equal(first.pos_embed, second.pos_embed)
+        first.get_classifier().weight.zero_()
+    assert second.get_classifier().weight.abs().sum() > 0
+    assert same(state(first, head=False), state(second, head=False))
 
 
-def test_num_classes_replaces_the_head_only():
-    whole, cut = assets.load(), assets.load(num_classes=10)
-    assert cut.head.weight.shape == (10, 128)
-    assert isinstance(cut.head, nn.Linear) and cut.head.weight.requires_grad
-    kept = {key: value for key, value in cut.state_dict().items() if not key.startswith("head.")}
-    assert len(kept) == len(whole.state_dict()) - 2
-    for key, value in kept.items():
-        assert torch.equal(value, whole.state_dict()[key]), key
+@pytest.mark.parametrize(("name", "width"), [("vit_glyphs", 128), ("cnn_glyphs", 512)])
+def test_num_classes_replaces_the_head_only(name, width):
+    whole, cut = assets.load(name), assets.load(name, num_classes=10)
+    head = cut.get_classifier()
+    assert isinstance(head, nn.Linear) and head.weight.shape == (10, width)
+    assert head.weight.requires_grad
+    assert len(state(cut, head=False)) == len(state(whole)) - 2
+    assert same(state(cut, head=False), state(whole, head=False))
     # A fresh head of 62 classes is not the trained one.
-    assert not torch.equal(assets.load(num_classes=62).head.weight, whole.head.weight)
+    fresh = assets.load(name, num_classes=62).get_classifier()
+    assert not torch.equal(fresh.weight, whole.get_classifier().weight)
 
 
 @pytest.mark.parametrize("num_classes", [10.0, "10", True])
@@ -87,9 +152,9 @@ def test_num_classes_too_small():
         assets.load(num_classes=0)
 
 
-@pytest.mark.parametrize("name", ["resnet", "../assets/vit_glyphs", ""])
+@pytest.mark.parametrize("name", ["resnet", "../assets/vit_glyphs", "vit", ""])
 def test_unknown_name_lists_the_names(name):
-    with pytest.raises(ValueError, match=r"unknown network .*\['vit_glyphs'\]"):
+    with pytest.raises(ValueError, match=r"unknown network .*\['cnn_glyphs', 'vit_glyphs'\]"):
         assets.load(name)
 
 
@@ -131,6 +196,22 @@ def test_weights_of_another_architecture(copy):
         assets.load(directory=copy)
 
 
+def test_architecture_of_an_unknown_kind(copy):
+    architecture = assets.metadata()["architecture"]
+    rewrite_record(copy, architecture=architecture | {"kind": "resnet"})
+    with pytest.raises(ValueError, match=r"kind of architecture 'resnet': .*'mobilenet_v2', 'vit'"):
+        assets.load(directory=copy)
+    with pytest.raises(ValueError, match="unknown kind of architecture None"):
+        assets.build({"img_size": 32})
+
+
+def test_building_leaves_the_record_as_it_is():
+    architecture = assets.metadata("cnn_glyphs")["architecture"]
+    before = json.dumps(architecture)
+    assets.build(architecture)
+    assert json.dumps(architecture) == before
+
+
 @pytest.mark.parametrize("content", ['{"architecture": {', "[]", '{"sha256": "0"}', "\xff"])
 def test_damaged_record(copy, content):
     (copy / f"{NAME}.json").write_text(content, encoding="latin-1")
@@ -152,42 +233,56 @@ def test_missing_package_names_the_extra(monkeypatch, missing):
 
 
 @pytest.mark.slow
-def test_pretrain_script(tmp_path):
+@pytest.mark.parametrize("network", RECIPES)
+def test_pretrain_script(network, tmp_path):
     out = tmp_path / "new" / "folder"
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "memtl.assets.pretrain_vit"),
+            *(sys.executable, "-m", "memtl.assets.pretrain", network),
             *("--steps", "3", "--batch-size", "8", "--seed", "4", "--out", str(out)),
         ],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         check=False,
     )
+    recipe = RECIPES[network]
     assert run.returncode == 0, run.stderr
     assert "held-out fonts: accuracy" in run.stdout
-    assert sorted(path.name for path in out.iterdir()) == [f"{NAME}.json", f"{NAME}.safetensors"]
-    record = assets.metadata(directory=out)
+    assert assets.names(out) == [recipe.name] and len(list(out.iterdir())) == 2
+    record = assets.metadata(recipe.name, directory=out)
     assert (record["steps"], record["batch_size"], record["seed"]) == (3, 8, 4)
-    assert "--steps 3 --batch-size 8 --seed 4" in record["command"]
-    written = assets.load(directory=out)
-    # The same seed gives the same weights; the figures are those of the weights as stored.
-    again = pretrain_vit.pretrain(Glyphs(), steps=3, batch_size=8, seed=4)
-    for key, value in again.state_dict().items():
-        assert torch.allclose(written.state_dict()[key], value, atol=1e-3), key
-    other = pretrain_vit.pretrain(Glyphs(), steps=3, batch_size=8, seed=5)
-    assert not torch.allclose(written.head.weight, other.head.weight, atol=1e-3)
+    assert record["command"].endswith(f"pretrain {network} --steps 3 --batch-size 8 --seed 4")
+    written = state(assets.load(recipe.name, directory=out))
+    # The same seed gives the same network, and what was written is that network, bit for bit.
+    assert same(written, state(pretrain.pretrain(recipe, Glyphs(), 3, 8, seed=4)))
+    assert not same(written, state(pretrain.pretrain(recipe, Glyphs(), 3, 8, seed=5)))
 
 
-def test_pretrain_keeps_the_global_random_state():
+@pytest.mark.parametrize("network", RECIPES)
+def test_pretrained_parameters_survive_storage(network, tmp_path):
+    """Buffers too, whatever their values: a variance may lie outside of float16."""
+    recipe = RECIPES[network]
+    model = pretrain.pretrain(recipe, Glyphs(["cmr10"]), steps=1, batch_size=2, seed=0)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_var.fill_(1e6)
+            norm.num_batches_tracked.fill_(2**40 + 1)
+    pretrain.write(model, {"architecture": recipe.architecture}, tmp_path, "written")
+    assert same(state(assets.load("written", directory=tmp_path)), state(model))
+
+
+@pytest.mark.parametrize("network", RECIPES)
+def test_pretrain_keeps_the_global_random_state(network):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    pretrain_vit.pretrain(Glyphs(["cmr10"]), steps=1, batch_size=2, seed=0)
+    pretrain.pretrain(RECIPES[network], Glyphs(["cmr10"]), steps=1, batch_size=2, seed=0)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_schedule_warms_up_then_falls_to_zero():
-    factors = [pretrain_vit.schedule(step, 100) for step in range(101)]
+    factors = [pretrain.schedule(step, 100) for step in range(101)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == pytest.approx(1.0)
     assert all(later < earlier for earlier, later in itertools.pairwise(factors[5:]))
@@ -197,8 +292,15 @@ def test_schedule_warms_up_then_falls_to_zero():
 @pytest.mark.parametrize("flag", ["--steps", "--batch-size"])
 def test_script_rejects_zero(flag, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        pretrain_vit.main([flag, "0", "--out", str(tmp_path)])
+        pretrain.main(["cnn", flag, "0", "--out", str(tmp_path)])
     assert f"argument {flag}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["resnet"]])
+def test_script_wants_a_network(arguments, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(arguments)
+    assert "vit" in (said := capsys.readouterr().err) and "cnn" in said
 
 
 def test_interrupted_write_keeps_the_old_files(copy, monkeypatch):
@@ -209,5 +311,5 @@ def test_interrupted_write_keeps_the_old_files(copy, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-        pretrain_vit.write(nn.Linear(2, 2), {"architecture": {}}, copy, NAME)
+        pretrain.write(nn.Linear(2, 2), {"architecture": {}}, copy, NAME)
     assert (copy / f"{NAME}.safetensors").read_bytes() == before

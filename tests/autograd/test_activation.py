@@ -290,12 +290,13 @@ def test_in_place_spoils_what_another_layer_kept_and_torch_says_so():
         z.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["relu", "hardswish"])
-def test_in_place_compiled_as_one_graph(name):
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("format", [Quantized(4), Dense()], ids=str)
+def test_in_place_compiled_as_one_graph(name, format):
     torch._dynamo.reset()
     values = torch.randn(4, 40)
-    format = None if name in MASKS else Quantized(4)
-    fn = in_place(getattr(M, name), format)
+    format = None if name in MASKS else format
+    fn = in_place(getattr(M, name), format, **IN_PLACE[name][1])
     out, (grad,), _ = run(fn, [values])
     compiled, (compiled_grad,), _ = run(
         torch.compile(fn, fullgraph=True, backend="aot_eager"), [values]
