@@ -1,16 +1,19 @@
 """Small pre-trained networks that ship with the package, so that demos need no download.
 
-Each one is a pair of files: ``NAME.safetensors`` holds the weights (float16) and ``NAME.json``
-says what the architecture is, how the weights were made, and what their sha256 is. The file
-``pretrain_vit.py`` made ``vit_glyphs`` and can make it again.
+``vit_glyphs`` is a vision transformer, ``cnn_glyphs`` a MobileNetV2. Each one is a pair of files:
+``NAME.safetensors`` holds the weights (float16; buffers as they are) and ``NAME.json`` says what
+the architecture is, how the weights were made, and what their sha256 is. The file ``pretrain.py``
+made them and can make them again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -45,17 +48,48 @@ def metadata(name: str = "vit_glyphs", directory: str | PathLike[str] = _HERE) -
     return record
 
 
-def build(architecture: dict) -> nn.Module:
-    """Build an untrained ``timm.models.VisionTransformer`` from its keyword arguments.
+def build(architecture: dict[str, Any]) -> nn.Module:
+    """Build an untrained network from what a record says of its architecture.
+
+    Args:
+        architecture: ``kind`` is ``"vit"`` (the rest are keyword arguments of
+            ``timm.models.VisionTransformer``) or ``"mobilenet_v2"`` (``stem_stride``, ``stages``
+            in timm's notation, a string each, and keyword arguments of
+            ``timm.models.EfficientNet``, timm's class for that family).
 
     Raises:
+        ValueError: If the kind is missing or unknown.
         ImportError: If timm is not installed.
     """
+    options = dict(architecture)
+    kind = options.pop("kind", None)
+    if kind not in _BUILDERS:
+        raise ValueError(f"unknown kind of architecture {kind!r}: known are {sorted(_BUILDERS)}")
     try:
-        from timm.models import VisionTransformer
+        import timm.models  # noqa: F401
     except ImportError as error:
         raise ImportError("memtl.assets needs timm: pip install memtl[demo]") from error
-    return VisionTransformer(**architecture)
+    return _BUILDERS[kind](**options)
+
+
+def _vit(**options: Any) -> nn.Module:
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(**options)
+
+
+def _mobilenet_v2(stages: Sequence[str], stem_stride: int, **options: Any) -> nn.Module:
+    from timm.models.efficientnet import EfficientNet, decode_arch_def
+
+    blocks = decode_arch_def([[stage] for stage in stages])
+    model = EfficientNet(blocks, act_layer=nn.ReLU6, fix_stem=True, **options)
+    # timm's stem always has stride 2, which leaves too little of a 32x32 image; its padding of 1
+    # is right for either stride.
+    model.conv_stem.stride = (stem_stride, stem_stride)
+    return model
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": _mobilenet_v2, "vit": _vit}
 
 
 def load(
@@ -65,8 +99,8 @@ def load(
 ) -> nn.Module:
     """Return a pre-trained network, in float32 on the CPU, in training mode.
 
-    ``vit_glyphs`` takes images ``[n, 1, 32, 32]`` normalised as those of :mod:`memtl.tasks` and
-    returns logits ``[n, num_classes]``.
+    It takes images ``[n, 1, 32, 32]`` normalised as those of :mod:`memtl.tasks` and returns logits
+    ``[n, num_classes]``.
 
     Args:
         name: One of :func:`names`.

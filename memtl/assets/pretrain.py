@@ -1,6 +1,6 @@
-"""Pre-train the ViT of :mod:`memtl.assets` on rendered glyphs: the recipe of ``vit_glyphs``.
+"""Pre-train the networks of :mod:`memtl.assets` on rendered glyphs: how the shipped ones were made.
 
-    python -m memtl.assets.pretrain_vit --out DIR
+    python -m memtl.assets.pretrain {vit,cnn} --out DIR
 
 It needs no network and no GPU, and takes about half an hour on an idle core. The result depends
 on the seed, the number of threads and the versions recorded in the JSON file.
@@ -9,6 +9,7 @@ on the seed, the number of threads and the versions recorded in the JSON file.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -29,16 +30,57 @@ from memtl.assets import build
 from memtl.tasks.digits import Split
 from memtl.tasks.glyphs import CLASSES, HELDOUT_FONTS, Glyphs
 
-ARCHITECTURE = {
-    "img_size": 32,
-    "patch_size": 4,
-    "in_chans": 1,
-    "embed_dim": 128,
-    "depth": 6,
-    "num_heads": 4,
-    "num_classes": len(CLASSES),
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A network, what it is stored as, and what differs in how each is trained."""
+
+    name: str
+    architecture: dict[str, Any]
+    learning_rate: float
+    steps: int
+
+
+RECIPES = {
+    "vit": Recipe(
+        name="vit_glyphs",
+        architecture={
+            "kind": "vit",
+            "img_size": 32,
+            "patch_size": 4,
+            "in_chans": 1,
+            "embed_dim": 128,
+            "depth": 6,
+            "num_heads": 4,
+            "num_classes": len(CLASSES),
+        },
+        learning_rate=1e-3,
+        steps=5500,
+    ),
+    "cnn": Recipe(
+        name="cnn_glyphs",
+        architecture={
+            "kind": "mobilenet_v2",
+            "in_chans": 1,
+            "stem_size": 16,
+            "stem_stride": 1,
+            # In timm's notation: r repeats, k kernel, s stride, e expansion, c channels.
+            "stages": [
+                "ds_r1_k3_s1_c8",
+                "ir_r2_k3_s2_e6_c16",
+                "ir_r3_k3_s2_e6_c32",
+                "ir_r3_k3_s2_e6_c96",
+                "ir_r2_k3_s1_e6_c128",
+            ],
+            "num_features": 512,
+            "num_classes": len(CLASSES),
+        },
+        # Runs of 600 steps without three of the training fonts, accuracies on those, in %:
+        # 2e-3: 73.4, 4e-3: 79.1, 8e-3: 79.0.
+        learning_rate=4e-3,
+        steps=5500,
+    ),
 }
-LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 
@@ -51,8 +93,8 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def pretrain(glyphs: Glyphs, steps: int, batch_size: int, seed: int) -> nn.Module:
-    """Train a fresh ViT on batches of ``glyphs`` and return it, its weights rounded to float16.
+def pretrain(recipe: Recipe, glyphs: Glyphs, steps: int, batch_size: int, seed: int) -> nn.Module:
+    """Train a fresh network on batches of ``glyphs``; return it, parameters rounded to float16.
 
     The rounding makes the network returned exactly the one that :func:`write` stores. The global
     random state is left as it was.
@@ -60,7 +102,7 @@ def pretrain(glyphs: Glyphs, steps: int, batch_size: int, seed: int) -> nn.Modul
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(ARCHITECTURE)
+        model = build(recipe.architecture)
     # As usual, biases, norms and embeddings are not decayed.
     decayed: list[Tensor] = []
     others: list[Tensor] = []
@@ -68,7 +110,7 @@ def pretrain(glyphs: Glyphs, steps: int, batch_size: int, seed: int) -> nn.Modul
         keep = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
         (others if keep else decayed).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     with tqdm(range(steps), desc="pre-training", mininterval=5) as progress:
         for _ in progress:
@@ -80,7 +122,10 @@ def pretrain(glyphs: Glyphs, steps: int, batch_size: int, seed: int) -> nn.Modul
             optimizer.step()
             scheduler.step()
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.half().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
 
 
 @torch.no_grad()
@@ -99,9 +144,17 @@ def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
     }
 
 
-def write(model: nn.Module, record: dict, directory: Path, name: str = "vit_glyphs") -> None:
-    """Write the weights (float16) and the record, each aside and then renamed into place."""
-    weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+def write(model: nn.Module, record: dict, directory: Path, name: str) -> None:
+    """Write the state and the record, each aside and then renamed into place.
+
+    Parameters are stored in float16. Buffers are stored as they are: a variance may be beyond
+    float16, and they are few.
+    """
+    parameters = {key for key, _ in model.named_parameters()}
+    weights = {
+        key: (value.half() if key in parameters else value).contiguous()
+        for key, value in model.state_dict().items()
+    }
     content = safetensors.torch.save(weights)
     record = record | {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,35 +191,41 @@ def _positive_integer(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: pre-train, evaluate on held-out fonts, write the two files."""
     parser = argparse.ArgumentParser(
-        prog="python -m memtl.assets.pretrain_vit",
-        description="Pre-train the small ViT of memtl.assets on rendered glyphs.",
+        prog="python -m memtl.assets.pretrain",
+        description="Pre-train a small network of memtl.assets on rendered glyphs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=_positive_integer, default=5500, help="optimiser steps")
+    parser.add_argument("network", choices=RECIPES, help="a vision transformer or a MobileNetV2")
+    parser.add_argument(
+        "--steps", type=_positive_integer, default=argparse.SUPPRESS,
+        help="optimiser steps (default: as the shipped network)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=_positive_integer, default=64, help="glyphs per step")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files")
     options = parser.parse_args(arguments)
 
+    recipe = RECIPES[options.network]
+    steps = getattr(options, "steps", recipe.steps)
     glyphs = Glyphs()
     started = time.perf_counter()
-    model = pretrain(glyphs, options.steps, options.batch_size, options.seed)
+    model = pretrain(recipe, glyphs, steps, options.batch_size, options.seed)
     seconds = time.perf_counter() - started
     scores = evaluate(model, glyphs.heldout)
     record = {
-        "architecture": ARCHITECTURE,
+        "architecture": recipe.architecture,
         "task": "62 alphanumerics rendered from the fonts of matplotlib (memtl.tasks.Glyphs)",
         "classes": CLASSES,
         "command": (
-            f"python -m memtl.assets.pretrain_vit --steps {options.steps} "
+            f"python -m memtl.assets.pretrain {options.network} --steps {steps} "
             f"--batch-size {options.batch_size} --seed {options.seed}"
         ),
-        "steps": options.steps,
+        "steps": steps,
         "batch_size": options.batch_size,
         "seed": options.seed,
         "optimizer": {
             "name": "AdamW",
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": recipe.learning_rate,
             "weight_decay": WEIGHT_DECAY,
             "label_smoothing": LABEL_SMOOTHING,
         },
@@ -179,11 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "heldout_images": len(glyphs.heldout),
         **{f"heldout_{key}": round(value, 4) for key, value in scores.items()},
     }
-    write(model, record, options.out)
+    write(model, record, options.out, recipe.name)
     print(
         f"held-out fonts: accuracy {scores['accuracy']:.1%} over {len(CLASSES)} classes, "
         f"{scores['case_folded_accuracy']:.1%} with case folded; "
-        f"{options.steps} steps in {seconds:.0f} s; written to {options.out.resolve()}"
+        f"{steps} steps in {seconds:.0f} s; written to {options.out.resolve()}"
     )
 
 
