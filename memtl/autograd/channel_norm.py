@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from .activation import per_channel
 from .keep import first_order, keep, kept
@@ -72,6 +75,82 @@ class BatchNormFunction(torch.autograd.Function):
                 [need_x, need_weight, need_bias],
             )  # fmt: skip
         return *cast_needed(ctx, grads), *(None,) * 8
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """:class:`BatchNormFunction` in training, with the statistics of all processes of a group.
+
+    On CUDA the forward is that of torch's own SyncBatchNorm; torch has none for a CPU, where it is
+    written out. Memory: as there. Returns y, mean, rstd and the number of values a channel has.
+    """
+
+    @staticmethod
+    def forward(
+        x, weight, bias, running_mean, running_var, momentum, eps, group, format, need_x,
+        need_weight,
+    ):  # fmt: skip
+        if x.is_cuda:
+            record = _Record()
+            y = torch_sync_batch_norm.forward(
+                record, x, weight, bias, running_mean, running_var, eps, momentum, group,
+                dist.get_world_size(group),
+            )  # fmt: skip
+            _, _, mean, rstd, counts = record.saved
+            return y, mean, rstd, counts.sum()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        flat = x.to(wide).transpose(0, 1).flatten(1)
+        count = flat.new_full((1,), flat.shape[1])
+        sums = torch.cat((flat.sum(1), flat.square().sum(1), count))
+        dist.all_reduce(sums, group=group)
+        channels, total = x.shape[1], sums[-1]
+        mean = sums[:channels] / total
+        var = (sums[channels:-1] / total - mean.square()).clamp_min_(0)
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
+        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return y, mean, torch.rsqrt(var + eps), total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _, _, _, _, ctx.group, format, need_x, need_weight = inputs
+        _, mean, rstd, total = output
+        ctx.mark_non_differentiable(mean, rstd, total)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        x_hat = None
+        if need_x or need_weight:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x_hat = (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
+        keep(ctx, (x_hat, format), exact=(rstd, weight, total) if need_x else (None, None, None))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out, _mean, _rstd, _total):
+        (x_hat,), (rstd, weight, total) = kept(ctx)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(grad_out.dtype, torch.float32)
+        grad_out = grad_out.to(wide)
+        dims, others = grad_out.dim(), (0, *range(2, grad_out.dim()))
+        grad_bias, grad_x, grad_weight = grad_out.sum(others), None, None
+        if x_hat is not None:
+            x_hat = x_hat.unpack(wide)
+            grad_weight = (grad_out * x_hat).sum(others)
+        if grad_weight is not None and rstd is not None and need_x:
+            sums = torch.stack((grad_bias, grad_weight))  # of this process; a process needs all
+            dist.all_reduce(sums, group=ctx.group)
+            mean, projection = (per_channel(s / total, dims) for s in sums)
+            slope = rstd.to(wide) if weight is None else rstd.to(wide) * weight.to(wide)
+            grad_x = (grad_out - mean - x_hat * projection) * per_channel(slope, dims)
+        return *cast_needed(ctx, (grad_x, grad_weight, grad_bias)), *(None,) * 8
+
+
+class _Record:
+    """Stands in for the context of torch's own function, to read what it would keep."""
+
+    saved: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved = tensors
 
 
 def cast_needed(ctx, grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:

@@ -49,6 +49,7 @@ from .norm import (
     layer_norm,
     normalize,
     rms_norm,
+    sync_batch_norm,
     vector_norm,
 )
 from .pooling import (
@@ -128,6 +129,7 @@ __all__ = [
     "softmax",
     "softplus",
     "square",
+    "sync_batch_norm",
     "tanh",
     "threshold",
     "vector_norm",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd.channel_norm import BatchNormFunction, GroupNormFunction
+from ..autograd.channel_norm import (
+    BatchNormFunction,
+    GroupNormFunction,
+    SyncBatchNormFunction,
+)
 from ..autograd.norm import (
     RMS_NORMS,
     LayerNormFunction,
@@ -142,6 +147,48 @@ def batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return BatchNormFunction.apply(
         x, weight, bias, running_mean, running_var, training, momentum, eps, format, need_x,
+        need_weight,
+    )[0]  # fmt: skip
+
+
+def sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: Any,
+    *,
+    format: Format = FOUR_BITS,
+) -> Tensor:
+    """:func:`batch_norm` in training with the statistics of every process of ``group``.
+
+    All of them call it, and call its backward. Gradients of the weight and bias are of this
+    process's samples, as torch's SyncBatchNorm gives them.
+
+    Args:
+        x: [B, C, ...], floating point; B may differ from process to process.
+        running_mean, running_var, weight, bias: [C] or None.
+        group: a ``torch.distributed`` process group.
+
+    Raises:
+        TypeError, ValueError: as :func:`batch_norm`.
+
+    Memory: as :func:`batch_norm`.
+    """
+    check_tensors("sync_batch_norm", x=x, weight=weight, bias=bias)
+    check_format("sync_batch_norm", format)
+    if x.dim() < 2:
+        raise ValueError(f"sync_batch_norm: expected x [B, C, ...], got {sizes(x)}")
+    given = {"weight": weight, "bias": bias}
+    given |= {"running_mean": running_mean, "running_var": running_var}
+    for argument, t in given.items():
+        check_shape("sync_batch_norm", argument, t, (x.shape[1],), x)
+    need_x, need_weight, _ = needs(x, weight, bias)
+    return SyncBatchNormFunction.apply(
+        x, weight, bias, running_mean, running_var, momentum, eps, group, format, need_x,
         need_weight,
     )[0]  # fmt: skip
 

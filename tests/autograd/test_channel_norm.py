@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import memtl
 from memtl import functional as M
 from memtl.memory import saved_bytes
 from memtl.storage import Dense, Quantized, pack
-from tests.helpers import FORMATS, assert_same, assert_within, grad_like, leaves, run
+from tests.helpers import FORMATS, ROOT, assert_same, assert_within, grad_like, leaves, run
 
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 FOUR = Quantized(4)
@@ -164,3 +167,32 @@ def test_statistics_are_needed_in_evaluation():
 def test_groups_that_do_not_divide(groups):
     with pytest.raises(ValueError, match=rf"C a multiple of {groups}, got \[2, 6, 3\]"):
         M.group_norm(torch.randn(2, 6, 3, requires_grad=True), groups)
+
+
+def test_two_processes_normalise_as_one(tmp_path):
+    """Against F.batch_norm on both batches together."""
+    store = tmp_path / "store"
+    script = str(ROOT / "tests" / "autograd" / "sync_process.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(store), str(rank)], env=environment, cwd=ROOT)
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    first, second = (torch.load(f"{store}.{rank}") for rank in range(2))
+
+    generator = torch.Generator().manual_seed(3)
+    x, g = (torch.randn(5, 4, 3, 6, generator=generator) * 2 + 1 for _ in range(2))
+    weight, bias = (torch.randn(4, generator=generator).requires_grad_() for _ in range(2))
+    x.requires_grad_()
+    mean, var = torch.zeros(4), torch.ones(4)
+    y = F.batch_norm(x, mean, var, weight, bias, True)
+    y.backward(g)
+    for name, expected in (("y", y.detach()), ("x", x.grad)):
+        found = torch.cat((first[name], second[name]))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        torch.testing.assert_close(first[name] + second[name], parameter.grad, rtol=1e-4, atol=1e-4)
+    for name, buffer in (("mean", mean), ("var", var)):
+        torch.testing.assert_close(first[name], buffer, rtol=1e-5, atol=1e-6)
+        assert_same(first[name], second[name])

@@ -47,7 +47,8 @@ def close(actual, expected, dtype):
 
 
 def test_every_public_function_is_in_the_table():
-    assert {case.function for case in CASES.values()} == set(functional.__all__)
+    several_processes = {"sync_batch_norm"}  # see test_channel_norm.py
+    assert {case.function for case in CASES.values()} == set(functional.__all__) - several_processes
 
 
 @EVERY
