@@ -88,8 +88,8 @@ def main() -> int:
         print(harness.format_row(row), flush=True)
         record["rows"].append(row)
     workload = Workload(scale.model, scale.batch)
-    record["training"] = measure(
-        workload, MODES, device, timer, 3 * scale.seconds, autocast=torch.bfloat16
+    (record["training"],) = measure(
+        [workload], MODES, device, timer, 3 * scale.seconds, autocast=torch.bfloat16
     )
     print(f"\n{format_rows(record['training'], 'autocast bfloat16')}")
     output = options.output

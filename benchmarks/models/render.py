@@ -52,8 +52,14 @@ def format_row(row: dict[str, Any]) -> str:
     cells = [f"{row['name']:32}", *_bytes(row), " "]
     for key in ("pruned", "unpruned"):
         cells += [*_cosines(row[key]), " "]
-    cells += [f"{row['seconds']:5.1f}", " ", "; ".join(row["failures"]) or "ok"]
+    cells += [f"{row['seconds']:5.1f}", " ", _verdict(row)]
     return " ".join(cells)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if not row["failures"]:
+        return "ok"
+    return "; ".join(row["failures"]) + (f" ({row['note']})" if row["note"] else "")
 
 
 def _bytes(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -140,5 +146,5 @@ def _markdown_row(row: dict[str, Any]) -> str:
             for layer in heaviest
         )
     )
-    cells.append("; ".join(row["failures"]).replace("|", "\\|") or "ok")
+    cells.append(_verdict(row).replace("|", "\\|"))
     return f"| {' | '.join(cells)} |"

@@ -20,13 +20,17 @@ Built = tuple[nn.Module, dict[str, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Timm:
-    """A model of timm by its name; ``options`` go to ``timm.create_model``."""
+    """A model of timm by its name; ``options`` go to ``timm.create_model``.
+
+    ``note`` is shown beside what fails: why, where that is known.
+    """
 
     name: str
     family: str
     size: int
     batch: int = 4
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     library = "timm"
 
@@ -52,6 +56,7 @@ class Transformers:
     batch: int = 4
     takes: str = "text"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     library = "transformers"
 
@@ -89,7 +94,8 @@ def wake(model: nn.Module) -> None:
     """Draw again every parameter that starts at or near zero.
 
     In a fresh model, layer scales of 1e-6 and last norms of residual branches at zero cut the rest
-    of their branch off from the gradient; in a pre-trained one they do not.
+    of their branch off from the gradient; in a pre-trained one they do not, nor do they reach 1,
+    which would have gradients explode in deep models.
     """
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or parameter.abs().max() >= 1e-2:
@@ -98,7 +104,7 @@ def wake(model: nn.Module) -> None:
         one_axis = parameter.numel() == max(parameter.shape, default=1)
         with torch.no_grad():
             if one_axis and re.search("weight|gamma|scale|gain|lambda", last):
-                parameter.uniform_(0.5, 1.0)
+                parameter.uniform_(0.1, 0.5)
             else:
                 parameter.normal_(std=0.02)
 
@@ -138,7 +144,13 @@ TIMM = (
     Timm("efficientformer_l1", "EfficientFormer", 224, 2),
     Timm("efficientformerv2_s0", "EfficientFormer v2", 224, 4),
     Timm("efficientvit_b0", "EfficientViT", 128, 4),
-    Timm("fastvit_t8", "FastViT", 128, 4),
+    Timm(
+        "fastvit_t8",
+        "FastViT",
+        128,
+        note="the conv_scale weights, one number a channel in front of a batch normalisation, "
+        "hardly change the output: their gradient is a small difference of large sums",
+    ),
     Timm("repvit_m0_9", "RepViT", 128, 4),
     Timm("poolformer_s12", "PoolFormer", 128, 2),
     Timm("caformer_s18", "CAFormer", 112, 2),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,46 +55,78 @@ def make_step(
     return Step(run, forward, sum(p.nbytes for p in parameters))
 
 
-def measure(
+def measure_memory(
+    workload: Workload, mode: Mode, device: str, autocast: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Bytes saved for backward, exact, and the peak of a step.
+
+    The peak is the most that a step needs beyond what is allocated between steps: activations,
+    gradients, temporaries. On a CPU it is right only where the process has not yet run outside of
+    ``memtl.memory.freed_memory_returned()``: what was freed there stays with the process, and is
+    used again without being handed back.
+    """
+    with memtl.memory.freed_memory_returned():
+        step = make_step(workload, mode, device, autocast)
+        step.run()
+        return {
+            "saved_bytes_per_sample": memtl.memory.saved_bytes(step.forward) / workload.batch,
+            "peak_bytes": memtl.memory.peak_bytes(step.run, device),
+            "gradient_bytes": step.gradient_bytes,
+        }
+
+
+def measure_times(
     workload: Workload,
     modes: Sequence[Mode],
     device: str,
     timer: harness.Timer,
     seconds: float,
     autocast: torch.dtype | None = None,
-) -> list[dict[str, Any]]:
-    """Step time, bytes saved for backward and peak of each mode, a row a mode.
+) -> dict[str, float]:
+    """Median seconds of a step of each mode, the modes taking turns."""
+    calls: dict[str, Sequence[Callable[[], Any]]] = {
+        mode.name: [make_step(workload, mode, device, autocast).run] for mode in modes
+    }
+    return harness.interleaved_medians(calls, timer, seconds)
 
-    The modes' steps take turns; ``STOCK`` has to be among them. Saved bytes are exact. The peak is
-    the most that a step needs beyond what is allocated between steps: activations, gradients,
-    temporaries.
+
+def measure(
+    workloads: Sequence[Workload],
+    modes: Sequence[Mode],
+    device: str,
+    timer: harness.Timer,
+    seconds: float,
+    autocast: torch.dtype | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each workload, one a mode; ``STOCK`` has to be among the modes.
+
+    Memory comes first, of everything: see :func:`measure_memory`.
     """
-    steps = {mode.name: make_step(workload, mode, device, autocast) for mode in modes}
-    calls: dict[str, Sequence[Callable[[], Any]]] = {n: [s.run] for n, s in steps.items()}
-    medians = harness.interleaved_medians(calls, timer, seconds)
-    rows = []
+    memory = []
     with memtl.memory.freed_memory_returned():
-        for name, step in steps.items():
-            step.run()  # the first step in this state of the allocator
-            gc.collect()
-            rows.append(
-                {
-                    "mode": name,
-                    "model": workload.model,
-                    "batch": workload.batch,
-                    "seconds": medians[name],
-                    "relative_time": medians[name] / medians[STOCK.name],
-                    "saved_bytes_per_sample": memtl.memory.saved_bytes(step.forward)
-                    / workload.batch,
-                    "peak_bytes": memtl.memory.peak_bytes(step.run, device),
-                    "gradient_bytes": step.gradient_bytes,
-                }
-            )
-    return rows
+        for workload in workloads:
+            for mode in modes:
+                memory.append(measure_memory(workload, mode, device, autocast))
+                gc.collect()  # modules and their hooks are cycles
+    taken = iter(memory)
+    for workload in workloads:
+        medians = measure_times(workload, modes, device, timer, seconds, autocast)
+        gc.collect()
+        yield [
+            {
+                "mode": mode.name,
+                "model": workload.model,
+                "batch": workload.batch,
+                "seconds": medians[mode.name],
+                "relative_time": medians[mode.name] / medians[STOCK.name],
+                **next(taken),
+            }
+            for mode in modes
+        ]
 
 
 def format_rows(rows: Sequence[dict[str, Any]], precision: str) -> str:
-    """The rows of :func:`measure` as a table."""
+    """The rows of one workload as a table."""
     first = rows[0]
     gradients = f"gradients {first['gradient_bytes'] / MIB:.0f} MiB"
     titles = f"{'ms/step':>9} {'of stock':>9} {'saved MiB/sample':>17} {'ratio':>7} {'peak MiB':>9}"

@@ -10,7 +10,6 @@ written to results/cpu-training.json.
 """
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -68,9 +67,8 @@ def main() -> int:
     record = harness.environment("cpu", SEED)
     record |= {**libraries, "unchecked": options.unchecked, "rows": []}
     print(f"{record['cpu']}, {record['threads']} threads, {record['backends']}")
-    for workload in workloads:
-        rows = measure(workload, MODES, "cpu", harness.cpu_timer, 0.0 if options.quick else SECONDS)
-        gc.collect()  # modules and their hooks are cycles: the next model needs their memory
+    seconds = 0.0 if options.quick else SECONDS
+    for rows in measure(workloads, MODES, "cpu", harness.cpu_timer, seconds):
         print(f"\n{format_rows(rows, 'float32')}", flush=True)
         record["rows"] += rows
     if options.output is not None:

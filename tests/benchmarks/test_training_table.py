@@ -89,7 +89,9 @@ def test_checkpointing_is_on_in_every_model(workload):
 def test_rows(monkeypatch):
     times = {"stock": 2.0, "checkpointing": 3.0}
     monkeypatch.setattr(harness, "interleaved_medians", lambda calls, timer, seconds: times)
-    rows = measure(TEXTS, (STOCK, CHECKPOINTING), "cpu", harness.cpu_timer, 0.0)
+    modes = (STOCK, CHECKPOINTING)
+    images, rows = measure([IMAGES, TEXTS], modes, "cpu", harness.cpu_timer, 0.0)
+    assert {row["model"] for row in images} == {IMAGES.model}
     assert [row["mode"] for row in rows] == ["stock", "checkpointing"]
     assert [row["relative_time"] for row in rows] == [1.0, 1.5]
     expected = saved_bytes(make_step(TEXTS, STOCK, "cpu").forward) / 2
