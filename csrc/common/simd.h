@@ -15,6 +15,27 @@
 #define MEMTL_UNROLL
 #endif
 
+// `call` with the dtype as the constant kType.
+#define MEMTL_FOR_DTYPE(dtype, call)       \
+  switch (dtype) {                         \
+    case DType::f64: {                     \
+      constexpr DType kType = DType::f64;  \
+      return call;                         \
+    }                                      \
+    case DType::bf16: {                    \
+      constexpr DType kType = DType::bf16; \
+      return call;                         \
+    }                                      \
+    case DType::f16: {                     \
+      constexpr DType kType = DType::f16;  \
+      return call;                         \
+    }                                      \
+    default: {                             \
+      constexpr DType kType = DType::f32;  \
+      return call;                         \
+    }                                      \
+  }
+
 namespace memtl::MEMTL_ISA_NS {
 
 #if defined(__AVX512F__)
