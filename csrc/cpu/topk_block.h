@@ -19,6 +19,8 @@ struct Bits {
   uint64_t word[4];
 };
 
+constexpr Bits kAllBits = {{~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}}};
+
 MEMTL_INLINE int popcount(const Bits& bits) {
   return popcount(bits.word[0]) + popcount(bits.word[1]) + popcount(bits.word[2]) +
          popcount(bits.word[3]);
