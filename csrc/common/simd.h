@@ -118,9 +118,12 @@ MEMTL_INLINE Ints load_bytes(const uint8_t* p) {
 MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
-// The first `count` lanes, or all. (bzhi sees 8 bits of a count.)
+// The first `count` lanes, or bytes, or all. (bzhi sees 8 bits of a count.)
 MEMTL_INLINE Mask first_lanes(int64_t count) {
   return static_cast<Mask>(_bzhi_u32(0xffff, static_cast<unsigned>(count < 16 ? count : 16)));
+}
+MEMTL_INLINE __mmask64 first_bytes(int64_t count) {
+  return _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count < 64 ? count : 64));
 }
 // The first `count` bytes, or all.
 MEMTL_INLINE void store_bytes(uint8_t* p, Ints a, int count) {

@@ -74,6 +74,19 @@ MEMTL_INLINE Bits bits_of_bytes(const uint8_t* bytes) {
 }
 #endif
 
+// Short pieces of any length, or none (then either pointer may be null).
+MEMTL_INLINE void copy_bytes(void* to, const void* from, int64_t count) {
+#if defined(__AVX512F__)  // calling memcpy takes longer
+  for (int64_t i = 0; i < count; i += 64) {
+    const __mmask64 mask = first_bytes(count - i);
+    _mm512_mask_storeu_epi8(static_cast<char*>(to) + i, mask,
+                            _mm512_maskz_loadu_epi8(mask, static_cast<const char*>(from) + i));
+  }
+#else
+  if (count > 0) std::memcpy(to, from, static_cast<size_t>(count));
+#endif
+}
+
 constexpr int kPadded = kBlock + 64;  // room for whole vectors behind the entries
 
 // The positions of the set bits; returns how many.

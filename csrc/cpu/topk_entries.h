@@ -26,8 +26,17 @@ struct EntryBuffers {
 };
 
 MEMTL_INLINE bool ascend(const uint8_t* positions, int count) {
+#if defined(__AVX512F__)
+  uint64_t wrong = 0;
+  for (int i = 1; i < count; i += 64) {
+    const __mmask64 mask = first_bytes(count - i);
+    wrong |= _mm512_mask_cmple_epu8_mask(mask, _mm512_maskz_loadu_epi8(mask, positions + i),
+                                         _mm512_maskz_loadu_epi8(mask, positions + i - 1));
+  }
+#else
   unsigned wrong = 0;
   for (int i = 1; i < count; ++i) wrong |= positions[i] <= positions[i - 1];
+#endif
   return !wrong;
 }
 
@@ -62,8 +71,7 @@ MEMTL_INLINE const float* values_of(const TopkPacked& packed, int64_t row, int64
   // A copy first, so that whole vectors may be read.
   alignas(64) uint16_t raw[kPadded];
   const int64_t size = size_of(packed.value);
-  std::memcpy(raw, static_cast<const char*>(packed.values) + place * size,
-              static_cast<size_t>(count * size));
+  copy_bytes(raw, static_cast<const char*>(packed.values) + place * size, count * size);
   if (packed.value == DType::bf16) {
     for (int i = 0; i < count; i += kWidth) store(buffer + i, load_bfloat16(raw + i));
   } else if (packed.value == DType::f16) {

@@ -8,54 +8,33 @@
 #include <thread>
 #include <vector>
 
+#include "topk_columns.h"
 #include "topk_reading.h"
 
 namespace memtl {
 namespace {
 
 constexpr int64_t kDenseTokens = 512;  // decoded at a time where a dense product is faster
-constexpr int64_t kPanel = 1536;       // features whose sums of one tile still fit in L2
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Workspace = std::unique_ptr<float[], FreeAligned>;
-
-Workspace workspace(int64_t floats) {
-  return Workspace(new (std::align_val_t{64}) float[static_cast<size_t>(floats)]);
-}
-
-// The entries of one block of tokens, feature by feature, in every panel of features.
-struct TokenBlock {
-  std::unique_ptr<char[]> memory;
-
-  TokenBlock() = default;
-  // `entries` is at least the number that will be there.
-  TokenBlock(int64_t entries, int64_t features, int64_t panels, TopkColumns* columns) {
-    entries += panels * kTopkTokens;  // what fills up the shorter of a pair
-    const int64_t places = features + panels + 2;
-    memory = std::make_unique_for_overwrite<char[]>(
-        static_cast<size_t>(entries * 5 + places * 4 + (places / 2 + 1) * 2));
-    columns->values = reinterpret_cast<float*>(memory.get());
-    columns->features = reinterpret_cast<uint32_t*>(columns->values + entries);
-    columns->lengths = reinterpret_cast<uint16_t*>(columns->features + places);
-    columns->tokens = reinterpret_cast<uint8_t*>(columns->lengths + places / 2 + 1);
-  }
-};
+constexpr int64_t kGroup = 4;          // tiles: longer pieces of grad_out's rows are read faster
+constexpr int64_t kSums = 3072;        // features whose sums of one tile fit in L2
 
 void sparse_weight_grad(const Reading& reading, DType dtype, const void* grad_out, int64_t tokens,
                         int64_t outputs, int64_t features, float* out) {
   const TopkPacked& packed = reading.packed;
   const TopkGradKernels& kernels = topk_grad_kernels();
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 2 * threads : 1;
   const int64_t tiles = ceil_div(outputs, kernels.tile);
-  int64_t panels = ceil_div(features, kPanel);
-  if (threads > 1) panels = std::max(panels, ceil_div(2 * threads, tiles));
+  int64_t panels = ceil_div(features, kSums), together = kGroup;
+  while (together > 1 && (together * features > kSums || ceil_div(tiles, together) < wanted)) {
+    together /= 2;
+  }
+  const int64_t groups = ceil_div(tiles, together);
+  panels = std::max(panels, ceil_div(wanted, groups));
   const int64_t width = std::max<int64_t>(64, ceil_div(ceil_div(features, panels), 16) * 16);
   panels = ceil_div(features, width);
 
   const int64_t blocks = ceil_div(tokens, kTopkTokens);
-  std::vector<TokenBlock> token_blocks(static_cast<size_t>(blocks));
+  std::vector<ColumnMemory> memory(static_cast<size_t>(blocks));
   std::vector<TopkColumns> columns(static_cast<size_t>(blocks * panels));
   std::atomic<bool> ascending{true};
   const auto transpose = [&](int64_t i, uint32_t* cursors) {
@@ -63,33 +42,58 @@ void sparse_weight_grad(const Reading& reading, DType dtype, const void* grad_ou
     const int64_t begin = first * features, end = last * features - 1;
     const int64_t entries = reading.place(end / packed.n, end % packed.n / kBlock + 1) -
                             reading.place(begin / packed.n, begin % packed.n / kBlock);
-    TopkColumns* of_block = columns.data() + i * panels;
-    token_blocks[static_cast<size_t>(i)] = TokenBlock(entries, features, panels, of_block);
-    if (!kernels.transpose(packed, features, first, last, width, of_block, cursors)) {
+    const TopkStorage storage = memory[static_cast<size_t>(i)].storage(entries, features, panels);
+    if (!kernels.transpose(packed, features, first, last, width, storage,
+                           columns.data() + i * panels, cursors)) {
       ascending = false;
     }
   };
-  const auto multiply = [&](int64_t i, float* work) {
-    const int64_t panel = i / tiles, output = i % tiles * kernels.tile;
-    kernels.product(dtype, grad_out, tokens, outputs, columns.data() + panel, panels, output,
-                    panel * width, std::min(width, features - panel * width), features, work, out);
+  // Of every tile of a group: the sums, and the rows of a block of tokens.
+  const int64_t sums_size = (width + 1) * kernels.tile, rows_size = kTopkTokens * kernels.tile;
+  const auto multiply = [&](int64_t i, float* sums) {
+    const int64_t first_feature = i / groups * width, first_tile = i % groups * together;
+    const int64_t first_output = first_tile * kernels.tile;
+    const int64_t count = std::min(outputs - first_output, together * kernels.tile);
+    float* rows = sums + together * sums_size;
+    std::fill_n(sums, together * sums_size, 0.0f);
+    const auto for_tiles = [&](const auto& f) {
+      for (int64_t output = 0; output < count; output += kernels.tile) {
+        f(output / kernels.tile, output, std::min(count - output, kernels.tile));
+      }
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t token = block * kTopkTokens;
+      kernels.fill(dtype, grad_out, token * outputs + first_output, outputs, 1,
+                   std::min<int64_t>(tokens - token, kTopkTokens), count, rows, rows_size);
+      const TopkColumns& entries = columns[static_cast<size_t>(block * panels + i / groups)];
+      for_tiles([&](int64_t tile, int64_t, int64_t size) {
+        kernels.accumulate(entries, ceil_div(size, kernels.lanes), rows + tile * rows_size,
+                           sums + tile * sums_size);
+      });
+    }
+    for_tiles([&](int64_t tile, int64_t output, int64_t size) {
+      kernels.write(sums + tile * sums_size, 0, 1, std::min(width, features - first_feature), size,
+                    out + (first_output + output) * features + first_feature, features);
+    });
   };
 
   // One parallel region for both steps: on a busy machine, joining the threads may cost more than
   // either. A thread that comes late finds nothing left to do.
-  std::atomic<int64_t> next_block{0}, next_tile{0}, blocks_done{0};
-  const int64_t tasks = std::max(blocks, tiles * panels);
-  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
-    const auto cursors = std::make_unique_for_overwrite<uint32_t[]>(static_cast<size_t>(features));
-    for (int64_t i = next_block++; i < blocks; i = next_block++) {
-      transpose(i, cursors.get());
-      ++blocks_done;
-    }
-    while (blocks_done < blocks) std::this_thread::yield();
-    if (!ascending) return;
-    const Workspace work = workspace((kTopkTokens + width + 2) * kernels.tile);
-    for (int64_t i = next_tile++; i < tiles * panels; i = next_tile++) multiply(i, work.get());
-  });
+  std::atomic<int64_t> next_block{0}, next_task{0}, blocks_done{0};
+  const int64_t tasks = groups * panels;
+  torch::stable::parallel_for(
+      0, std::min(threads, std::max(blocks, tasks)), 1, [&](int64_t, int64_t) {
+        const auto cursors =
+            std::make_unique_for_overwrite<uint32_t[]>(static_cast<size_t>(features));
+        for (int64_t i = next_block++; i < blocks; i = next_block++) {
+          transpose(i, cursors.get());
+          ++blocks_done;
+        }
+        while (blocks_done < blocks) std::this_thread::yield();
+        if (!ascending) return;
+        const Workspace work = workspace(together * (sums_size + rows_size));
+        for (int64_t i = next_task++; i < tasks; i = next_task++) multiply(i, work.get());
+      });
   reading.check_ascending(ascending);
 }
 

@@ -4,7 +4,8 @@
 namespace memtl::MEMTL_ISA_NS {
 namespace {
 
-// ---------------------------------------------------------------------- weight gradient: columns
+// -----------------------------------------------------------------------------------------------
+// columns
 
 // Calls visit(token, feature, i) for every entry i of a block that is in tokens [first, last).
 template <class Visit>
@@ -44,8 +45,59 @@ MEMTL_INLINE bool for_token_blocks(const TopkPacked& packed, int64_t features, i
   return true;
 }
 
+// The columns of one block from the entries of each feature, which are counted in cursors: those
+// become the places of the features' first entries, from `entries` on; returns where the last ends.
+uint32_t lay_out(int64_t features, int64_t width, uint32_t entries, TopkStorage* storage,
+                 TopkColumns* columns, uint32_t* cursors) {
+  for (int64_t begin = 0; begin < features; begin += width, ++columns) {
+    const int64_t size = min_of(width, features - begin);
+    *columns = {0, storage->features, storage->lengths, storage->tokens + entries,
+                storage->values + entries};
+    // The features by falling number of entries.
+    uint32_t place[kTopkTokens + 1] = {};  // of the first feature with so many
+    for (int64_t i = 0; i < size; ++i) ++place[cursors[begin + i]];
+    uint32_t at = 0;
+    for (int length = kTopkTokens; length >= 0; --length) {
+      const uint32_t of_length = place[length];
+      place[length] = at;
+      at += of_length;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      columns->features[place[cursors[begin + i]]++] = static_cast<uint32_t>(i);
+    }
+    if (size % 2) columns->features[size] = static_cast<uint32_t>(width);  // one that is none
+    int64_t pair = 0;
+    for (; 2 * pair < size; ++pair) {
+      uint32_t& first = cursors[begin + columns->features[2 * pair]];
+      const uint32_t length = first;
+      if (length == 0) break;
+      first = entries;
+      uint32_t second_length = 0;
+      if (2 * pair + 1 < size) {
+        uint32_t& second = cursors[begin + columns->features[2 * pair + 1]];
+        second_length = second;
+        second = entries + 1;
+      }
+      columns->lengths[2 * pair] = static_cast<uint16_t>(length);
+      columns->lengths[2 * pair + 1] = static_cast<uint16_t>(second_length);
+      entries += 2 * length;
+    }
+    columns->pairs = pair;
+    storage->features += 2 * pair;
+    storage->lengths += 2 * pair;
+  }
+  return entries;
+}
+
+// Puts an entry to its place.
+MEMTL_INLINE void put(const TopkStorage& storage, uint32_t* cursor, int64_t token, float value) {
+  storage.tokens[*cursor] = static_cast<uint8_t>(token);
+  storage.values[*cursor] = value;
+  *cursor += 2;
+}
+
 bool transpose(const TopkPacked& packed, int64_t features, int64_t first, int64_t last,
-               int64_t width, TopkColumns* columns, uint32_t* cursors) {
+               int64_t width, TopkStorage storage, TopkColumns* columns, uint32_t* cursors) {
   EntryBuffers buffers;
   std::memset(cursors, 0, static_cast<size_t>(features) * sizeof *cursors);
   const bool ascending = for_token_blocks(
@@ -59,56 +111,8 @@ bool transpose(const TopkPacked& packed, int64_t features, int64_t first, int64_
         return true;
       });
   if (!ascending) return false;
-
-  // The features of a panel by falling number of entries, and where the entries of each begin.
-  uint32_t entries = 0;
-  for (int64_t panel = 0; panel * width < features; ++panel) {
-    TopkColumns& to = columns[panel];
-    const int64_t begin = panel * width, size = min_of(width, features - begin);
-    if (panel > 0) {
-      const TopkColumns& from = columns[panel - 1];
-      to.features = from.features + 2 * from.pairs;
-      to.lengths = from.lengths + from.pairs;
-      to.tokens = columns[0].tokens + entries;
-      to.values = columns[0].values + entries;
-    }
-    uint32_t place[kTopkTokens + 1] = {};  // of the first feature with so many entries
-    for (int64_t i = 0; i < size; ++i) ++place[cursors[begin + i]];
-    uint32_t at = 0;
-    for (int length = kTopkTokens; length >= 0; --length) {
-      const uint32_t of_length = place[length];
-      place[length] = at;
-      at += of_length;
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      to.features[place[cursors[begin + i]]++] = static_cast<uint32_t>(i);
-    }
-    if (size % 2) to.features[size] = static_cast<uint32_t>(width);  // a feature that is none
-    int64_t pair = 0;
-    for (; 2 * pair < size; ++pair) {
-      uint32_t& even = cursors[begin + to.features[2 * pair]];
-      const uint32_t length = even;
-      if (length == 0) break;
-      uint32_t odd_length = 0;
-      const uint32_t start = entries;
-      even = start;
-      if (2 * pair + 1 < size) {
-        uint32_t& odd = cursors[begin + to.features[2 * pair + 1]];
-        odd_length = odd;
-        odd = start + 1;
-      }
-      for (uint32_t i = odd_length; i < length; ++i) {
-        columns[0].tokens[start + 2 * i + 1] = kTopkTokens;
-        columns[0].values[start + 2 * i + 1] = 0;
-      }
-      to.lengths[pair] = static_cast<uint16_t>(length);
-      entries += 2 * length;
-    }
-    to.pairs = pair;
-  }
-
-  uint8_t* tokens = columns[0].tokens;
-  float* to = columns[0].values;
+  TopkStorage next = storage;  // a copy: `storage` stays in registers
+  lay_out(features, width, 0, &next, columns, cursors);
   return for_token_blocks(
       packed, features, first, last, [&](int64_t row, int64_t block, int64_t at, int64_t size) {
         int count;
@@ -117,16 +121,69 @@ bool transpose(const TopkPacked& packed, int64_t features, int64_t first, int64_
         const float* values = values_of(packed, row, block, place, count, buffers.values);
         for_entries(positions, count, at, size, features, first, last,
                     [&](int64_t token, int64_t feature, int i) {
-                      const uint32_t entry = cursors[feature];
-                      cursors[feature] = entry + 2;
-                      tokens[entry] = static_cast<uint8_t>(token - first);
-                      to[entry] = values[i];
+                      put(storage, cursors + feature, token - first, values[i]);
                     });
         return true;
       });
 }
 
-// ---------------------------------------------------------------------- weight gradient: product
+// Calls visit(token, channel, i) for every entry i of one block of an image.
+template <class Visit>
+MEMTL_INLINE void for_pixels(const TopkImages& images, const uint8_t* positions, int count,
+                             int64_t at, int64_t size, int64_t first_token, Visit visit) {
+  const int64_t minors = images.channels_last ? images.channels : images.pixels;
+  const int64_t majors = images.channels_last ? images.pixels : images.channels;
+  for_entries(positions, count, at, size, minors, 0, majors,
+              [&](int64_t major, int64_t minor, int i) {
+                const int64_t token = images.tokens[images.channels_last ? major : minor];
+                if (token >= 0) visit(first_token + token, images.channels_last ? minor : major, i);
+              });
+}
+
+bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_t first,
+                      int64_t last, int64_t width, TopkStorage storage, TopkColumns* columns,
+                      uint32_t* cursors) {
+  EntryBuffers buffers;
+  const int64_t channels = images.channels, panels = ceil_div(channels, width);
+  std::memset(cursors, 0, static_cast<size_t>(images.blocks * channels) * sizeof *cursors);
+  const auto cursor = [&](int64_t token, int64_t channel) {
+    return cursors + token / kTopkTokens * channels + channel;
+  };
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t first_token = (row - first) * images.image_tokens;
+    for (int64_t block = 0; block * kBlock < packed.n; ++block) {
+      int count;
+      const int64_t place = place_of(packed, row, block, &count), at = block * kBlock;
+      const uint8_t* positions = positions_of(packed, row, block, place, buffers.positions);
+      if (!packed.bitmap && !ascend(positions, count)) return false;
+      for_pixels(images, positions, count, at, min_of(packed.n - at, kBlock), first_token,
+                 [&](int64_t token, int64_t channel, int) { ++*cursor(token, channel); });
+    }
+  }
+  TopkStorage next = storage;
+  uint32_t entries = 0;
+  for (int64_t block = 0; block < images.blocks; ++block) {
+    entries = lay_out(channels, width, entries, &next, columns + block * panels,
+                      cursors + block * channels);
+  }
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t first_token = (row - first) * images.image_tokens;
+    for (int64_t block = 0; block * kBlock < packed.n; ++block) {
+      int count;
+      const int64_t place = place_of(packed, row, block, &count), at = block * kBlock;
+      const uint8_t* positions = positions_of(packed, row, block, place, buffers.positions);
+      const float* values = values_of(packed, row, block, place, count, buffers.values);
+      for_pixels(images, positions, count, at, min_of(packed.n - at, kBlock), first_token,
+                 [&](int64_t token, int64_t channel, int i) {
+                   put(storage, cursor(token, channel), token % kTopkTokens, values[i]);
+                 });
+    }
+  }
+  return true;
+}
+
+// -----------------------------------------------------------------------------------------------
+// product
 
 #if defined(__AVX2__)
 constexpr int kLanes = kWidth;
@@ -162,42 +219,21 @@ MEMTL_INLINE void keep_in_register(const float*& p) { asm("" : "+r"(p)); }
 constexpr int kTileVectors = 4;
 constexpr int kTile = kTileVectors * kLanes;
 
-// Outputs [first, first + kOutputs) of tokens [token, token + rows), as floats; zeros beyond the
-// last output.
-template <DType kType, int kOutputs>
-void copy_tile(const void* grad_out, int64_t outputs, int64_t token, int64_t rows, int64_t first,
-               float* tile) {
-  const int64_t count = min_of(outputs - first, kOutputs);
-  for (int64_t row = 0; row < rows; ++row, tile += kOutputs) {
-    const int64_t at = (token + row) * outputs + first;
-    int i = 0;
-    if (count == kOutputs) {
-      MEMTL_UNROLL
-      for (; i < kOutputs; i += kWidth) store(tile + i, load<kType>(grad_out, at + i));
-      continue;
-    }
-    for (; i + kWidth <= count; i += kWidth) store(tile + i, load<kType>(grad_out, at + i));
-    for (; i < count; ++i) tile[i] = load_float(kType, grad_out, at + i);
-    for (; i < kOutputs; ++i) tile[i] = 0;
-  }
-}
-
-// sums[feature, :] += value * tile[token, :] over the entries. The sums of a pair of features stay
-// in registers.
+// sums[feature, :] += value * rows[token, :]. The sums of a pair of features stay in registers.
 template <int kVectors>
-void accumulate(const TopkColumns& columns, const float* tile, float* sums) {
-  constexpr int kOutputs = kVectors * kLanes;
+void accumulate_typed(TopkColumns columns, const float* rows, float* sums) {
+  constexpr int64_t kOutputs = kVectors * kLanes;
   const uint8_t* tokens = columns.tokens;
   const float* values = columns.values;
   for (int64_t pair = 0; pair < columns.pairs; ++pair) {
     const uint32_t* features = columns.features + 2 * pair;
-    float* even = sums + int64_t{features[0]} * kOutputs;
-    float* odd = sums + int64_t{features[1]} * kOutputs;
+    float* first = sums + int64_t{features[0]} * kOutputs;
+    float* second = sums + int64_t{features[1]} * kOutputs;
     Vector a[kVectors], b[kVectors];
     MEMTL_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      a[v] = load_vector(even + v * kLanes);
-      b[v] = load_vector(odd + v * kLanes);
+      a[v] = load_vector(first + v * kLanes);
+      b[v] = load_vector(second + v * kLanes);
     }
     if (pair + 2 < columns.pairs) {
       MEMTL_UNROLL
@@ -206,33 +242,54 @@ void accumulate(const TopkColumns& columns, const float* tile, float* sums) {
         prefetch(sums + int64_t{features[5]} * kOutputs + i);
       }
     }
-    for (int i = columns.lengths[pair]; i > 0; --i) {
-      const float* from_even = tile + tokens[0] * kOutputs;
-      const float* from_odd = tile + tokens[1] * kOutputs;
-      keep_in_register(from_even);
-      keep_in_register(from_odd);
+    const int longer = columns.lengths[2 * pair], both = columns.lengths[2 * pair + 1];
+    for (int i = both; i > 0; --i, tokens += 2, values += 2) {
+      const float* from_first = rows + tokens[0] * kOutputs;
+      const float* from_second = rows + tokens[1] * kOutputs;
+      keep_in_register(from_first);
+      keep_in_register(from_second);
       const Vector x = spread(values[0]), y = spread(values[1]);
       MEMTL_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        a[v] = fma(x, load_vector(from_even + v * kLanes), a[v]);
+        a[v] = fma(x, load_vector(from_first + v * kLanes), a[v]);
       }
       MEMTL_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        b[v] = fma(y, load_vector(from_odd + v * kLanes), b[v]);
+        b[v] = fma(y, load_vector(from_second + v * kLanes), b[v]);
       }
-      tokens += 2;
-      values += 2;
+    }
+    for (int i = longer - both; i > 0; --i, tokens += 2, values += 2) {
+      const float* from = rows + tokens[0] * kOutputs;
+      keep_in_register(from);
+      const Vector x = spread(values[0]);
+      MEMTL_UNROLL
+      for (int v = 0; v < kVectors; ++v) a[v] = fma(x, load_vector(from + v * kLanes), a[v]);
     }
     MEMTL_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      store_vector(even + v * kLanes, a[v]);
-      store_vector(odd + v * kLanes, b[v]);
+      store_vector(first + v * kLanes, a[v]);
+      store_vector(second + v * kLanes, b[v]);
     }
   }
 }
 
+void accumulate(const TopkColumns& columns, int64_t vectors, const float* rows, float* sums) {
+  switch (vectors) {
+    case 1:
+      return accumulate_typed<1>(columns, rows, sums);
+    case 2:
+      return accumulate_typed<2>(columns, rows, sums);
+    case 3:
+      return accumulate_typed<3>(columns, rows, sums);
+    default:
+      return accumulate_typed<4>(columns, rows, sums);
+  }
+}
+
 #if defined(__AVX512F__)
-// to[i * stride + j] = from[j * from_stride + i], i < rows, j < 16; rows <= 16.
+// to[i * stride + j] = from[j * from_stride + i], i < rows, j < kLanes; rows <= kLanes. kPast: past
+// the caches, where whole lines are filled.
+template <bool kPast>
 MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float* to,
                                    int64_t stride, int64_t rows) {
   __m512 a[16], b[16];
@@ -264,11 +321,10 @@ MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float
     a[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
     a[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
   }
-  // What fills whole lines goes past the caches: the result is larger than they are.
   const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && stride % 16 == 0;
   for (int i = 0; i < 16; ++i) {
     if (i >= rows) break;
-    if (aligned) {
+    if (kPast && aligned) {
       _mm512_stream_ps(to + i * stride, a[i]);
     } else {
       _mm512_storeu_ps(to + i * stride, a[i]);
@@ -276,6 +332,7 @@ MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float
   }
 }
 #elif defined(__AVX2__)
+template <bool kPast>
 MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float* to,
                                    int64_t stride, int64_t rows) {
   __m256 a[8], b[8];
@@ -303,6 +360,7 @@ MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float
   }
 }
 #else
+template <bool kPast>
 MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float* to,
                                    int64_t stride, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -311,61 +369,110 @@ MEMTL_INLINE void transpose_square(const float* from, int64_t from_stride, float
 }
 #endif
 
-// sums [width, kOutputs] -> out [count, width], rows `stride` apart.
-template <int kOutputs>
-void write_sums(const float* sums, int64_t width, int64_t count, float* out, int64_t stride) {
+// A row of less than a tile.
+template <DType kType>
+MEMTL_INLINE void fill_row(const void* from, int64_t at, int64_t outputs, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= outputs; i += kWidth) store(to + i, load<kType>(from, at + i));
+  for (; i < outputs; ++i) to[i] = load_float(kType, from, at + i);
+  for (; i % kLanes != 0; ++i) to[i] = 0;
+}
+
+// kLanes or fewer rows and outputs, each output's numbers `output_stride` apart.
+template <DType kType>
+MEMTL_INLINE void fill_square(const void* from, int64_t first, int64_t row_stride,
+                              int64_t output_stride, int64_t rows, int64_t outputs, float* to,
+                              int64_t width) {
+  alignas(64) float square[kLanes * kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t at = first + i * output_stride;
+    float* numbers = square + i * kLanes;
+    if (i < outputs && rows == kLanes && row_stride == 1) {
+      for (int64_t j = 0; j < kLanes; j += kWidth) store(numbers + j, load<kType>(from, at + j));
+      continue;
+    }
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const bool there = i < outputs && j < rows;
+      numbers[j] = there ? load_float(kType, from, at + j * row_stride) : 0;
+    }
+  }
+  transpose_square<false>(square, kLanes, to, width, rows);
+}
+
+// Rows whose outputs are next to each other.
+template <DType kType>
+void fill_rows(const void* from, int64_t first, int64_t stride, int64_t rows, int64_t outputs,
+               float* to, int64_t tile_stride) {
+  const int64_t tiles = outputs / kTile, left = outputs % kTile;
+  const int64_t width = ceil_div(left, kLanes) * kLanes;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = first + row * stride;
+    float* of_tile = to + row * kTile;
+    for (int64_t tile = 0; tile < tiles; ++tile, of_tile += tile_stride) {
+      MEMTL_UNROLL
+      for (int i = 0; i < kTile; i += kWidth) {
+        store(of_tile + i, load<kType>(from, at + tile * kTile + i));
+      }
+    }
+    if (left > 0)
+      fill_row<kType>(from, at + tiles * kTile, left, to + tiles * tile_stride + row * width);
+  }
+}
+
+template <DType kType>
+void fill_typed(const void* from, int64_t first, int64_t row_stride, int64_t output_stride,
+                int64_t rows, int64_t outputs, float* to, int64_t tile_stride) {
+  if (output_stride == 1) {
+    return fill_rows<kType>(from, first, row_stride, rows, outputs, to, tile_stride);
+  }
+  for (int64_t tile = 0; tile < outputs; tile += kTile, to += tile_stride) {
+    const int64_t size = min_of(outputs - tile, kTile), width = ceil_div(size, kLanes) * kLanes;
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      for (int64_t o = 0; o < size; o += kLanes) {
+        fill_square<kType>(from, first + row * row_stride + (tile + o) * output_stride, row_stride,
+                           output_stride, min_of(rows - row, kLanes), size - o,
+                           to + row * width + o, width);
+      }
+    }
+  }
+}
+
+void fill(DType dtype, const void* from, int64_t first, int64_t row_stride, int64_t output_stride,
+          int64_t rows, int64_t outputs, float* to, int64_t tile_stride) {
+  MEMTL_FOR_DTYPE(dtype, fill_typed<kType>(from, first, row_stride, output_stride, rows, outputs,
+                                           to, tile_stride))
+}
+
+void write(const float* sums, int64_t set_stride, int64_t sets, int64_t width, int64_t outputs,
+           float* out, int64_t output_stride) {
+  const int64_t row = ceil_div(outputs, kLanes) * kLanes;
+  if (sets > 1) {
+    for (int64_t o = 0; o < outputs; o += kLanes) {
+      for (int64_t feature = 0; feature < width; ++feature) {
+        for (int64_t i = o; i < min_of(o + kLanes, outputs); ++i) {
+          float* to = out + i * output_stride + feature * sets;
+          const float* from = sums + feature * row + i;
+          for (int64_t set = 0; set < sets; ++set) to[set] = from[set * set_stride];
+        }
+      }
+    }
+    return;
+  }
+  // What fills whole lines goes past the caches: the result is larger than they are.
   const int64_t squares = width / kLanes * kLanes;
-  for (int64_t o = 0; o < count; o += kLanes) {
+  for (int64_t o = 0; o < outputs; o += kLanes) {
     for (int64_t feature = 0; feature < squares; feature += kLanes) {
-      transpose_square(sums + feature * kOutputs + o, kOutputs, out + o * stride + feature, stride,
-                       min_of(count - o, kLanes));
+      transpose_square<true>(sums + feature * row + o, row, out + o * output_stride + feature,
+                             output_stride, min_of(outputs - o, kLanes));
     }
   }
   for (int64_t feature = squares; feature < width; ++feature) {
-    for (int64_t o = 0; o < count; ++o) out[o * stride + feature] = sums[feature * kOutputs + o];
+    for (int64_t o = 0; o < outputs; ++o)
+      out[o * output_stride + feature] = sums[feature * row + o];
   }
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
-}
-
-template <DType kType, int kVectors>
-void product_typed(const void* grad_out, int64_t tokens, int64_t outputs,
-                   const TopkColumns* columns, int64_t stride, int64_t first_output,
-                   int64_t first_feature, int64_t width, int64_t features, float* workspace,
-                   float* out) {
-  constexpr int kOutputs = kVectors * kLanes;
-  float* tile = workspace;
-  float* zeros = tile + kTopkTokens * kOutputs;  // the row of token kTopkTokens
-  float* sums = zeros + kOutputs;
-  std::memset(zeros, 0, static_cast<size_t>(width + 2) * kOutputs * sizeof *sums);
-  for (int64_t token = 0; token < tokens; token += kTopkTokens, columns += stride) {
-    copy_tile<kType, kOutputs>(grad_out, outputs, token, min_of(tokens - token, kTopkTokens),
-                               first_output, tile);
-    accumulate<kVectors>(*columns, tile, sums);
-  }
-  write_sums<kOutputs>(sums, width, min_of(outputs - first_output, kOutputs),
-                       out + first_output * features + first_feature, features);
-}
-
-template <DType kType>
-void product_of(const void* grad_out, int64_t tokens, int64_t outputs, const TopkColumns* columns,
-                int64_t stride, int64_t first_output, int64_t first_feature, int64_t width,
-                int64_t features, float* workspace, float* out) {
-  const int64_t vectors = ceil_div(outputs - first_output, kLanes);
-  const auto run = vectors >= 4   ? product_typed<kType, 4>
-                   : vectors == 3 ? product_typed<kType, 3>
-                   : vectors == 2 ? product_typed<kType, 2>
-                                  : product_typed<kType, 1>;
-  run(grad_out, tokens, outputs, columns, stride, first_output, first_feature, width, features,
-      workspace, out);
-}
-
-void product(DType dtype, const void* grad_out, int64_t tokens, int64_t outputs,
-             const TopkColumns* columns, int64_t stride, int64_t first_output,
-             int64_t first_feature, int64_t width, int64_t features, float* workspace, float* out) {
-  MEMTL_FOR_DTYPE(dtype, product_of<kType>(grad_out, tokens, outputs, columns, stride, first_output,
-                                           first_feature, width, features, workspace, out))
 }
 
 // Against torch's dense product with AVX-512 of 1576 tokens, 768 to 3072 features and back.
@@ -379,6 +486,7 @@ constexpr double kDenseFrom = 0.12;
 
 }  // namespace
 
-extern const TopkGradKernels topk_grad = {transpose, kDenseFrom, kTile, product};
+extern const TopkGradKernels topk_grad = {kDenseFrom,       kTile, kLanes,     transpose,
+                                          transpose_images, fill,  accumulate, write};
 
 }  // namespace memtl::MEMTL_ISA_NS

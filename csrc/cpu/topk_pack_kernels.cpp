@@ -71,20 +71,6 @@ MEMTL_INLINE void encode(const float* kept, int count, float scale, bool finite,
   }
 }
 
-// From a buffer that may be read in whole vectors.
-MEMTL_INLINE void copy(void* to, int64_t place, const void* from, int64_t count, int64_t size) {
-  char* out = static_cast<char*>(to) + place * size;
-  const int64_t bytes = count * size;
-#if defined(__AVX512F__)  // calling memcpy takes longer
-  for (int64_t i = 0; i < bytes; i += 64) {
-    const __mmask64 mask = _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(min_of(bytes - i, 64)));
-    _mm512_mask_storeu_epi8(out + i, mask, _mm512_loadu_si512(static_cast<const char*>(from) + i));
-  }
-#else
-  if (count > 0) std::memcpy(out, from, static_cast<size_t>(bytes));  // `to` may be null without
-#endif
-}
-
 // Writes the chosen elements of block `index` of row `row` from place `start` of the row on.
 MEMTL_INLINE int64_t write_block(const float* block, const Bits& bits, int64_t row, int64_t index,
                                  int64_t n, int64_t start, const TopkOutput& out) {
@@ -99,7 +85,7 @@ MEMTL_INLINE int64_t write_block(const float* block, const Bits& bits, int64_t r
     std::memcpy(out.positions + row * ceil_div(n, 8) + index * (kBlock / 8), bits.word,
                 static_cast<size_t>(bytes));
   } else {
-    copy(out.positions, place, positions, count, 1);
+    copy_bytes(out.positions + place, positions, count);
   }
   if (out.counts) out.counts[row * blocks + index] = static_cast<int16_t>(count);
   alignas(64) uint16_t narrow[kPadded];
@@ -113,14 +99,14 @@ MEMTL_INLINE int64_t write_block(const float* block, const Bits& bits, int64_t r
     }
     case DType::bf16:
       for (int i = 0; i < count; i += kWidth) store_bfloat16(narrow + i, load(kept + i));
-      copy(out.values, place, narrow, count, 2);
+      copy_bytes(static_cast<uint16_t*>(out.values) + place, narrow, 2 * count);
       break;
     case DType::f16:
       for (int i = 0; i < count; i += kWidth) store_half(narrow + i, load(kept + i));
-      copy(out.values, place, narrow, count, 2);
+      copy_bytes(static_cast<uint16_t*>(out.values) + place, narrow, 2 * count);
       break;
     default:
-      copy(out.values, place, kept, count, 4);
+      copy_bytes(static_cast<float*>(out.values) + place, kept, 4 * count);
   }
   return count;
 }

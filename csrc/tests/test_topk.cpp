@@ -275,6 +275,35 @@ void test_unpack(Isa isa) {
   }
 }
 
+// What TopkColumns point to, each array of just the size that is asked for.
+struct Columns {
+  std::vector<uint32_t> features;
+  std::vector<uint16_t> lengths;
+  std::vector<uint8_t> tokens;
+  std::vector<float> values;
+
+  Columns(int64_t entries, int64_t width, int64_t panels, int64_t blocks = 1)
+      : features(size_t(blocks * (width + 2 * panels))),
+        lengths(features.size()),
+        tokens(size_t(entries + blocks * panels * kTopkTokens)),
+        values(tokens.size()) {}
+
+  TopkStorage storage() { return {features.data(), lengths.data(), tokens.data(), values.data()}; }
+};
+
+// Floats aligned to 64 bytes.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, size_t(count * 4 + 63) / 64 * 64))) {}
+  Floats(const Floats&) = delete;
+  ~Floats() { std::free(data_); }
+  float* data() { return data_; }
+
+ private:
+  float* data_;
+};
+
 void test_weight_grad(Isa isa) {
   const Kernels kernels = table(isa);
   struct Case {
@@ -304,35 +333,41 @@ void test_weight_grad(Isa isa) {
         const int64_t blocks = ceil_div(tokens, kTopkTokens);
         std::vector<TopkColumns> columns(size_t(blocks * panels));
         std::vector<uint32_t> cursors(size_t(c.features), 77);
-        const auto room = size_t(c.rows * packed.kept + panels * kTopkTokens);
-        const auto places = size_t(c.features + panels + 2);
-        std::vector<std::vector<uint32_t>> features;
-        std::vector<std::vector<uint16_t>> lengths;
-        std::vector<std::vector<uint8_t>> token_of;
-        std::vector<std::vector<float>> value_of;
+        std::vector<Columns> memory;
         for (int64_t i = 0; i < blocks; ++i) {
-          features.emplace_back(places);
-          lengths.emplace_back(places / 2 + 1);
-          token_of.emplace_back(room);
-          value_of.emplace_back(room);
-          columns[size_t(i * panels)] = {0, features.back().data(), lengths.back().data(),
-                                         token_of.back().data(), value_of.back().data()};
-          CHECK(kernels.grad.transpose(reading, c.features, i * kTopkTokens,
-                                       std::min(tokens, (i + 1) * kTopkTokens), c.width,
-                                       &columns[size_t(i * panels)], cursors.data()));
+          memory.emplace_back(c.rows * packed.kept, c.features, panels);
+          CHECK(kernels.grad.transpose(
+              reading, c.features, i * kTopkTokens, std::min(tokens, (i + 1) * kTopkTokens),
+              c.width, memory.back().storage(), &columns[size_t(i * panels)], cursors.data()));
         }
         std::vector<float> out(size_t(c.outputs * c.features), std::nanf(""));
-        const auto floats = size_t((kTopkTokens + c.width + 2) * kernels.grad.tile);
-        auto* work = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
+        // Two tiles at a time, the second of which may be less than one.
+        const int64_t tile = kernels.grad.tile, sums_size = (c.width + 1) * tile;
+        Floats rows(2 * kTopkTokens * tile), sums(2 * sums_size);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          for (int64_t o = 0; o < c.outputs; o += kernels.grad.tile) {
-            kernels.grad.product(dtype, grad.data(), tokens, c.outputs, &columns[size_t(panel)],
-                                 panels, o, panel * c.width,
-                                 std::min(c.width, c.features - panel * c.width), c.features, work,
-                                 out.data());
+          for (int64_t o = 0; o < c.outputs; o += 2 * tile) {
+            const int64_t count = std::min(2 * tile, c.outputs - o);
+            std::fill_n(sums.data(), 2 * sums_size, 0.0f);
+            for (int64_t block = 0; block < blocks; ++block) {
+              const int64_t token = block * kTopkTokens;
+              kernels.grad.fill(dtype, grad.data(), token * c.outputs + o, c.outputs, 1,
+                                std::min<int64_t>(tokens - token, kTopkTokens), count, rows.data(),
+                                kTopkTokens * tile);
+              for (int64_t i = 0; i * tile < count; ++i) {
+                const int64_t some = std::min(count - i * tile, tile);
+                kernels.grad.accumulate(
+                    columns[size_t(block * panels + panel)], ceil_div(some, kernels.grad.lanes),
+                    rows.data() + i * kTopkTokens * tile, sums.data() + i * sums_size);
+              }
+            }
+            const int64_t width = std::min(c.width, c.features - panel * c.width);
+            for (int64_t i = 0; i * tile < count; ++i) {
+              kernels.grad.write(
+                  sums.data() + i * sums_size, 0, 1, width, std::min(count - i * tile, tile),
+                  out.data() + (o + i * tile) * c.features + panel * c.width, c.features);
+            }
           }
         }
-        std::free(work);
         for (int64_t o = 0; o < c.outputs; ++o) {
           for (int64_t f = 0; f < c.features; ++f) {
             double sum = 0, size = 0;
