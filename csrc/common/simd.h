@@ -15,6 +15,27 @@
 #define MEMTL_UNROLL
 #endif
 
+// `call` with the dtype as the constant kType.
+#define MEMTL_FOR_DTYPE(dtype, call)       \
+  switch (dtype) {                         \
+    case DType::f64: {                     \
+      constexpr DType kType = DType::f64;  \
+      return call;                         \
+    }                                      \
+    case DType::bf16: {                    \
+      constexpr DType kType = DType::bf16; \
+      return call;                         \
+    }                                      \
+    case DType::f16: {                     \
+      constexpr DType kType = DType::f16;  \
+      return call;                         \
+    }                                      \
+    default: {                             \
+      constexpr DType kType = DType::f32;  \
+      return call;                         \
+    }                                      \
+  }
+
 namespace memtl::MEMTL_ISA_NS {
 
 #if defined(__AVX512F__)
@@ -39,6 +60,7 @@ MEMTL_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 MEMTL_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
 MEMTL_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+MEMTL_INLINE Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 MEMTL_INLINE Ints mul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return _mm512_or_si512(a, b); }
@@ -59,6 +81,7 @@ MEMTL_INLINE Ints truncate(Floats a) { return _mm512_cvttps_epi32(a); }
 MEMTL_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
+MEMTL_INLINE Mask greater(Ints a, Ints b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed
 MEMTL_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   uint16_t mask;
@@ -86,12 +109,25 @@ MEMTL_INLINE uint32_t sum(Ints a) {
 }
 
 MEMTL_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+MEMTL_INLINE Ints load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 MEMTL_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+MEMTL_INLINE void store(uint32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
 MEMTL_INLINE Ints load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+// The first `count` lanes, or bytes, or all. (bzhi sees 8 bits of a count.)
+MEMTL_INLINE Mask first_lanes(int64_t count) {
+  return static_cast<Mask>(_bzhi_u32(0xffff, static_cast<unsigned>(count < 16 ? count : 16)));
+}
+MEMTL_INLINE __mmask64 first_bytes(int64_t count) {
+  return _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count < 64 ? count : 64));
+}
+// The first `count` bytes, or all.
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a, int count) {
+  _mm_mask_storeu_epi8(p, first_lanes(count), _mm512_cvtepi32_epi8(a));
 }
 MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -137,6 +173,7 @@ MEMTL_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 MEMTL_INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
 MEMTL_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+MEMTL_INLINE Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 MEMTL_INLINE Ints mul(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
 MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return _mm256_or_si256(a, b); }
@@ -157,6 +194,7 @@ MEMTL_INLINE Ints truncate(Floats a) { return _mm256_cvttps_epi32(a); }
 MEMTL_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return {_mm256_cmpeq_epi32(a, b)}; }
+MEMTL_INLINE Mask greater(Ints a, Ints b) { return {_mm256_cmpgt_epi32(a, b)}; }  // signed
 MEMTL_INLINE Mask is_nan(Floats a) {
   return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
 }
@@ -200,7 +238,13 @@ MEMTL_INLINE uint32_t sum(Ints a) {
 #undef MEMTL_SHUFFLE_PS
 
 MEMTL_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
+MEMTL_INLINE Ints load(const uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 MEMTL_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+MEMTL_INLINE void store(uint32_t* p, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+}
 MEMTL_INLINE Ints load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -210,6 +254,12 @@ MEMTL_INLINE __m128i narrow(Ints a) {  // 32 to 16 bits; the values fit
 MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) {
   const __m128i shorts = narrow(a);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(shorts, shorts));
+}
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a, int count) {
+  if (count >= kWidth) return store_bytes(p, a);
+  uint8_t bytes[kWidth];
+  store_bytes(bytes, a);
+  for (int i = 0; i < count; ++i) p[i] = bytes[i];
 }
 MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -252,6 +302,7 @@ MEMTL_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 MEMTL_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 MEMTL_INLINE Ints add(Ints a, Ints b) { return a + b; }
+MEMTL_INLINE Ints sub(Ints a, Ints b) { return a - b; }
 MEMTL_INLINE Ints mul(Ints a, Ints b) { return a * b; }
 MEMTL_INLINE Ints bit_and(Ints a, Ints b) { return a & b; }
 MEMTL_INLINE Ints bit_or(Ints a, Ints b) { return a | b; }
@@ -272,6 +323,9 @@ MEMTL_INLINE Ints truncate(Floats a) { return static_cast<Ints>(static_cast<int3
 MEMTL_INLINE Floats to_floats(Ints a) { return static_cast<Floats>(static_cast<int32_t>(a)); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return a == b; }
+MEMTL_INLINE Mask greater(Ints a, Ints b) {  // signed
+  return static_cast<int32_t>(a) > static_cast<int32_t>(b);
+}
 MEMTL_INLINE Mask is_nan(Floats a) { return a != a; }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
 MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
@@ -282,9 +336,12 @@ MEMTL_INLINE uint32_t highest(Ints a) { return a; }
 MEMTL_INLINE uint32_t sum(Ints a) { return a; }
 
 MEMTL_INLINE Floats load(const float* p) { return *p; }
+MEMTL_INLINE Ints load(const uint32_t* p) { return *p; }
 MEMTL_INLINE void store(float* p, Floats a) { *p = a; }
+MEMTL_INLINE void store(uint32_t* p, Ints a) { *p = a; }
 MEMTL_INLINE Ints load_bytes(const uint8_t* p) { return *p; }
 MEMTL_INLINE void store_bytes(uint8_t* p, Ints a) { *p = static_cast<uint8_t>(a); }
+MEMTL_INLINE void store_bytes(uint8_t* p, Ints a, int) { store_bytes(p, a); }
 MEMTL_INLINE Floats load_bfloat16(const uint16_t* p) { return bfloat16_to_float(*p); }
 MEMTL_INLINE void store_shorts(uint16_t* p, Ints a) { *p = static_cast<uint16_t>(a); }
 MEMTL_INLINE Floats load_half(const uint16_t* p) { return half_to_float(*p); }

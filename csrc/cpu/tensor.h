@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <string>
 
 #include "common/layout.h"
@@ -18,6 +20,11 @@ namespace memtl {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
 
 // What was given, for an error message: "float32 [2, 3]".
 inline std::string describe(const Tensor& x) {
@@ -59,5 +66,15 @@ inline void check_bits_of(const char* op, const Tensor& x, const Tensor& bits) {
 
 // Elements a thread should have at least, so that starting it pays.
 constexpr int64_t kGrain = 1 << 15;
+
+// Calls run(i) for every i in [0, tasks), in parallel; who is free takes the next.
+template <class Run>
+void for_tasks(int64_t tasks, const Run& run) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) run(i);
+  });
+}
 
 }  // namespace memtl

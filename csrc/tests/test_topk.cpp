@@ -8,7 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "cpu/topk.h"
+#include "cpu/topk_grad.h"
+#include "cpu/topk_pack.h"
+#include "cpu/topk_read.h"
 
 namespace {
 
@@ -24,12 +26,22 @@ using namespace memtl;
 
 char context[256] = "";
 
-const TopkKernels& table(Isa isa) {
+// The kernels of one instruction set; those of the portable one are the definition.
+struct Kernels {
+  const TopkPackKernels& pack;
+  const TopkReadKernels& read;
+  const TopkGradKernels& grad;
+};
+
+const Kernels kPlain = {portable::topk_pack, portable::topk_read, portable::topk_grad};
+
+Kernels table(Isa isa) {
   switch (isa) {
-    MEMTL_IF_AVX2(case Isa::avx2 : return avx2::topk;)
-    MEMTL_IF_AVX512(case Isa::avx512 : return avx512::topk;)
+    MEMTL_IF_AVX2(case Isa::avx2 : return {avx2::topk_pack, avx2::topk_read, avx2::topk_grad};)
+    MEMTL_IF_AVX512(
+        case Isa::avx512 : return {avx512::topk_pack, avx512::topk_read, avx512::topk_grad};)
     default:
-      return portable::topk;
+      return kPlain;
   }
 }
 
@@ -129,14 +141,14 @@ std::vector<bool> largest(const float* x, int64_t count, int64_t k) {
   return kept;
 }
 
-std::vector<bool> kept_of(const TopkKernels& kernels, Packed packed) {
+std::vector<bool> kept_of(const Kernels& kernels, Packed packed) {
   // Unpacked values may be zero, so ones are unpacked instead.
   Packed ones = packed;
   ones.value = DType::f32;
   ones.values =
       as(DType::f32, std::vector<float>(static_cast<size_t>(packed.rows * packed.kept), 1));
   std::vector<float> dense(static_cast<size_t>(packed.rows * packed.n));
-  CHECK(kernels.unpack(ones.reading(), 0, packed.rows * packed.n, DType::f32, dense.data()));
+  CHECK(kernels.read.unpack(ones.reading(), 0, packed.rows * packed.n, DType::f32, dense.data()));
   return {dense.begin(), dense.end()};
 }
 
@@ -145,7 +157,7 @@ constexpr DType kValues[] = {DType::f32, DType::bf16, DType::f16, DType::i8};
 constexpr Kind kKinds[] = {Kind::normal, Kind::ties, Kind::zeros, Kind::special};
 
 void test_pack(Isa isa) {
-  const TopkKernels &kernels = table(isa), &plain = portable::topk;
+  const Kernels kernels = table(isa), &plain = kPlain;
   for (const int64_t n : {1, 7, 255, 256, 257, 600, 768}) {
     for (const Kind kind : kKinds) {
       for (const DType dtype : kInputs) {
@@ -158,8 +170,8 @@ void test_pack(Isa isa) {
             const auto x = as(dtype, numbers(rows * n, kind, uint32_t(n + k)));
             const int64_t kept = n / kBlock * k + k_tail;
             Packed got(rows, n, kept, k, value, bitmap), wanted = got;
-            kernels.pack(dtype, x.data(), n, k, k_tail, got.output(), 0, rows);
-            plain.pack(dtype, x.data(), n, k, k_tail, wanted.output(), 0, rows);
+            kernels.pack.pack(dtype, x.data(), n, k, k_tail, got.output(), 0, rows);
+            plain.pack.pack(dtype, x.data(), n, k, k_tail, wanted.output(), 0, rows);
             CHECK(got == wanted);
             const auto numbers = floats_of(dtype, x);
             const auto mask = kept_of(kernels, got);
@@ -171,7 +183,7 @@ void test_pack(Isa isa) {
             }
             std::vector<int64_t> starts(size_t(ceil_div(n, kBlock) + 1));
             if (bitmap) {
-              CHECK(kernels.starts(got.positions.data(), n, starts.data()));
+              CHECK(kernels.read.starts(got.positions.data(), n, starts.data()));
               CHECK(starts.back() == kept);
             }
           }
@@ -182,7 +194,7 @@ void test_pack(Isa isa) {
 }
 
 void test_rows(Isa isa) {
-  const TopkKernels &kernels = table(isa), &plain = portable::topk;
+  const Kernels kernels = table(isa), &plain = kPlain;
   for (const int64_t n : {1, 33, 600, 5000}) {
     for (const Kind kind : kKinds) {
       for (const DType dtype : kInputs) {
@@ -190,12 +202,12 @@ void test_rows(Isa isa) {
                       int(kind), int(dtype));
         const auto x = as(dtype, numbers(n, kind, uint32_t(n)));
         std::vector<uint32_t> keys(size_t(n), 0), keys_plain(keys);
-        kernels.keys(dtype, x.data(), n, keys.data());
-        plain.keys(dtype, x.data(), n, keys_plain.data());
+        kernels.pack.keys(dtype, x.data(), n, keys.data());
+        plain.pack.keys(dtype, x.data(), n, keys_plain.data());
         CHECK(keys == keys_plain);
         for (const int64_t k : {int64_t{1}, (n + 9) / 10, n}) {
           int64_t above;
-          const uint32_t t = kernels.threshold(keys.data(), n, k, 0, 0x7fffffff, &above);
+          const uint32_t t = kernels.pack.threshold(keys.data(), n, k, 0, 0x7fffffff, &above);
           int64_t over = 0, equal = 0;
           for (const uint32_t key : keys) over += key > t, equal += key == t;
           CHECK(over == above && above <= k && above + equal >= k);
@@ -204,7 +216,7 @@ void test_rows(Isa isa) {
             std::vector<uint32_t> stored(size_t(room) + 16);
             const uint32_t lo = t - std::min<uint32_t>(t, 1 << 20), hi = t;
             int64_t inside, between = 0;
-            kernels.count(dtype, x.data(), n, lo, hi, &above, &inside, stored.data(), room);
+            kernels.pack.count(dtype, x.data(), n, lo, hi, &above, &inside, stored.data(), room);
             std::vector<uint32_t> wanted;
             for (const uint32_t key : keys) {
               between += key >= lo && key <= hi;
@@ -217,11 +229,11 @@ void test_rows(Isa isa) {
 
           const bool bitmap = k % 2;
           Packed got(1, n, k, 0, DType::i8, bitmap);
-          kernels.pack_above(dtype, x.data(), n, 0, 0, ceil_div(n, kBlock), t, k - over, 0,
-                             got.output());
+          kernels.pack.pack_above(dtype, x.data(), n, 0, 0, ceil_div(n, kBlock), t, k - over, 0,
+                                  got.output());
           Packed wanted(1, n, k, 0, DType::i8, bitmap);
-          plain.pack_above(dtype, x.data(), n, 0, 0, ceil_div(n, kBlock), t, k - over, 0,
-                           wanted.output());
+          plain.pack.pack_above(dtype, x.data(), n, 0, 0, ceil_div(n, kBlock), t, k - over, 0,
+                                wanted.output());
           CHECK(got == wanted);
           CHECK(kept_of(kernels, got) == largest(floats_of(dtype, x).data(), n, k));
         }
@@ -231,7 +243,7 @@ void test_rows(Isa isa) {
 }
 
 void test_unpack(Isa isa) {
-  const TopkKernels &kernels = table(isa), &plain = portable::topk;
+  const Kernels kernels = table(isa), &plain = kPlain;
   for (const int64_t n : {7, 256, 600}) {
     for (const DType value : kValues) {
       for (const DType dtype : kInputs) {
@@ -240,13 +252,13 @@ void test_unpack(Isa isa) {
         const int64_t rows = 4, k = 31, k_tail = std::min<int64_t>(n % kBlock, 5);
         const auto x = numbers(rows * n, Kind::special, 5);
         Packed packed(rows, n, n / kBlock * k + k_tail, k, value, value == DType::f16);
-        plain.pack(DType::f32, x.data(), n, k, k_tail, packed.output(), 0, rows);
+        plain.pack.pack(DType::f32, x.data(), n, k, k_tail, packed.output(), 0, rows);
         const TopkPacked reading = packed.reading();
         for (const auto& [first, last] :
              {std::pair<int64_t, int64_t>{0, rows * n}, {3, rows * n - 2}, {n, n + 1}, {5, 5}}) {
           std::vector<char> got(size_t((last - first) * size_of(dtype))), wanted(got);
-          CHECK(kernels.unpack(reading, first, last, dtype, got.data()));
-          CHECK(plain.unpack(reading, first, last, dtype, wanted.data()));
+          CHECK(kernels.read.unpack(reading, first, last, dtype, got.data()));
+          CHECK(plain.read.unpack(reading, first, last, dtype, wanted.data()));
           // NaN has more than one bit pattern.
           const auto a = floats_of(dtype, got), b = floats_of(dtype, wanted);
           for (size_t i = 0; i < a.size(); ++i) {
@@ -256,15 +268,44 @@ void test_unpack(Isa isa) {
         if (!packed.bitmap) {
           std::swap(packed.positions[0], packed.positions[1]);
           std::vector<char> out(size_t(rows * n * size_of(dtype)));
-          CHECK(!kernels.unpack(reading, 0, rows * n, dtype, out.data()));
+          CHECK(!kernels.read.unpack(reading, 0, rows * n, dtype, out.data()));
         }
       }
     }
   }
 }
 
+// What TopkColumns point to, each array of just the size that is asked for.
+struct Columns {
+  std::vector<uint32_t> features;
+  std::vector<uint16_t> lengths;
+  std::vector<uint8_t> tokens;
+  std::vector<float> values;
+
+  Columns(int64_t entries, int64_t width, int64_t panels, int64_t blocks = 1)
+      : features(size_t(blocks * (width + 2 * panels))),
+        lengths(features.size()),
+        tokens(size_t(entries + blocks * panels * kTopkTokens)),
+        values(tokens.size()) {}
+
+  TopkStorage storage() { return {features.data(), lengths.data(), tokens.data(), values.data()}; }
+};
+
+// Floats aligned to 64 bytes.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, size_t(count * 4 + 63) / 64 * 64))) {}
+  Floats(const Floats&) = delete;
+  ~Floats() { std::free(data_); }
+  float* data() { return data_; }
+
+ private:
+  float* data_;
+};
+
 void test_weight_grad(Isa isa) {
-  const TopkKernels& kernels = table(isa);
+  const Kernels kernels = table(isa);
   struct Case {
     int64_t rows, n, features, outputs, width;
   };
@@ -281,10 +322,10 @@ void test_weight_grad(Isa isa) {
         const int64_t k_tail = std::min<int64_t>(c.n % kBlock, 9);
         const auto x = numbers(c.rows * c.n, Kind::normal, 11);
         Packed packed(c.rows, c.n, c.n / kBlock * k + k_tail, k, DType::bf16, bitmap);
-        kernels.pack(DType::f32, x.data(), c.n, k, k_tail, packed.output(), 0, c.rows);
+        kernels.pack.pack(DType::f32, x.data(), c.n, k, k_tail, packed.output(), 0, c.rows);
         const TopkPacked reading = packed.reading();
         std::vector<float> dense(x.size());
-        CHECK(kernels.unpack(reading, 0, c.rows * c.n, DType::f32, dense.data()));
+        CHECK(kernels.read.unpack(reading, 0, c.rows * c.n, DType::f32, dense.data()));
         const auto grad = as(dtype, numbers(tokens * c.outputs, Kind::normal, 12));
         const auto grad_floats = floats_of(dtype, grad);
 
@@ -292,34 +333,41 @@ void test_weight_grad(Isa isa) {
         const int64_t blocks = ceil_div(tokens, kTopkTokens);
         std::vector<TopkColumns> columns(size_t(blocks * panels));
         std::vector<uint32_t> cursors(size_t(c.features), 77);
-        const auto room = size_t(c.rows * packed.kept + panels * kTopkTokens);
-        const auto places = size_t(c.features + panels + 2);
-        std::vector<std::vector<uint32_t>> features;
-        std::vector<std::vector<uint16_t>> lengths;
-        std::vector<std::vector<uint8_t>> token_of;
-        std::vector<std::vector<float>> value_of;
+        std::vector<Columns> memory;
         for (int64_t i = 0; i < blocks; ++i) {
-          features.emplace_back(places);
-          lengths.emplace_back(places / 2 + 1);
-          token_of.emplace_back(room);
-          value_of.emplace_back(room);
-          columns[size_t(i * panels)] = {0, features.back().data(), lengths.back().data(),
-                                         token_of.back().data(), value_of.back().data()};
-          CHECK(kernels.transpose(reading, c.features, i * kTopkTokens,
-                                  std::min(tokens, (i + 1) * kTopkTokens), c.width,
-                                  &columns[size_t(i * panels)], cursors.data()));
+          memory.emplace_back(c.rows * packed.kept, c.features, panels);
+          CHECK(kernels.grad.transpose(
+              reading, c.features, i * kTopkTokens, std::min(tokens, (i + 1) * kTopkTokens),
+              c.width, memory.back().storage(), &columns[size_t(i * panels)], cursors.data()));
         }
         std::vector<float> out(size_t(c.outputs * c.features), std::nanf(""));
-        const auto floats = size_t((kTopkTokens + c.width + 2) * kernels.tile);
-        auto* work = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
+        // Two tiles at a time, the second of which may be less than one.
+        const int64_t tile = kernels.grad.tile, sums_size = (c.width + 1) * tile;
+        Floats rows(2 * kTopkTokens * tile), sums(2 * sums_size);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          for (int64_t o = 0; o < c.outputs; o += kernels.tile) {
-            kernels.product(dtype, grad.data(), tokens, c.outputs, &columns[size_t(panel)], panels,
-                            o, panel * c.width, std::min(c.width, c.features - panel * c.width),
-                            c.features, work, out.data());
+          for (int64_t o = 0; o < c.outputs; o += 2 * tile) {
+            const int64_t count = std::min(2 * tile, c.outputs - o);
+            std::fill_n(sums.data(), 2 * sums_size, 0.0f);
+            for (int64_t block = 0; block < blocks; ++block) {
+              const int64_t token = block * kTopkTokens;
+              kernels.grad.fill(dtype, grad.data(), token * c.outputs + o, c.outputs, 1,
+                                std::min<int64_t>(tokens - token, kTopkTokens), count, rows.data(),
+                                kTopkTokens * tile);
+              for (int64_t i = 0; i * tile < count; ++i) {
+                const int64_t some = std::min(count - i * tile, tile);
+                kernels.grad.accumulate(
+                    columns[size_t(block * panels + panel)], ceil_div(some, kernels.grad.lanes),
+                    rows.data() + i * kTopkTokens * tile, sums.data() + i * sums_size);
+              }
+            }
+            const int64_t width = std::min(c.width, c.features - panel * c.width);
+            for (int64_t i = 0; i * tile < count; ++i) {
+              kernels.grad.write(
+                  sums.data() + i * sums_size, 0, 1, width, std::min(count - i * tile, tile),
+                  out.data() + (o + i * tile) * c.features + panel * c.width, c.features);
+            }
           }
         }
-        std::free(work);
         for (int64_t o = 0; o < c.outputs; ++o) {
           for (int64_t f = 0; f < c.features; ++f) {
             double sum = 0, size = 0;
