@@ -69,7 +69,6 @@ def test_json_has_every_figure_and_where_it_is_from(run):
 
 
 def test_back_razor_keeps_less_the_less_it_is_told_to_keep(run):
-    # A block of the CNN expands its input sixfold; so checkpointing it saves less.
     saved = {m["name"]: m["saved_bytes"] for m in run[2]["methods"]}
     last, full, checkpointed, tenth, thirtieth = (saved[name] for name in NAMES)
     assert last < thirtieth < tenth < full / 8

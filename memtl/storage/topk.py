@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._ops import BLOCK, ceil_div
+from .convolution import ConvGeometry
 from .dense import DTYPES
 from .format import Format, check_fraction
 
 VALUES = {**DTYPES, "int8": torch.int8}
 SCOPES = ("block", "sample")
+DENSE_ELEMENTS = 2**19
+"""Of a convolution's input, decoded at a time: stays in the caches, and is enough work a call."""
 
 
 class _Layout(NamedTuple):
@@ -105,6 +109,30 @@ class TopK(Format):
         _, n, k, k_tail, _, bitmap = self._layout(shape)
         opened = self._open(packed, bitmap)
         return torch.ops.memtl.topk_weight_grad(*opened, grad_out, n, shape[-1], k, k_tail, bitmap)
+
+    def conv_weight_grad(
+        self,
+        packed: tuple[Tensor, ...],
+        shape: torch.Size,
+        grad_out: Tensor,
+        input_size: Sequence[int],
+        weight_size: Sequence[int],
+        geometry: ConvGeometry,
+        channels_last: bool,
+    ) -> Tensor:
+        """A few samples at a time, so that never the whole batch's input is dense."""
+        arguments = (input_size, weight_size, geometry, channels_last)
+        if shape[0] == 0:
+            return super().conv_weight_grad(packed, shape, grad_out, *arguments)
+        each = max(1, DENSE_ELEMENTS // max(1, shape[1]))
+        total: Tensor | None = None
+        for i in range(0, shape[0], each):
+            rows = tuple(t[i : i + each] if t.numel() else t for t in packed)
+            size = torch.Size((min(each, shape[0] - i), shape[1]))
+            part = super().conv_weight_grad(rows, size, grad_out[i : i + each], *arguments)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         rows, n, _, _, kept, bitmap = self._layout(shape)
