@@ -222,6 +222,8 @@ class ActivationFunction(torch.autograd.Function):
         value = saved.unpack()
         if not ctx.derivative_kept:
             value = activation(ctx.name, *ctx.parameters).derivative(value)
+        if value.dtype == grad_out.dtype:  # made just now
+            return value.mul_(grad_out), *(None,) * (4 + ctx.num_packed)
         return grad_out * value, *(None,) * (4 + ctx.num_packed)
 
 

@@ -29,7 +29,7 @@ class LayerNormFunction(torch.autograd.Function):
         x_hat = None
         if need_x or need_weight:
             wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = (x.to(wide) - mean) * rstd
+            x_hat = (x.to(wide) - mean).mul_(rstd)
         exact = (rstd, weight) if need_x else (None, None)
         keep(ctx, (x_hat, format), exact=exact)
 
@@ -60,7 +60,7 @@ class LayerNormFunction(torch.autograd.Function):
                 None,
                 [need_x, False, False],
             )
-            grad_x = (grad_x * rstd).to(ctx.dtypes[0]) if need_x else None
+            grad_x = grad_x.mul_(rstd).to(ctx.dtypes[0]) if need_x else None
             if need_weight:
                 grad_weight = _sum_rows(grad_out * x_hat, rows)
         return (
