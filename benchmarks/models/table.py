@@ -63,6 +63,7 @@ def measure(entry: Entry) -> dict[str, Any]:
         found = Check(error=f"build: {type(error).__name__}: {error}")
     else:
         found = check(model, inputs)
+    found.remaining = tuple(r for r in found.remaining if r.bytes >= 0.01 * (found.kept_bytes or 0))
     return {
         **dataclasses.asdict(entry),
         "library": entry.library,

@@ -324,6 +324,8 @@ def test_program(tmp_path):
         assert row["name"] in done.stdout and f"`{row['name']}`" in document.read_text()
         assert row["ratio"] == pytest.approx(row["stock_bytes"] / row["kept_bytes"])
         assert row["pruned"]["weights"]["worst"]
+        shares = [layer["bytes"] / row["kept_bytes"] for layer in row["remaining"]]
+        assert shares == sorted(shares, reverse=True) and min(shares) >= 0.01
     assert record["command"] in document.read_text()
     assert str(ROOT) not in document.read_text()
 
