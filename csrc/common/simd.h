@@ -77,12 +77,15 @@ MEMTL_INLINE Ints shift_right(Ints a) {
 }
 
 MEMTL_INLINE Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
+MEMTL_INLINE Floats as_floats(Ints a) { return _mm512_castsi512_ps(a); }
 MEMTL_INLINE Ints truncate(Floats a) { return _mm512_cvttps_epi32(a); }
 MEMTL_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 MEMTL_INLINE Mask greater(Ints a, Ints b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed
 MEMTL_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+MEMTL_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+MEMTL_INLINE bool any(Mask a) { return a != 0; }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   uint16_t mask;
   std::memcpy(&mask, bits, sizeof mask);
@@ -95,17 +98,29 @@ MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) {
   return _mm512_mask_blend_ps(mask, no, yes);
 }
 
-MEMTL_INLINE float lowest(Floats a) { return _mm512_reduce_min_ps(a); }
-MEMTL_INLINE float highest(Floats a) { return _mm512_reduce_max_ps(a); }
 MEMTL_INLINE uint32_t highest(Ints a) { return _mm512_reduce_max_epu32(a); }
-// Modulo 2^32. (_mm512_reduce_add_epi32 ends in a signed addition that may overflow.)
-MEMTL_INLINE uint32_t sum(Ints a) {
-  const __m256i eight =
-      _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+// Lane i of the result is `op` over the lanes of a[i]; a is used up.
+template <class Op>
+MEMTL_INLINE Floats reduce_each(Floats (&a)[kWidth], const Op& op) {
+  MEMTL_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = op(_mm512_unpacklo_ps(a[i], a[i + 1]), _mm512_unpackhi_ps(a[i], a[i + 1]));
+  }
+  MEMTL_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d p = _mm512_castps_pd(a[i]), q = _mm512_castps_pd(a[i + 2]);
+    a[i] =
+        op(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  }
+  MEMTL_UNROLL
+  for (int step = 4; step < 16; step *= 2) {
+    MEMTL_UNROLL
+    for (int i = 0; i < 16; i += 2 * step) {
+      a[i] = op(_mm512_shuffle_f32x4(a[i], a[i + step], 0x88),
+                _mm512_shuffle_f32x4(a[i], a[i + step], 0xdd));
+    }
+  }
+  return a[0];
 }
 
 MEMTL_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -190,6 +205,7 @@ MEMTL_INLINE Ints shift_right(Ints a) {
 }
 
 MEMTL_INLINE Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
+MEMTL_INLINE Floats as_floats(Ints a) { return _mm256_castsi256_ps(a); }
 MEMTL_INLINE Ints truncate(Floats a) { return _mm256_cvttps_epi32(a); }
 MEMTL_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 
@@ -198,6 +214,8 @@ MEMTL_INLINE Mask greater(Ints a, Ints b) { return {_mm256_cmpgt_epi32(a, b)}; }
 MEMTL_INLINE Mask is_nan(Floats a) {
   return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
 }
+MEMTL_INLINE Mask either(Mask a, Mask b) { return {_mm256_or_si256(a.lanes, b.lanes)}; }
+MEMTL_INLINE bool any(Mask a) { return !_mm256_testz_si256(a.lanes, a.lanes); }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return {_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), bit), bit)};
@@ -209,33 +227,26 @@ MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) {
   return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(mask.lanes));
 }
 
-#define MEMTL_REDUCE(step, low, high, shuffle) \
-  auto half = step(low, high);                 \
-  half = step(half, shuffle(half, 0x4e));      \
-  half = step(half, shuffle(half, 0xb1))
-#define MEMTL_SHUFFLE_PS(a, order) _mm_shuffle_ps(a, a, order)
-MEMTL_INLINE float lowest(Floats a) {
-  MEMTL_REDUCE(_mm_min_ps, _mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1),
-               MEMTL_SHUFFLE_PS);
-  return _mm_cvtss_f32(half);
-}
-MEMTL_INLINE float highest(Floats a) {
-  MEMTL_REDUCE(_mm_max_ps, _mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1),
-               MEMTL_SHUFFLE_PS);
-  return _mm_cvtss_f32(half);
-}
 MEMTL_INLINE uint32_t highest(Ints a) {
-  MEMTL_REDUCE(_mm_max_epu32, _mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1),
-               _mm_shuffle_epi32);
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
 }
-MEMTL_INLINE uint32_t sum(Ints a) {
-  MEMTL_REDUCE(_mm_add_epi32, _mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1),
-               _mm_shuffle_epi32);
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(half));
+template <class Op>
+MEMTL_INLINE Floats reduce_each(Floats (&a)[kWidth], const Op& op) {
+  MEMTL_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = op(_mm256_unpacklo_ps(a[i], a[i + 1]), _mm256_unpackhi_ps(a[i], a[i + 1]));
+  }
+  MEMTL_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    const __m256d p = _mm256_castps_pd(a[i]), q = _mm256_castps_pd(a[i + 2]);
+    a[i] =
+        op(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+  }
+  return op(_mm256_permute2f128_ps(a[0], a[4], 0x20), _mm256_permute2f128_ps(a[0], a[4], 0x31));
 }
-#undef MEMTL_REDUCE
-#undef MEMTL_SHUFFLE_PS
 
 MEMTL_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
 MEMTL_INLINE Ints load(const uint32_t* p) {
@@ -319,6 +330,7 @@ MEMTL_INLINE Ints shift_right(Ints a) {
 }
 
 MEMTL_INLINE Ints as_ints(Floats a) { return float_bits(a); }
+MEMTL_INLINE Floats as_floats(Ints a) { return bits_float(a); }
 MEMTL_INLINE Ints truncate(Floats a) { return static_cast<Ints>(static_cast<int32_t>(a)); }
 MEMTL_INLINE Floats to_floats(Ints a) { return static_cast<Floats>(static_cast<int32_t>(a)); }
 
@@ -327,13 +339,16 @@ MEMTL_INLINE Mask greater(Ints a, Ints b) {  // signed
   return static_cast<int32_t>(a) > static_cast<int32_t>(b);
 }
 MEMTL_INLINE Mask is_nan(Floats a) { return a != a; }
+MEMTL_INLINE Mask either(Mask a, Mask b) { return a || b; }
+MEMTL_INLINE bool any(Mask a) { return a; }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
 MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }
 
-MEMTL_INLINE float lowest(Floats a) { return a; }
-MEMTL_INLINE float highest(Floats a) { return a; }
 MEMTL_INLINE uint32_t highest(Ints a) { return a; }
-MEMTL_INLINE uint32_t sum(Ints a) { return a; }
+template <class Op>
+MEMTL_INLINE Floats reduce_each(Floats (&a)[kWidth], const Op&) {
+  return a[0];
+}
 
 MEMTL_INLINE Floats load(const float* p) { return *p; }
 MEMTL_INLINE Ints load(const uint32_t* p) { return *p; }

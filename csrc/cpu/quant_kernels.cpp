@@ -74,14 +74,16 @@ MEMTL_INLINE void load_codes(const uint8_t* in, Ints (&codes)[kVectors]) {
   }
 }
 
-MEMTL_INLINE Floats uniform(Ints sixteen_bits) {
-  return mul(add(to_floats(sixteen_bits), floats(0.5f)), floats(0x1p-16f));
+// (h + 0.5) / 2^16 for 16 bits h that stand in the upper part of a mantissa, the rest zero.
+MEMTL_INLINE Floats uniform(Ints mantissa) {
+  const Ints one = ints(0x3f800000);  // 1 + h / 2^16
+  return add(as_floats(bit_or(mantissa, one)), floats(0x1p-17f - 1));
 }
 
 // [64] uniform numbers in (0, 1): a lane's 32-bit hash gives one to it and one to the lane 32 on.
 MEMTL_INLINE void dither(uint32_t key, int64_t group, Floats (&out)[kVectors]) {
   constexpr uint32_t kStride = 0x9e3779b1;
-  const Ints lane = mul(iota(), ints(kStride));
+  const Ints lane = mul(iota(), ints(kStride)), upper = ints(0x007fff80);
   const uint32_t start = static_cast<uint32_t>(group * 32) * kStride;
   MEMTL_UNROLL
   for (int i = 0; i < kVectors / 2; ++i) {
@@ -90,84 +92,140 @@ MEMTL_INLINE void dither(uint32_t key, int64_t group, Floats (&out)[kVectors]) {
     h = mul(bit_xor(h, shift_right<16>(h)), ints(0x85ebca6b));
     h = mul(bit_xor(h, shift_right<13>(h)), ints(0xc2b2ae35));
     h = bit_xor(h, shift_right<16>(h));
-    out[i] = uniform(bit_and(h, ints(0xffff)));
-    out[i + kVectors / 2] = uniform(shift_right<16>(h));
+    out[i] = uniform(bit_and(shift_left<7>(h), upper));
+    out[i + kVectors / 2] = uniform(bit_and(shift_right<9>(h), upper));
   }
 }
 
-// Conversions differ in the NaN they make: here all are one.
-MEMTL_INLINE uint32_t sum_of_bits(const Floats (&x)[kVectors]) {
-  Ints total = ints(0);
-  MEMTL_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    total = add(total, select(is_nan(x[i]), ints(0x7fc00000), as_ints(x[i])));
-  }
-  return sum(total);
-}
-
-// floor((x - offset) / scale + dither), at most top. x is nowhere below offset.
-MEMTL_INLINE void quantize(const Floats (&x)[kVectors], float offset, float scale, uint32_t top,
+// floor((x - offset) * inverse + dither), at most top. x is nowhere below offset.
+MEMTL_INLINE void quantize(const Floats (&x)[kVectors], float offset, float inverse, uint32_t top,
                            uint32_t key, int64_t group, Ints (&codes)[kVectors]) {
   Floats noise[kVectors];
   dither(key, group, noise);
   MEMTL_UNROLL
   for (int i = 0; i < kVectors; ++i) {
-    const Floats level = div(sub(x[i], floats(offset)), floats(scale));
+    const Floats level = mul(sub(x[i], floats(offset)), floats(inverse));
     codes[i] = min(truncate(add(level, noise[i])), ints(top));
   }
 }
 
-template <DType kType, int kBits>
-MEMTL_INLINE void pack_group(const void* x, int64_t numel, uint32_t seed, int64_t group,
-                             uint8_t* codes, uint16_t* params) {
-  Floats v[kVectors];
-  load_group<kType>(x, numel, group, v);
-  Floats low = v[0];
-  Floats high = v[0];
-  Ints magnitude = bit_and(as_ints(v[0]), ints(0x7fffffff));
+MEMTL_INLINE bool any_nan(const Floats (&v)[kVectors]) {
+  Mask nan = is_nan(v[0]);
   MEMTL_UNROLL
-  for (int i = 1; i < kVectors; ++i) {
-    low = min(low, v[i]);
-    high = max(high, v[i]);
-    magnitude = max(magnitude, bit_and(as_ints(v[i]), ints(0x7fffffff)));
+  for (int i = 1; i < kVectors; ++i) nan = either(nan, is_nan(v[i]));
+  return any(nan);
+}
+
+template <class Op>
+MEMTL_INLINE Floats over_vectors(const Floats (&v)[kVectors], const Op& op) {
+  Floats all = v[0];
+  MEMTL_UNROLL
+  for (int i = 1; i < kVectors; ++i) all = op(all, v[i]);
+  return all;
+}
+
+// Groups are measured kWidth at a time, lane g of a vector being group g's: the sums of their bits,
+// and where they are, the least and the largest.
+struct Measures {
+  Ints sum;
+  Floats low, high;
+};
+
+template <DType kType, bool kLimits>
+MEMTL_INLINE Measures measure(const void* x, int64_t numel, int64_t first, int count) {
+  const auto add_bits = [](Floats a, Floats b) { return as_floats(add(as_ints(a), as_ints(b))); };
+  const auto less = [](Floats a, Floats b) { return min(a, b); };
+  const auto more = [](Floats a, Floats b) { return max(a, b); };
+  Floats sum[kWidth], low[kWidth], high[kWidth];
+  for (int g = 0; g < kWidth; ++g) {
+    Floats v[kVectors];
+    load_group<kType>(x, numel, first + (g < count ? g : 0), v);
+    if constexpr (kLimits) {
+      low[g] = over_vectors(v, less);
+      high[g] = over_vectors(v, more);
+    } else if (any_nan(v)) {  // conversions differ in the NaN they make: here all are one
+      for (Floats& each : v) each = select(is_nan(each), floats(bits_float(kNaNBits)), each);
+    }
+    sum[g] = over_vectors(v, add_bits);
   }
+  Measures measures;
+  measures.sum = as_ints(reduce_each(sum, add_bits));
+  if constexpr (kLimits) {
+    measures.low = reduce_each(low, less);
+    measures.high = reduce_each(high, more);
+  }
+  return measures;
+}
+
+MEMTL_INLINE Floats bfloat16_down(Floats x) {
+  const Ints bits = as_ints(x), negative = shift_right<31>(bits);
+  const Ints away = sub(shift_left<16>(negative), negative);  // 0xffff or 0
+  return as_floats(bit_and(add(bits, away), ints(0xffff0000)));
+}
+
+MEMTL_INLINE Floats negated(Floats x) { return as_floats(bit_xor(as_ints(x), ints(1u << 31))); }
+MEMTL_INLINE Floats bfloat16_up(Floats x) { return negated(bfloat16_down(negated(x))); }
+
+// Up to kWidth groups from `first` on.
+template <DType kType, int kBits>
+MEMTL_INLINE void pack_groups(const void* x, int64_t numel, uint32_t seed, int64_t first, int count,
+                              uint8_t* codes, uint16_t* params) {
   constexpr uint32_t kTop = (1u << kBits) - 1;
+  const Floats top = floats(static_cast<float>(kTop));
+  const Measures measures = measure<kType, true>(x, numel, first, count);
   // + 0 makes one zero of the two, whichever the minimum came upon.
-  const float offset = bfloat16_down(lowest(low)) + 0.0f;
-  const float step = bfloat16_up((highest(high) - offset) / static_cast<float>(kTop));
-  const float scale = step < kSmallestScale ? kSmallestScale : step;
+  const Floats offset = add(bfloat16_down(measures.low), floats(0));
+  const Floats step = bfloat16_up(div(sub(measures.high, offset), top));
+  const Floats scale = max(step, floats(kSmallestScale));
   // Where the highest level is beyond float32, so is what is near it.
-  const float reach = offset + static_cast<float>(kTop) * scale;
-  if (highest(magnitude) >= kInfinityBits || (float_bits(reach) & 0x7fffffff) >= kInfinityBits) {
-    std::memset(codes, 0, 8 * kBits);
-    params[0] = params[1] = kNaN;
-    return;
+  const Floats reach = add(offset, mul(top, scale));
+  alignas(64) float offsets[kWidth], inverses[kWidth];
+  alignas(64) uint32_t keys[kWidth], reaches[kWidth], pairs[kWidth];
+  store(offsets, offset);
+  store(inverses, div(floats(1), scale));
+  store(keys, add(measures.sum, ints(seed)));
+  store(reaches, bit_and(as_ints(reach), ints(0x7fffffff)));
+  store(pairs, bit_or(shift_right<16>(as_ints(scale)), as_ints(offset)));
+  for (int g = 0; g < count; ++g, codes += 8 * kBits) {
+    const int64_t group = first + g;
+    Floats v[kVectors];
+    load_group<kType>(x, numel, group, v);
+    if (any_nan(v) || reaches[g] >= kInfinityBits) {
+      std::memset(codes, 0, 8 * kBits);
+      pairs[g] = uint32_t{kNaN} << 16 | kNaN;
+      continue;
+    }
+    Ints levels[kVectors];
+    quantize(v, offsets[g], inverses[g], kTop, keys[g], group, levels);
+    store_codes<kBits>(codes, levels);
   }
-  Ints levels[kVectors];
-  quantize(v, offset, scale, kTop, seed + sum_of_bits(v), group, levels);
-  store_codes<kBits>(codes, levels);
-  params[0] = static_cast<uint16_t>(float_bits(scale) >> 16);
-  params[1] = static_cast<uint16_t>(float_bits(offset) >> 16);
+  std::memcpy(params, pairs, static_cast<size_t>(count) * sizeof *pairs);
 }
 
 template <DType kType, int kBits>
-MEMTL_INLINE void pack_range_group(const void* x, int64_t numel, QuantRange range, uint32_t seed,
-                                   int64_t group, uint8_t* codes) {
-  Floats v[kVectors];
-  load_group<kType>(x, numel, group, v);
-  Floats clamped[kVectors];
-  MEMTL_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    clamped[i] = min(max(v[i], floats(range.lo)), floats(range.hi));
-  }
+MEMTL_INLINE void pack_range_groups(const void* x, int64_t numel, QuantRange range, uint32_t seed,
+                                    int64_t first, int count, uint8_t* codes) {
   constexpr uint32_t kForNaN = (1u << kBits) - 1;
-  Ints levels[kVectors];
-  quantize(clamped, range.lo, range.step, kForNaN - 1, seed + sum_of_bits(v), group, levels);
-  MEMTL_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    levels[i] = select(is_nan(v[i]), ints(kForNaN), levels[i]);
+  alignas(64) uint32_t keys[kWidth];
+  store(keys, add(measure<kType, false>(x, numel, first, count).sum, ints(seed)));
+  const float inverse = 1.0f / range.step;
+  for (int g = 0; g < count; ++g, codes += 8 * kBits) {
+    const int64_t group = first + g;
+    Floats v[kVectors], clamped[kVectors];
+    load_group<kType>(x, numel, group, v);
+    MEMTL_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      clamped[i] = min(max(v[i], floats(range.lo)), floats(range.hi));
+    }
+    Ints levels[kVectors];
+    quantize(clamped, range.lo, inverse, kForNaN - 1, keys[g], group, levels);
+    if (any_nan(v)) {
+      for (int i = 0; i < kVectors; ++i) {
+        levels[i] = select(is_nan(v[i]), ints(kForNaN), levels[i]);
+      }
+    }
+    store_codes<kBits>(codes, levels);
   }
-  store_codes<kBits>(codes, levels);
 }
 
 // Calls f with the dtype and the bits as template arguments.
@@ -195,8 +253,9 @@ MEMTL_INLINE void dispatch(DType dtype, int bits, const F& f) {
 void pack(DType dtype, const void* x, int64_t numel, int bits, uint32_t seed, uint8_t* codes,
           uint16_t* params, int64_t first, int64_t last) {
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
-    for (int64_t g = first; g < last; ++g) {
-      pack_group<kType, kBits>(x, numel, seed, g, codes + g * 8 * kBits, params + 2 * g);
+    for (int64_t g = first; g < last; g += kWidth) {
+      const auto count = static_cast<int>(last - g < kWidth ? last - g : kWidth);
+      pack_groups<kType, kBits>(x, numel, seed, g, count, codes + g * 8 * kBits, params + 2 * g);
     }
   });
 }
@@ -220,8 +279,9 @@ void unpack(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
 void pack_range(DType dtype, const void* x, int64_t numel, int bits, QuantRange range,
                 uint32_t seed, uint8_t* codes, int64_t first, int64_t last) {
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
-    for (int64_t g = first; g < last; ++g) {
-      pack_range_group<kType, kBits>(x, numel, range, seed, g, codes + g * 8 * kBits);
+    for (int64_t g = first; g < last; g += kWidth) {
+      const auto count = static_cast<int>(last - g < kWidth ? last - g : kWidth);
+      pack_range_groups<kType, kBits>(x, numel, range, seed, g, count, codes + g * 8 * kBits);
     }
   });
 }

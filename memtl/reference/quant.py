@@ -74,7 +74,7 @@ def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 
 def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """codes, params: floor((x - offset) / scale + dither), clamped to 0 .. 2**bits - 1."""
+    """codes, params: floor((x - offset) * (1 / scale) + dither), clamped to 0 .. 2**bits - 1."""
     groups = _groups(x)
     levels = 2**bits - 1
     finite = groups.isfinite().all(-1, keepdim=True)
@@ -83,7 +83,7 @@ def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
     offset = offset + 0.0  # never the negative zero
     top = safe.amax(-1, keepdim=True) if safe.numel() else safe[:, :1]
     scale = bfloat16_up((top - offset) / top.new_tensor(levels)).clamp_min(SMALLEST_SCALE)
-    codes = ((safe - offset) / scale + dither(groups, seed)).floor().clamp(0, levels)
+    codes = ((safe - offset) * scale.reciprocal() + dither(groups, seed)).floor().clamp(0, levels)
     reach = offset + top.new_tensor(levels) * scale  # beyond float32, so would be what is near
     params = torch.cat((scale, offset), dim=1).masked_fill(~(finite & reach.isfinite()), math.nan)
     codes = codes.masked_fill(params[:, :1].isnan(), 0)
@@ -105,7 +105,8 @@ def quant_pack_range(x: Tensor, bits: int, lo: float, hi: float, seed: int) -> T
     step = _range_step(bits, lo, hi, groups)
     low = groups.new_tensor(lo)
     clamped = groups.clamp(low, groups.new_tensor(hi)).nan_to_num(0.0)
-    codes = ((clamped - low) / step + dither(groups, seed)).floor().clamp(0, 2**bits - 2)
+    codes = ((clamped - low) * step.reciprocal() + dither(groups, seed)).floor()
+    codes = codes.clamp(0, 2**bits - 2)
     return _pack_codes(codes.masked_fill(groups.isnan(), 2**bits - 1), bits)
 
 
