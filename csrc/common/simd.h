@@ -84,7 +84,6 @@ MEMTL_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 MEMTL_INLINE Mask greater(Ints a, Ints b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed
 MEMTL_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
-MEMTL_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 MEMTL_INLINE bool any(Mask a) { return a != 0; }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   uint16_t mask;
@@ -214,7 +213,6 @@ MEMTL_INLINE Mask greater(Ints a, Ints b) { return {_mm256_cmpgt_epi32(a, b)}; }
 MEMTL_INLINE Mask is_nan(Floats a) {
   return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
 }
-MEMTL_INLINE Mask either(Mask a, Mask b) { return {_mm256_or_si256(a.lanes, b.lanes)}; }
 MEMTL_INLINE bool any(Mask a) { return !_mm256_testz_si256(a.lanes, a.lanes); }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -339,7 +337,6 @@ MEMTL_INLINE Mask greater(Ints a, Ints b) {  // signed
   return static_cast<int32_t>(a) > static_cast<int32_t>(b);
 }
 MEMTL_INLINE Mask is_nan(Floats a) { return a != a; }
-MEMTL_INLINE Mask either(Mask a, Mask b) { return a || b; }
 MEMTL_INLINE bool any(Mask a) { return a; }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }
 MEMTL_INLINE Floats select(Mask mask, Floats yes, Floats no) { return mask ? yes : no; }

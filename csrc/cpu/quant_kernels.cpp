@@ -110,18 +110,23 @@ MEMTL_INLINE void quantize(const Floats (&x)[kVectors], float offset, float inve
 }
 
 MEMTL_INLINE bool any_nan(const Floats (&v)[kVectors]) {
-  Mask nan = is_nan(v[0]);
+  Ints below = ints(0);  // negative where a magnitude is above infinity
   MEMTL_UNROLL
-  for (int i = 1; i < kVectors; ++i) nan = either(nan, is_nan(v[i]));
-  return any(nan);
+  for (int i = 0; i < kVectors; ++i) {
+    below = bit_or(below, sub(ints(kInfinityBits), bit_and(as_ints(v[i]), ints(0x7fffffff))));
+  }
+  return any(greater(ints(0), below));
 }
 
+// In halves, so that the compiler can vectorise where a vector is one element.
 template <class Op>
 MEMTL_INLINE Floats over_vectors(const Floats (&v)[kVectors], const Op& op) {
-  Floats all = v[0];
-  MEMTL_UNROLL
-  for (int i = 1; i < kVectors; ++i) all = op(all, v[i]);
-  return all;
+  Floats part[kVectors / 2];
+  for (int i = 0; i < kVectors / 2; ++i) part[i] = op(v[i], v[i + kVectors / 2]);
+  for (int half = kVectors / 4; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) part[i] = op(part[i], part[i + half]);
+  }
+  return part[0];
 }
 
 // Groups are measured kWidth at a time, lane g of a vector being group g's: the sums of their bits,
@@ -146,7 +151,10 @@ MEMTL_INLINE Measures measure(const void* x, int64_t numel, int64_t first, int c
     } else if (any_nan(v)) {  // conversions differ in the NaN they make: here all are one
       for (Floats& each : v) each = select(is_nan(each), floats(bits_float(kNaNBits)), each);
     }
-    sum[g] = over_vectors(v, add_bits);
+    Ints bits = as_ints(v[0]);
+    MEMTL_UNROLL
+    for (int i = 1; i < kVectors; ++i) bits = add(bits, as_ints(v[i]));
+    sum[g] = as_floats(bits);
   }
   Measures measures;
   measures.sum = as_ints(reduce_each(sum, add_bits));

@@ -45,8 +45,7 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_weight or (need_x and ctx.training):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
+            x_hat = _by_channel(x, mean, rstd)
         keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
 
     @staticmethod
@@ -119,8 +118,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
+            x_hat = _by_channel(x, mean, rstd)
         keep(ctx, (x_hat, format), exact=(rstd, weight, total) if need_x else (None, None, None))
 
     @staticmethod
@@ -142,6 +140,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
             slope = rstd.to(wide) if weight is None else rstd.to(wide) * weight.to(wide)
             grad_x = (grad_out - mean - x_hat * projection) * per_channel(slope, dims)
         return *cast_needed(ctx, (grad_x, grad_weight, grad_bias)), *(None,) * 8
+
+
+def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """x-hat, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
 
 
 class _Record:

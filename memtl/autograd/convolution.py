@@ -42,12 +42,14 @@ def _bias_grad(grad_out: Tensor) -> Tensor:
     return grad_out.sum((0, *range(2, grad_out.dim())))
 
 
-class PatchConvolutionFunction(torch.autograd.Function):
-    """A convolution that cuts x [B, C, ...] into patches: a linear layer on patches.
+class ConvolutionFunction(torch.autograd.Function):
+    """Any convolution, of 1 to 3 dimensions, grouped, dilated, transposed.
 
-    Gradients of x and the bias are exact; the weight's is taken from the stored patches, packed as
-    a [B, patches, C p q] tensor. Memory: ``format.nbytes`` of it if the weight trains, else none:
-    what no patch covers, three quarters of the input of a 1x1 convolution of stride 2, is not kept.
+    Gradients of x and the bias are exact; the weight's is taken from the stored x. Memory: nothing
+    if the weight does not train, else ``format.nbytes`` of x as [B, C H W], in the order in which
+    it lies in memory; where the convolution cuts x into patches (:func:`uses_each_input_once`), of
+    these as [B, patches, C p q]: what none of them covers, three quarters of the input of a 1x1
+    convolution of stride 2, is not kept. The weight is referenced when x needs a gradient.
     """
 
     @staticmethod
@@ -62,20 +64,31 @@ class PatchConvolutionFunction(torch.autograd.Function):
         x, weight, bias, format, cast, ctx.geometry, need_x, need_weight = inputs
         ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = x.shape, weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        stride = ctx.geometry.stride
-        patches = cut_patches(x, weight.shape[2:], stride) if need_weight else None
-        keep(ctx, (patches, format), exact=(weight if need_x else None,))
+        ctx.patches = uses_each_input_once(weight.shape[2:], ctx.geometry)
+        ctx.channels_last = is_channels_last(x)
+        rows = None
+        if need_weight and ctx.patches:
+            rows = cut_patches(x, weight.shape[2:], ctx.geometry.stride)
+        elif need_weight:
+            rows = (x.movedim(1, -1) if ctx.channels_last else x).flatten(1)
+        keep(ctx, (rows, format), exact=(weight if need_x else None,))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (patches,), (weight,) = kept(ctx)
+        (x,), (weight,) = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
             grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
-        if patches is not None and ctx.needs_input_grad[1]:
-            rows = grad_out.flatten(2).transpose(1, 2)
-            grad_weight = patches.weight_grad(rows).view(ctx.weight_shape).to(ctx.weight_dtype)
+        if x is not None and ctx.needs_input_grad[1]:
+            if ctx.patches:  # a linear layer on patches
+                grad_weight = x.weight_grad(grad_out.flatten(2).transpose(1, 2))
+                grad_weight = grad_weight.view(ctx.weight_shape)
+            else:
+                grad_weight = x.conv_weight_grad(
+                    grad_out, ctx.x_shape[1:], ctx.weight_shape, ctx.geometry, ctx.channels_last
+                )
+            grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(grad_out).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 5
@@ -90,48 +103,6 @@ def cut_patches(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor
     x = x.movedim(1, 1 + dims)  # [B, h, w, C, p, q]
     patches = math.prod(x.shape[1 : 1 + dims])
     return x.reshape(x.shape[0], patches, math.prod(x.shape[1 + dims :]))
-
-
-class ConvolutionFunction(torch.autograd.Function):
-    """Any convolution, of 1 to 3 dimensions, grouped, dilated, transposed.
-
-    Gradients of x and the bias are exact; the weight's is taken from the stored x, packed as a
-    [B, C H W] tensor in the order in which x lies in memory. Memory: ``format.nbytes`` of it if the
-    weight trains, else nothing; the weight itself is referenced when x needs a gradient.
-    """
-
-    @staticmethod
-    def forward(x, weight, bias, format, cast, geometry, need_x, need_weight):
-        if cast is not None:
-            weight = weight.to(cast)
-            bias = None if bias is None else bias.to(cast)
-        return convolve(x, weight, bias, geometry)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, format, cast, ctx.geometry, need_x, need_weight = inputs
-        ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = x.shape, weight.shape, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.channels_last = is_channels_last(x)
-        rows = None
-        if need_weight:
-            rows = (x.movedim(1, -1) if ctx.channels_last else x).flatten(1)
-        keep(ctx, (rows, format), exact=(weight if need_x else None,))
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out):
-        (x,), (weight,) = kept(ctx)
-        grad_x = grad_weight = grad_bias = None
-        if weight is not None and ctx.needs_input_grad[0]:
-            grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
-        if x is not None and ctx.needs_input_grad[1]:
-            grad_weight = x.conv_weight_grad(
-                grad_out, ctx.x_shape[1:], ctx.weight_shape, ctx.geometry, ctx.channels_last
-            ).to(ctx.weight_dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = _bias_grad(grad_out).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 
 def is_channels_last(x: Tensor) -> bool:

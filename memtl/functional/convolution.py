@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd.convolution import (
-    ConvolutionFunction,
-    PatchConvolutionFunction,
-    convolve,
-    uses_each_input_once,
-)
+from ..autograd.convolution import ConvolutionFunction, convolve
 from ..storage import Format
 from ..storage.convolution import ConvGeometry
 from .common import LINEAR, autocast, check_format, check_shape, check_tensors, needs, sizes
@@ -198,9 +193,7 @@ def _convolution(
     if not (need_x or need_weight or need_bias):
         return convolve(x, weight, bias, geometry)
     x, cast = autocast(x)
-    once = uses_each_input_once(kernel, geometry)
-    function = PatchConvolutionFunction if once else ConvolutionFunction
-    return function.apply(x, weight, bias, format, cast, geometry, need_x, need_weight)
+    return ConvolutionFunction.apply(x, weight, bias, format, cast, geometry, need_x, need_weight)
 
 
 def _per_dim(name: str, value: Numbers, dims: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,16 +47,22 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     need_a, need_b = needs(a, b)
     if not (need_a or need_b) or a.dim() < 2 or b.dim() < 2:
         return torch.matmul(a, b)
-    largest = max(a.numel(), b.numel(), a.numel() // a.shape[-1] * b.shape[-1] if a.numel() else 0)
+    result = a.numel() // max(1, a.shape[-1]) * b.shape[-1]
+    format_a, format_b = _operand_formats(a, b, result, format)
+    (a, _), (b, _) = autocast(a), autocast(b)
+    return MatmulFunction.apply(a, b, format_a, format_b, need_a, need_b)
+
+
+def _operand_formats(a: Tensor, b: Tensor, result: int, format: Format) -> list[Format]:
+    """How the operands of a product of ``result`` elements are kept; see :func:`matmul`."""
+    largest = max(a.numel(), b.numel(), result)
 
     def format_of(t: Tensor) -> Format:
         if is_parameter(t):
             return Dense()
         return format.finer() if 4 * t.numel() <= largest else format
 
-    format_a, format_b = format_of(a), format_of(b)
-    (a, _), (b, _) = autocast(a), autocast(b)
-    return MatmulFunction.apply(a, b, format_a, format_b, need_a, need_b)
+    return [format_of(a), format_of(b)]
 
 
 def baddbmm(
@@ -91,7 +99,8 @@ def baddbmm(
     need_input, need_a, need_b = needs(input, a, b)
     if not (need_input or need_a or need_b):
         return torch.baddbmm(input, a, b, beta=beta, alpha=alpha)
-    format_a, format_b = (Dense() if is_parameter(t) else format for t in (a, b))
+    result = a.numel() // max(1, a.shape[2]) * b.shape[2]
+    format_a, format_b = _operand_formats(a, b, result, format)
     (input, _), (a, _), (b, _) = autocast(input), autocast(a), autocast(b)
     return BaddbmmFunction.apply(input, a, b, beta, alpha, format_a, format_b, need_a, need_b)
 
@@ -118,7 +127,7 @@ def einsum(equation: str, a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -
             f"einsum: expected two operands of distinct letters, each letter in two of the three "
             f"terms, got {equation!r}"
         )
-    of_a, of_b, _ = indices
+    of_a, of_b, of_out = indices
     if len(of_a) != a.dim() or len(of_b) != b.dim():
         raise ValueError(f"einsum: {equation!r} does not fit {sizes(a)} and {sizes(b)}")
     extent: dict[str, int] = {}
@@ -131,7 +140,8 @@ def einsum(equation: str, a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -
     need_a, need_b = needs(a, b)
     if not (need_a or need_b):
         return torch.einsum(equation, a, b)
-    format_a, format_b = (Dense() if is_parameter(t) else format for t in (a, b))
+    result = math.prod([extent[letter] for letter in of_out])
+    format_a, format_b = _operand_formats(a, b, result, format)
     (a, _), (b, _) = autocast(a), autocast(b)
     return EinsumFunction.apply(a, b, indices, format_a, format_b, need_a, need_b)
 

@@ -102,7 +102,7 @@ def test_channels_last(both):
     memtl.apply(twin, memtl.BackRazorConfig(keep=0.1))
     out, grads = gradients(twin, x)
     assert torch.equal(out, gradients(copy.deepcopy(model), x)[0])
-    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads[:1])
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
 
 
 def test_a_module_with_two_parents_is_converted_once():
