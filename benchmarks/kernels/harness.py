@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -157,6 +158,12 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         facts["gpu_bytes"] = properties.total_memory
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def result_path(what: str) -> Path:
+    """Where a table of this machine's processor is kept: what was measured on another one stays."""
+    words = re.sub(r"\((R|TM)\)|\bprocessor\b|@.*", " ", cpu_name(), flags=re.IGNORECASE)
+    return RESULTS / f"{what}-{'-'.join(re.findall(r'[a-z0-9]+', words.lower()))}.json"
 
 
 def relative(argument: str) -> str:

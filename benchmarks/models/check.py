@@ -45,7 +45,7 @@ class Agreement:
 class Gradients:
     """The gradients of a converted model against the exact ones."""
 
-    weights: Agreement  # parameters of more than one dimension
+    weights: Agreement  # parameters along more than one axis
     vectors: Agreement  # biases, norms, scalars
     missing: tuple[str, ...]  # absent where stock has one, or the other way round
     not_finite: tuple[str, ...]
@@ -276,8 +276,9 @@ class _Runner:
 
 def _compare(exact: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Gradients:
     floor = NEGLIGIBLE * max(gradient.norm().item() for gradient in exact.values())
-    weights = {name: g for name, g in exact.items() if g.dim() > 1}
-    vectors = {name: g for name, g in exact.items() if g.dim() <= 1}
+    # A scale a channel of shape [C, 1, 1, 1] is a vector, however many dimensions it is given.
+    vectors = {name: g for name, g in exact.items() if g.numel() == max(g.shape, default=1)}
+    weights = {name: g for name, g in exact.items() if name not in vectors}
     return Gradients(
         _agreement(weights, found, floor),
         _agreement(vectors, found, floor),

@@ -105,6 +105,7 @@ def main() -> int:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)  # gradients are compared bit for bit
     if len(entries) == len(MODELS):  # part of a table does not replace the whole
         options.output = options.output or harness.RESULTS / "models.json"
         options.document = options.document or ROOT / "docs" / "models.md"

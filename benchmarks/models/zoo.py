@@ -166,8 +166,9 @@ TIMM = (
     Timm("resnext50_32x4d", "ResNeXt", 128, 4),
     Timm("seresnet18", "SE-ResNet", 128, 4),
     Timm("resnetv2_50", "ResNet v2", 128, 4),
-    Timm("nfnet_l0", "NFNet", 128, 2),
-    Timm("nf_regnet_b0", "NF-RegNet", 128, 4),
+    # Standardising a weight keeps as much as the weight: nothing at the batches they are trained on.
+    Timm("nfnet_l0", "NFNet", 224, 8),
+    Timm("nf_regnet_b0", "NF-RegNet", 224, 8),
     Timm("regnetx_002", "RegNet", 128, 4),
     Timm("regnety_002", "RegNet", 128, 4),
     Timm("repvgg_a0", "RepVGG", 128, 4),

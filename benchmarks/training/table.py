@@ -6,7 +6,7 @@ Forward, loss, backward and AdamW on every parameter, in float32; what is traine
 in workloads.py. First the tests of what is measured run; where one fails nothing is. The modes of a
 model take turns in one process, and the medians of their steps are compared. The peak is the growth
 of the resident set over a step: activations, gradients and temporaries. All models together are
-written to results/cpu-training.json.
+written to results/training-<processor>.json.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> int:
     wanted = [options.only] if options.only else [w.model for w in WORKLOADS]
     workloads = QUICK if options.quick else [w for w in WORKLOADS if w.model in wanted]
     if not options.quick and not options.only:  # part of a table does not replace the whole
-        options.output = options.output or harness.RESULTS / "cpu-training.json"
+        options.output = options.output or harness.result_path("training")
     record = harness.environment("cpu", SEED)
     record |= {**libraries, "unchecked": options.unchecked, "rows": []}
     print(f"{record['cpu']}, {record['threads']} threads, {record['backends']}")

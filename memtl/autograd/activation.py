@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized, pack
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 aten = torch.ops.aten
 
@@ -186,7 +186,7 @@ def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:
     return pack(x.clone() if isinstance(format, Dense) else x, format)
 
 
-class ActivationFunction(torch.autograd.Function):
+class ActivationFunction(Function):
     """y = f(x) for a row of :data:`ACTIVATIONS`.
 
     Memory: under a ``Quantized`` format the derivative in a fixed-range code, numel * bits / 8
@@ -277,7 +277,7 @@ def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | N
     return None if mask.of_output else Bits().pack(mask.mask(x))[0]
 
 
-class MaskFunction(torch.autograd.Function):
+class MaskFunction(Function):
     """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
 
     ``bits``: the packed mask, made before where y does not tell it and x is overwritten.
@@ -312,7 +312,7 @@ class MaskFunction(torch.autograd.Function):
         return grad_x, *(None,) * 4
 
 
-class SquareFunction(torch.autograd.Function):
+class SquareFunction(Function):
     """y = x^2. Memory: ``format.nbytes(x)``."""
 
     @staticmethod
@@ -330,7 +330,7 @@ class SquareFunction(torch.autograd.Function):
         return grad_out * x.unpack() * 2, None
 
 
-class PReLUFunction(torch.autograd.Function):
+class PReLUFunction(Function):
     """y = max(x, 0) + w min(x, 0), w one number or one a channel (dimension 1).
 
     The gradient of x is exact. Memory: one bit an element for it (and a reference to w), and
@@ -377,7 +377,7 @@ def per_channel(t: Tensor, dim: int) -> Tensor:
     return t.reshape(per_channel_size(t.shape, dim))
 
 
-class DropoutFunction(torch.autograd.Function):
+class DropoutFunction(Function):
     """y = x * mask / (1 - p), exact, drawing from torch's generator as F.dropout does.
 
     Memory: one bit an element. Returns y and the packed mask.
@@ -406,7 +406,7 @@ class DropoutFunction(torch.autograd.Function):
         return dropped(grad_out, ctx.saved_tensors, ctx.p), None
 
 
-class InPlaceDropoutFunction(torch.autograd.Function):
+class InPlaceDropoutFunction(Function):
     """x *= noise, the noise being mask / (1 - p), drawn before. Memory: one bit an element."""
 
     @staticmethod

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 
-class SoftmaxFunction(torch.autograd.Function):
+class SoftmaxFunction(Function):
     """y = softmax(x) along ``dim``. Memory: ``format.nbytes(y)``."""
 
     @staticmethod
@@ -55,7 +55,7 @@ def softmax_grad(grad_out: Tensor, y: Tensor, dim: int) -> Tensor:
     return weighted - y * weighted.sum(dim, keepdim=True)
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """softmax(scale q k^T + mask) v, kept as q, k, v alone; backward runs torch's attention again.
 
     Memory: ``format.nbytes`` of q, k and v, a reference to the mask, the generator's state when
@@ -86,7 +86,7 @@ class AttentionFunction(torch.autograd.Function):
         return dq, dk, dv, dmask if mask_grad else None, *(None,) * 6
 
 
-class ExplicitAttentionFunction(torch.autograd.Function):
+class ExplicitAttentionFunction(Function):
     """The same attention, its probabilities kept beside q, k and v, as Back Razor keeps them.
 
     For formats under which a softmax recomputed from the stored q and k would be wrong (top-k), and

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from .activation import per_channel
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 
-class BatchNormFunction(torch.autograd.Function):
+class BatchNormFunction(Function):
     """y = x-hat * w + b over x [B, C, ...], x-hat = (x - mean) * rstd by channel.
 
     In training the statistics are the batch's; the bias gradient is exact. In evaluation they are
@@ -76,7 +76,7 @@ class BatchNormFunction(torch.autograd.Function):
         return *cast_needed(ctx, grads), *(None,) * 8
 
 
-class SyncBatchNormFunction(torch.autograd.Function):
+class SyncBatchNormFunction(Function):
     """:class:`BatchNormFunction` in training, with the statistics of all processes of a group.
 
     On CUDA the forward is that of torch's own SyncBatchNorm; torch has none for a CPU, where it is
@@ -163,7 +163,7 @@ def cast_needed(ctx, grads: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
         yield grad.to(dtype) if need and grad is not None else None
 
 
-class GroupNormFunction(torch.autograd.Function):
+class GroupNormFunction(Function):
     """y = x-hat * w + b over x [B, C, ...], x-hat = (x - mean) * rstd by sample and group.
 
     The bias gradient is exact. Memory: ``format.nbytes(x)`` for x-hat where x or the weight needs a

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage.convolution import ConvGeometry, convolution_backward, shape_only
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -42,7 +42,7 @@ def _bias_grad(grad_out: Tensor) -> Tensor:
     return grad_out.sum((0, *range(2, grad_out.dim())))
 
 
-class ConvolutionFunction(torch.autograd.Function):
+class ConvolutionFunction(Function):
     """Any convolution, of 1 to 3 dimensions, grouped, dilated, transposed.
 
     Gradients of x and the bias are exact; the weight's is taken from the stored x. Memory: nothing

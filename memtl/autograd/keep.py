@@ -8,6 +8,7 @@ tensor can be had from something already kept, answered in a single place. All o
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,18 @@ import torch
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
+
+
+class Function(torch.autograd.Function):
+    """What memtl's Functions derive from.
+
+    torch reads the signature of ``forward`` at every call, to fill in defaults; that takes longer
+    than everything else it does. Here it finds it read already.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def keep(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(Function):
     """y = x W^T + b. Gradients of x and b are exact; that of W is taken from the stored x.
 
     Memory: ``format.nbytes(x)`` if the weight trains, else nothing; the weight itself is referenced

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 
-class LayerNormFunction(torch.autograd.Function):
+class LayerNormFunction(Function):
     """y = x-hat * w + b, x-hat = (x - mean) * rstd over the last dimensions.
 
     The bias gradient is exact. Memory: ``format.nbytes(x)`` for x-hat where x or the weight needs a
@@ -98,7 +98,7 @@ RMS_NORMS = {
 """Who rounds where: forward(x, weight, shape, eps)."""
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions; w + 1 for "gemma".
 
     Memory: as :class:`LayerNormFunction`. ``style``: whose forward, see :data:`RMS_NORMS`.
@@ -141,7 +141,7 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight, *(None,) * 6
 
 
-class NormalizeFunction(torch.autograd.Function):
+class NormalizeFunction(Function):
     """y = x / max(|x|, eps) along ``dim``, in the Euclidean norm.
 
     Memory: ``format.nbytes(x)`` for y, and the norms, one number a row. Returns y and the norms.
@@ -170,7 +170,7 @@ class NormalizeFunction(torch.autograd.Function):
         return grad_x.to(y.dtype), None, None, None
 
 
-class VectorNormFunction(torch.autograd.Function):
+class VectorNormFunction(Function):
     """y = |x|, the Euclidean norm over ``dim``. Memory: ``format.nbytes(x)``, and y exactly."""
 
     @staticmethod

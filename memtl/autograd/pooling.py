@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
 from ..storage.convolution import shape_only
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ ADAPTIVE_MAX_POOL = {
 }
 
 
-class MaxPoolFunction(torch.autograd.Function):
+class MaxPoolFunction(Function):
     """y = the maximum over windows of x [..., spatial], exact.
 
     Memory: the place of the maximum within its window, 2, 4 or 8 bits an element of y for windows
@@ -65,7 +65,7 @@ def places_format(kernel: Sequence[int]) -> Format:
     return Dense("fp32")
 
 
-class AdaptiveMaxPoolFunction(torch.autograd.Function):
+class AdaptiveMaxPoolFunction(Function):
     """y = the maximum over a grid of windows of x, exact.
 
     Memory: the index of the maximum in its plane, in the smallest integer type (torch keeps x, and
@@ -92,7 +92,7 @@ class AdaptiveMaxPoolFunction(torch.autograd.Function):
         return scatter_planes(grad_out, place, ctx.x_shape, ctx.dims), None, None
 
 
-class ExtremeFunction(torch.autograd.Function):
+class ExtremeFunction(Function):
     """y = the largest (or smallest) element of x over ``dim``, exact; ties share the gradient.
 
     Memory: one bit an element of x (torch keeps x and y).
@@ -176,7 +176,7 @@ def scatter_planes(grad_out: Tensor, place: Tensor, shape: torch.Size, dims: int
     return planes.scatter_add_(-1, place.flatten(start), grad_out.flatten(start)).view(shape)
 
 
-class ShapeOnlyFunction(torch.autograd.Function):
+class ShapeOnlyFunction(Function):
     """Functions of :data:`SHAPE_ONLY`, whose backward needs the shape of x and no element of it.
 
     Exact. Memory: none (torch keeps x).

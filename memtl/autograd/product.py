@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .keep import first_order, keep, kept
+from .keep import Function, first_order, keep, kept
 
 
-class MatmulFunction(torch.autograd.Function):
+class MatmulFunction(Function):
     """y = a b (batched), each operand kept in its format; attention written out by hand.
 
     Memory: its format's ``nbytes`` of each operand whose partner needs a gradient.
@@ -36,7 +36,7 @@ class MatmulFunction(torch.autograd.Function):
         return grad_a, grad_b, None, None, None, None
 
 
-class BaddbmmFunction(torch.autograd.Function):
+class BaddbmmFunction(Function):
     """y = beta c + alpha a b, batched; c's gradient is exact.
 
     Memory: as :class:`MatmulFunction`.
@@ -66,7 +66,7 @@ class BaddbmmFunction(torch.autograd.Function):
         return grad_c, grad_a, grad_b, *(None,) * 6
 
 
-class EinsumFunction(torch.autograd.Function):
+class EinsumFunction(Function):
     """y = einsum("inputs a,inputs b->output", a, b), every index of an operand being in the other
     one or in the output. Memory: as :class:`MatmulFunction`."""
 
@@ -93,7 +93,7 @@ class EinsumFunction(torch.autograd.Function):
         return grad_a, grad_b, *(None,) * 5
 
 
-class MultiplyFunction(torch.autograd.Function):
+class MultiplyFunction(Function):
     """y = a * b, or c + value * a * b, elementwise with broadcasting; c's gradient is exact.
 
     Memory: its format's ``nbytes`` of each operand whose partner needs a gradient, in its own

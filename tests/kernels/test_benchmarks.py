@@ -1,5 +1,6 @@
 """The benchmarks: that a baseline does what it stands for, and that the programs run and refuse."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import cases, harness, table
+import memtl
+from benchmarks.kernels import cases, harness, overhead, table
 from memtl import _ops, reference
 from memtl.storage import TopK
 
@@ -127,6 +129,41 @@ def test_table(tmp_path):
     for row in record["rows"]:
         assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
         assert row["baseline"] in done.stdout
+    measured = [row["isa"] for row in record["rows"]]
+    native = memtl.backends.owner("bits_pack", "cpu") == "native-cpu"
+    assert set(measured) == (set(memtl._C.isas()) if native else {"none"})
+
+
+def test_table_of_one_instruction_set(tmp_path):
+    output = tmp_path / "cpu.json"
+    done = run("kernels/table.py", "--quick", "--unchecked", "--isa=sse", f"--output={output}")
+    assert done.returncode != 0 and "sse" in done.stderr and not output.exists()
+
+
+def test_overhead():
+    rows = overhead.measure(harness.cpu_timer, 0.0)
+    assert [row["layer"] for row in rows] == list(overhead.LAYERS)
+    for row in rows:
+        assert row["overhead_us"] == pytest.approx(row["memtl_us"] - row["stock_us"])
+        assert f"{row['memtl_us']:.1f}" in overhead.format_rows(rows)
+
+
+def test_overhead_is_of_converted_layers():
+    for name in overhead.LAYERS:
+        step = overhead.make_step(name, True)
+        layer = inspect.getclosurevars(step).nonlocals["layer"]
+        assert memtl.unconvert(layer) >= 1
+
+
+def test_a_result_is_named_after_the_processor(monkeypatch):
+    def named(name):
+        monkeypatch.setattr(harness, "cpu_name", lambda: name)
+        return harness.result_path("kernels").name
+
+    assert named("Intel(R) Xeon(R) Processor") == "kernels-intel-xeon.json"
+    assert (
+        named("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz") == "kernels-intel-core-i7-9750h-cpu.json"
+    )
 
 
 def test_table_refuses_where_a_test_fails(tmp_path, monkeypatch, capsys):
