@@ -9,7 +9,7 @@ result once; its share is that of copying 1 GiB on the device. The ratio is the 
 the operator's.
 
 Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
-checkpointing, and with Back Razor (balanced, keep 0.1), steps taking turns. Saved bytes are exact;
+checkpointing, and with Back Razor (fast, keep 0.1), steps taking turns. Saved bytes are exact;
 the peak is the most that a step needs beyond what is allocated between steps: weights and the
 optimizer's state.
 """

@@ -17,13 +17,14 @@ backends.load()
 
 from . import functional, memory, nn, storage  # noqa: E402
 from .backends import BackendUnavailable  # noqa: E402
-from .methods import BackRazorConfig, apply, unconvert  # noqa: E402
+from .methods import BackRazorConfig, LowBitConfig, apply, unconvert  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackRazorConfig",
     "BackendUnavailable",
+    "LowBitConfig",
     "apply",
     "functional",
     "memory",

@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a timm name (vit_base_patch16_224), hf:TYPE (hf:bert, hf:gpt2: the default "
         "configuration of that type) or hf:PATH (a folder with a config.json); weights are random",
     )
-    profile.add_argument("--preset", default="balanced", choices=("balanced", "paper"))
-    profile.add_argument("--keep", type=float, default=0.1, help="fraction kept, (0, 1]")
+    profile.add_argument("--method", default="back-razor", choices=("back-razor", "low-bit"))
+    profile.add_argument("--preset", choices=("fast", "small", "paper"), help="of back-razor")
+    profile.add_argument("--keep", type=float, help="fraction kept by back-razor, (0, 1]: 0.1")
+    profile.add_argument("--bits", type=int, help="of low-bit: 4")
     profile.add_argument("--batch-size", type=int, default=1)
     profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
     profile.add_argument("--device", default="cpu")
@@ -53,14 +55,14 @@ def _profile(options: argparse.Namespace) -> int:
     import torch
 
     from . import memory
-    from .methods import BackRazorConfig, apply, unconvert
+    from .methods import apply, unconvert
 
     torch.manual_seed(0)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     model, arguments = _build(options)
     model.train()
-    config = BackRazorConfig.preset(options.preset, keep=options.keep)
+    config = _config(options)
 
     def measure() -> memory.Profile:
         return memory.profile(model, batch_size=options.batch_size, **arguments)
@@ -73,6 +75,24 @@ def _profile(options: argparse.Namespace) -> int:
     unconvert(model)
     print(memory.comparison(stock, converted))
     return 0
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """The configuration that the options ask for; an option of another method is an error."""
+    from .methods import BackRazorConfig, LowBitConfig
+
+    of = {"back-razor": ("preset", "keep"), "low-bit": ("bits",)}
+    given = {
+        name: value
+        for names in of.values()
+        for name in names
+        if (value := getattr(options, name)) is not None
+    }
+    if foreign := sorted(given.keys() - set(of[options.method])):
+        raise ValueError(f"--{foreign[0]} is no option of --method {options.method}")
+    if options.method == "low-bit":
+        return LowBitConfig(**given)
+    return BackRazorConfig.preset(given.pop("preset", "fast"), **given)
 
 
 def _build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -166,7 +166,7 @@ TIMM = (
     Timm("resnext50_32x4d", "ResNeXt", 128, 4),
     Timm("seresnet18", "SE-ResNet", 128, 4),
     Timm("resnetv2_50", "ResNet v2", 128, 4),
-    # Standardising a weight keeps as much as the weight: nothing at the batches they are trained on.
+    # Standardising a weight keeps as much as the weight: little at usual batches.
     Timm("nfnet_l0", "NFNet", 224, 8),
     Timm("nf_regnet_b0", "NF-RegNet", 224, 8),
     Timm("regnetx_002", "RegNet", 128, 4),

@@ -78,8 +78,8 @@ CHECKPOINTING = Mode("checkpointing", checkpointing=True)
 MODES = (
     STOCK,
     CHECKPOINTING,
-    Mode("balanced, keep 0.1", config=memtl.BackRazorConfig(keep=0.1)),
-    Mode("balanced, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
+    Mode("fast, keep 0.1", config=memtl.BackRazorConfig(keep=0.1)),
+    Mode("fast, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
     Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
 )
 

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Bits, Dense, Format, Packed, Quantized, pack
-from .keep import Function, first_order, keep, kept
+from ..storage import Bits, Format, Packed, Quantized, pack
+from ..storage.rebuilt import rebuilt
+from .keep import Function, first_order, keep, kept, packed_once
+from .share import offer, shared
 
 aten = torch.ops.aten
 
@@ -25,13 +27,16 @@ aten = torch.ops.aten
 class Activation:
     """An elementwise function with its parameters bound, its derivative, and bounds of that.
 
-    ``forward(x, inplace)``.
+    ``forward(x, inplace)``. ``floor``: of x; below it function and derivative are zero, or as good
+    as zero. None: what follows this function keeps nothing of it, as a rule, so that to keep its
+    input for two purposes would be no gain.
     """
 
     forward: Callable[..., Tensor]
     derivative: Callable[[Tensor], Tensor]
     lo: float
     hi: float
+    floor: float | None = None
 
 
 def _plain(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -49,6 +54,7 @@ def _gelu(approximate: str) -> Activation:
         lambda x: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),
         -0.13,
         1.13,
+        -5.0,
     )
 
 
@@ -64,7 +70,7 @@ def _gelu_written_out(forward: Callable[[Tensor], Tensor], root: float) -> Activ
         t = torch.tanh(root * x * (1 + 0.044715 * x * x))
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
 
-    return Activation(_plain(forward), derivative, -0.13, 1.13)
+    return Activation(_plain(forward), derivative, -0.13, 1.13, -5.0)
 
 
 def _gelu_fast(x: Tensor) -> Tensor:  # transformers' FastGELUActivation
@@ -140,21 +146,24 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         lambda x: _silu_derivative(1.702 * x),
         -0.1,
         1.1,
+        -8.0,
     ),
     "silu": lambda: Activation(
-        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1
+        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1, -12.0
     ),
     "mish": lambda: Activation(
         lambda x, inplace=False: F.mish(x, inplace),
         lambda x: aten.mish_backward(torch.ones_like(x), x),
         -0.1132,
         1.0886,
+        -12.0,
     ),
     "hardswish": lambda: Activation(
         lambda x, inplace=False: F.hardswish(x, inplace),
         lambda x: aten.hardswish_backward(torch.ones_like(x), x),
         -0.5,
         1.5,
+        -3.0,
     ),
     "elu": _elu,
     "selu": _selu,
@@ -179,41 +188,58 @@ def derivative_format(act: Activation, format: Quantized) -> Quantized:
 
 
 def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:
-    """What backward needs of an x that is about to be overwritten: the derivative under a
-    ``Quantized`` format, else x itself."""
-    if isinstance(format, Quantized):
-        return pack(act.derivative(x), derivative_format(act, format))
-    return pack(x.clone() if isinstance(format, Dense) else x, format)
+    """What backward needs of x: what stands for it already; else under a ``Quantized`` format the
+    derivative, or x where y is to be rebuilt from it too; under any other format x."""
+    if (source := shared(x, format)) is not None:
+        return source
+    if not isinstance(format, Quantized):
+        return packed_once(x, format)
+    if format.rebuild and act.floor is not None and not torch.compiler.is_compiling():
+        return pack(x.clamp_min(act.floor), format)
+    return pack(act.derivative(x), derivative_format(act, format))
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """f(x) for a row of :data:`ACTIVATIONS`."""
+
+    name: str
+    parameters: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return activation(self.name, *self.parameters).forward(x)
 
 
 class ActivationFunction(Function):
     """y = f(x) for a row of :data:`ACTIVATIONS`.
 
-    Memory: under a ``Quantized`` format the derivative in a fixed-range code, numel * bits / 8
-    bytes; under any other format x itself in that format, the derivative being taken in backward.
-    In place, ``packed`` are the tensors of :func:`pack_activation`, made before.
+    Memory: nothing where x can be rebuilt. Else, under a ``Quantized`` format the derivative in a
+    fixed-range code, numel * bits / 8 bytes, or, where y is to be rebuilt, ``format.nbytes(x)`` for
+    both; under any other format x itself in that format, the derivative being taken in backward. In
+    place, ``packed`` is what :func:`pack_activation` made before.
     """
 
     @staticmethod
-    def forward(x, name, parameters, format, inplace, *packed):
+    def forward(x, name, parameters, format, inplace, packed):
         y = activation(name, *parameters).forward(x, inplace)
         return x if inplace else y  # the very x: torch.compile wants to see it returned
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.name, ctx.parameters, format, inplace, *packed = inputs
-        ctx.num_packed = len(packed)
+        x, ctx.name, ctx.parameters, format, inplace, packed = inputs
         act = activation(ctx.name, *ctx.parameters)
-        ctx.derivative_kept = isinstance(format, Quantized)
-        if isinstance(format, Quantized):
-            format = derivative_format(act, format)
         if inplace:
             ctx.mark_dirty(x)
-            keep(ctx, (Packed(format, tuple(packed), x.shape, x.dtype), format))
-        elif ctx.derivative_kept:
-            keep(ctx, (act.derivative(x), format))
         else:
-            keep(ctx, (x, format))
+            packed = pack_activation(x, act, format)
+        keep(ctx, (packed, format))
+        ctx.derivative_kept = isinstance(format, Quantized) and (
+            packed.format == derivative_format(act, format)
+        )
+        if format.rebuild and not ctx.derivative_kept:
+            recipe = Applied(ctx.name, ctx.parameters)
+            made = rebuilt(recipe, packed, shape=output.shape, dtype=output.dtype)
+            offer(output, made, dirty=inplace)
 
     @staticmethod
     @first_order
@@ -223,49 +249,68 @@ class ActivationFunction(Function):
         if not ctx.derivative_kept:
             value = activation(ctx.name, *ctx.parameters).derivative(value)
         if value.dtype == grad_out.dtype:  # made just now
-            return value.mul_(grad_out), *(None,) * (4 + ctx.num_packed)
-        return grad_out * value, *(None,) * (4 + ctx.num_packed)
+            return value.mul_(grad_out), *(None,) * 5
+        return grad_out * value, *(None,) * 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """An elementwise function whose derivative is ``on`` where ``mask(x)``, elsewhere ``off``.
 
-    ``of_output``: the mask can be read off y as well as off x.
+    ``of_output``: the mask can be read off y as well as off x. ``rebuild(x, mask)``: y from an
+    approximate x and the exact mask.
     """
 
     forward: Callable[..., Tensor]
     mask: Callable[[Tensor], Tensor]
+    rebuild: Callable[[Tensor, Tensor], Tensor]
     on: float = 1.0
     off: float = 0.0
     of_output: bool = True
 
 
+def _between(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """x where the mask is set, elsewhere the nearer one of two ends."""
+    middle = (lo + hi) / 2
+    return lambda x, mask: torch.where(mask, x, torch.where(x < middle, lo, hi).to(x.dtype))
+
+
 # Comparisons are torch's own, negated where it negates them: NaN lets its gradient through or not
 # as there.
 MASKS: dict[str, Callable[..., Mask]] = {
-    "relu": lambda: Mask(lambda x, inplace=False: F.relu(x, inplace), lambda y: ~(y <= 0)),
+    "relu": lambda: Mask(
+        lambda x, inplace=False: F.relu(x, inplace),
+        lambda y: ~(y <= 0),
+        lambda x, mask: torch.where(mask, x, 0),
+    ),
     "relu6": lambda: Mask(
-        lambda x, inplace=False: F.relu6(x, inplace), lambda y: ~((y <= 0) | (y >= 6))
+        lambda x, inplace=False: F.relu6(x, inplace),
+        lambda y: ~((y <= 0) | (y >= 6)),
+        _between(0.0, 6.0),
     ),
     "hardtanh": lambda lo, hi: Mask(
-        lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace), lambda y: ~((y <= lo) | (y >= hi))
+        lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
+        lambda y: ~((y <= lo) | (y >= hi)),
+        _between(lo, hi),
     ),
     "hardsigmoid": lambda: Mask(
         lambda x, inplace=False: F.hardsigmoid(x, inplace),
         lambda x: (x > -3) & (x < 3),
+        lambda x, mask: _between(0.0, 1.0)(x / 6 + 0.5, mask),
         on=1 / 6,
         of_output=False,
     ),
     "leaky_relu": lambda slope: Mask(
         lambda x, inplace=False: F.leaky_relu(x, slope, inplace),
         lambda x: x > 0,
+        lambda x, mask: torch.where(mask, x, x * slope),
         off=slope,
         of_output=False,
     ),
     "threshold": lambda threshold, value: Mask(
         lambda x, inplace=False: F.threshold(x, threshold, value, inplace),
         lambda x: ~(x <= threshold),
+        lambda x, mask: torch.where(mask, x, value),
         of_output=False,
     ),
 }
@@ -277,27 +322,44 @@ def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | N
     return None if mask.of_output else Bits().pack(mask.mask(x))[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """f(x) for a row of :data:`MASKS`."""
+
+    name: str
+    parameters: tuple[float, ...]
+
+    def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
+        return MASKS[self.name](*self.parameters).rebuild(x, mask)
+
+
 class MaskFunction(Function):
     """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
 
     ``bits``: the packed mask, made before where y does not tell it and x is overwritten.
+    ``source``: what stood for x before, if anything; with the mask it then stands for y.
     """
 
     @staticmethod
-    def forward(x, name, parameters, inplace, bits):
+    def forward(x, name, parameters, inplace, bits, source):
         y = MASKS[name](*parameters).forward(x, inplace)
         return x if inplace else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.name, ctx.parameters, inplace, bits = inputs
+        x, ctx.name, ctx.parameters, inplace, bits, source = inputs
         mask = MASKS[ctx.name](*ctx.parameters)
         if inplace:
             ctx.mark_dirty(x)
-        if bits is not None:
-            keep(ctx, (Packed(Bits(), (bits,), x.shape, torch.bool), Bits()))
+        if bits is None:
+            packed = pack(mask.mask(output if mask.of_output else x), Bits())
         else:
-            keep(ctx, (mask.mask(output if mask.of_output else x), Bits()))
+            packed = Packed(Bits(), (bits,), x.shape, torch.bool)
+        keep(ctx, (packed, Bits()))
+        if source is not None:
+            recipe = Masked(ctx.name, ctx.parameters)
+            made = rebuilt(recipe, source, packed, shape=output.shape, dtype=output.dtype)
+            offer(output, made, dirty=inplace)
 
     @staticmethod
     @first_order
@@ -309,7 +371,7 @@ class MaskFunction(Function):
             grad_x = torch.where(bits.unpack(), on, off)
         else:
             grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
-        return grad_x, *(None,) * 4
+        return grad_x, *(None,) * 5
 
 
 class SquareFunction(Function):
@@ -396,9 +458,10 @@ class DropoutFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.p = inputs
-        _, bits = output
+        y, bits = output
         ctx.mark_non_differentiable(bits)
         ctx.save_for_backward(bits)
+        offer_dropped(y, shared(x), bits, ctx.p, dirty=False)
 
     @staticmethod
     @first_order
@@ -410,22 +473,40 @@ class InPlaceDropoutFunction(Function):
     """x *= noise, the noise being mask / (1 - p), drawn before. Memory: one bit an element."""
 
     @staticmethod
-    def forward(x, noise, bits, p):
+    def forward(x, noise, bits, p, source):
         x.mul_(noise)
         return x
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, bits, ctx.p = inputs
+        x, _, bits, ctx.p, source = inputs
         ctx.mark_dirty(x)
         ctx.save_for_backward(bits)
+        offer_dropped(x, source, bits, ctx.p, dirty=True)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        return dropped(grad_out, ctx.saved_tensors, ctx.p), None, None, None
+        return dropped(grad_out, ctx.saved_tensors, ctx.p), *(None,) * 4
 
 
-def dropped(grad_out: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
-    """The gradient through dropout."""
-    return Bits().apply(bits, grad_out, 1 / (1 - p) if p < 1 else 0.0)
+def dropped(x: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
+    """x, or the gradient, through dropout."""
+    return Bits().apply(bits, x, 1 / (1 - p) if p < 1 else 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """x through dropout of probability p; the mask is packed."""
+
+    p: float
+
+    def __call__(self, x: Tensor, bits: Tensor) -> Tensor:
+        return dropped(x, (bits,), self.p)
+
+
+def offer_dropped(y: Tensor, source: Packed | None, bits: Tensor, p: float, *, dirty: bool) -> None:
+    """y can be made from what stands for x, and the packed mask."""
+    if source is not None:
+        made = rebuilt(Dropped(p), source, bits, shape=y.shape, dtype=y.dtype)
+        offer(y, made, dirty=dirty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
+from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
+from .share import offer
 
 
 class SoftmaxFunction(Function):
@@ -23,7 +26,10 @@ class SoftmaxFunction(Function):
     def setup_context(ctx, inputs, output):
         x, ctx.dim, _, format = inputs
         ctx.dtype = x.dtype
-        keep(ctx, (stored_probabilities(output, format), format))
+        (packed,) = keep(ctx, (stored_probabilities(output, format), format))
+        if format.rebuild and isinstance(format, Quantized):
+            packed = rebuilt(torch.square, packed, shape=output.shape, dtype=output.dtype)
+        offer(output, packed)
 
     @staticmethod
     @first_order
@@ -55,6 +61,20 @@ def softmax_grad(grad_out: Tensor, y: Tensor, dim: int) -> Tensor:
     return weighted - y * weighted.sum(dim, keepdim=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Attended:
+    """Attention's output from its operands."""
+
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
+
+
 class AttentionFunction(Function):
     """softmax(scale q k^T + mask) v, kept as q, k, v alone; backward runs torch's attention again.
 
@@ -71,7 +91,11 @@ class AttentionFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         q, k, v, mask, *ctx.options, format, rng_state = inputs
-        keep(ctx, (q, format), (k, format), (v, format), exact=(mask, rng_state))
+        operands = keep(ctx, (q, format), (k, format), (v, format), exact=(mask, rng_state))
+        dropout_p, *options = ctx.options
+        if format.rebuild and dropout_p == 0:
+            shape, dtype = output.shape, output.dtype
+            offer(output, rebuilt(Attended(*options), *operands, mask, shape=shape, dtype=dtype))
 
     @staticmethod
     @first_order

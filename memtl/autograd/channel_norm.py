@@ -12,6 +12,7 @@ from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from .activation import per_channel
 from .keep import Function, first_order, keep, kept
+from .norm import Affine, offer_affine
 
 
 class BatchNormFunction(Function):
@@ -40,13 +41,14 @@ class BatchNormFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, _, _, ctx.training, _, _, format, need_x, need_weight = inputs
-        _, mean, rstd = output
+        y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_weight or (need_x and ctx.training):
             x_hat = _by_channel(x, mean, rstd)
-        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 
     @staticmethod
     @first_order
@@ -113,13 +115,15 @@ class SyncBatchNormFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, _, _, _, _, ctx.group, format, need_x, need_weight = inputs
-        _, mean, rstd, total = output
+        y, mean, rstd, total = output
         ctx.mark_non_differentiable(mean, rstd, total)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
             x_hat = _by_channel(x, mean, rstd)
-        keep(ctx, (x_hat, format), exact=(rstd, weight, total) if need_x else (None, None, None))
+        exact = (rstd, weight, total) if need_x else (None, None, None)
+        (packed,) = keep(ctx, (x_hat, format), exact=exact)
+        offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 
     @staticmethod
     @first_order
@@ -181,7 +185,7 @@ class GroupNormFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.groups, _, format, need_x, need_weight = inputs
-        _, mean, rstd = output
+        y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
@@ -189,7 +193,8 @@ class GroupNormFunction(Function):
             wide = torch.promote_types(x.dtype, torch.float32)
             x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
             x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
-        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 
     @staticmethod
     @first_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage.convolution import ConvGeometry, convolution_backward, shape_only
+from ..storage import Format, Packed, pack
+from ..storage.convolution import (
+    ConvGeometry,
+    convolution_backward,
+    library_weight_grad,
+    shape_only,
+)
+from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Function, first_order, keep, kept
+from .share import offer, shared
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -42,6 +51,31 @@ def _bias_grad(grad_out: Tensor) -> Tensor:
     return grad_out.sum((0, *range(2, grad_out.dim())))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """x [B, C, ...] from its rows as they were packed."""
+
+    size: torch.Size
+    channels_last: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if not self.channels_last:
+            return rows.view(self.size)
+        batch, channels, *spatial = self.size
+        return rows.view(batch, *spatial, channels).movedim(-1, 1)
+
+
+def _shared_rows(x: Tensor, format: Format, channels_last: bool) -> Packed | None:
+    """The rows of x, if another convolution has packed the same ones."""
+    found = shared(x)
+    if found is None or not isinstance(found.format, Rebuilt):
+        return None
+    part = found.format.parts[0]
+    if part is None or found.format.recipe != Rows(x.shape, channels_last) or part.format != format:
+        return None
+    return Packed(part.format, found.tensors, part.shape, part.dtype)
+
+
 class ConvolutionFunction(Function):
     """Any convolution, of 1 to 3 dimensions, grouped, dilated, transposed.
 
@@ -66,12 +100,19 @@ class ConvolutionFunction(Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.patches = uses_each_input_once(weight.shape[2:], ctx.geometry)
         ctx.channels_last = is_channels_last(x)
-        rows = None
-        if need_weight and ctx.patches:
-            rows = cut_patches(x, weight.shape[2:], ctx.geometry.stride)
-        elif need_weight:
-            rows = (x.movedim(1, -1) if ctx.channels_last else x).flatten(1)
-        keep(ctx, (rows, format), exact=(weight if need_x else None,))
+        packed, ctx.rebuilt = None, False
+        if need_weight:
+            packed = _shared_rows(x, format, ctx.channels_last) if not ctx.patches else None
+        if need_weight and packed is None:
+            packed = shared(x, format)
+            ctx.rebuilt = packed is not None
+        if need_weight and packed is None and ctx.patches:
+            packed = pack(cut_patches(x, weight.shape[2:], ctx.geometry.stride), format)
+        elif need_weight and packed is None:
+            packed = pack((x.movedim(1, -1) if ctx.channels_last else x).flatten(1), format)
+            rows = Rows(x.shape, ctx.channels_last)
+            offer(x, rebuilt(rows, packed, shape=x.shape, dtype=x.dtype))
+        keep(ctx, (packed, format), exact=(weight if need_x else None,))
 
     @staticmethod
     @first_order
@@ -81,7 +122,16 @@ class ConvolutionFunction(Function):
         if weight is not None and ctx.needs_input_grad[0]:
             grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
         if x is not None and ctx.needs_input_grad[1]:
-            if ctx.patches:  # a linear layer on patches
+            if ctx.rebuilt:
+                grad_weight = library_weight_grad(
+                    x.unpack(grad_out.dtype).flatten(1),
+                    grad_out,
+                    ctx.x_shape[1:],
+                    ctx.weight_shape,
+                    ctx.geometry,
+                    channels_last=False,
+                )
+            elif ctx.patches:  # a linear layer on patches
                 grad_weight = x.weight_grad(grad_out.flatten(2).transpose(1, 2))
                 grad_weight = grad_weight.view(ctx.weight_shape)
             else:

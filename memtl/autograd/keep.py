@@ -1,7 +1,8 @@
 """The one call by which a Function keeps something for its backward.
 
 Every Function goes through :func:`keep`, so that what is kept is decided, counted and, where a
-tensor can be had from something already kept, answered in a single place. All of it passes through
+tensor can be had from something already kept (:mod:`memtl.autograd.share`), answered in a single
+place. All of it passes through
 ``save_for_backward``: memory accounting, checkpointing and version checks see it.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
+from .share import offer, shared
 
 
 class Function(torch.autograd.Function):
@@ -32,21 +34,34 @@ class Function(torch.autograd.Function):
 
 def keep(
     ctx, *pairs: tuple[Tensor | Packed | None, Format], exact: tuple[Tensor | None, ...] = ()
-) -> None:
+) -> list[Packed | None]:
     """Save each tensor of ``pairs`` in its format (None: nothing; a ``Packed`` is in it already),
-    and those of ``exact`` as is."""
+    and those of ``exact`` as is. Returns what now stands for each of ``pairs``."""
     saved = list(exact)
+    kept: list[Packed | None] = []
     specs: list[tuple | None] = []
     for x, format in pairs:
         if x is None:
             specs.append(None)
+            kept.append(None)
             continue
-        packed = x if isinstance(x, Packed) else pack(x, format)
+        packed = x if isinstance(x, Packed) else packed_once(x, format)
+        kept.append(packed)
         specs.append((packed.format, packed.shape, packed.dtype, len(packed.tensors)))
         saved.extend(packed.tensors)
     ctx.specs = tuple(specs)
     ctx.num_exact = len(exact)
     ctx.save_for_backward(*saved)
+    return kept
+
+
+def packed_once(x: Tensor, format: Format) -> Packed:
+    """What stands for x already, or x packed, which then does."""
+    packed = shared(x, format)
+    if packed is None:
+        packed = pack(x, format)
+        offer(x, packed)
+    return packed
 
 
 def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ..storage import Format, Packed
+from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
+from .share import offer
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """x-hat * w + b over the last dimensions or, ``by_channel``, over dimension 1; w + 1 where
+    ``one_more``."""
+
+    by_channel: bool = False
+    one_more: bool = False
+
+    def __call__(self, x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        weight, bias = self._laid(weight, x_hat), self._laid(bias, x_hat)
+        if weight is None:
+            return x_hat if bias is None else x_hat + bias
+        weight = weight + 1 if self.one_more else weight
+        return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+    def _laid(self, t: Tensor | None, like: Tensor) -> Tensor | None:
+        if t is None or not self.by_channel:
+            return t
+        return t.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def offer_affine(
+    y: Tensor,
+    x_hat: Packed | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    format: Format,
+    recipe: Affine,
+) -> None:
+    """y can be made from x-hat, where that is kept."""
+    if format.rebuild and x_hat is not None:
+        offer(y, rebuilt(recipe, x_hat, weight, bias, shape=y.shape, dtype=y.dtype))
 
 
 class LayerNormFunction(Function):
@@ -22,7 +62,7 @@ class LayerNormFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, shape, eps, format, need_x, need_weight = inputs
-        _, mean, rstd = output
+        y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.shape = shape
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
@@ -31,7 +71,8 @@ class LayerNormFunction(Function):
             wide = torch.promote_types(x.dtype, torch.float32)
             x_hat = (x.to(wide) - mean).mul_(rstd)
         exact = (rstd, weight) if need_x else (None, None)
-        keep(ctx, (x_hat, format), exact=exact)
+        (packed,) = keep(ctx, (x_hat, format), exact=exact)
+        offer_affine(y, packed, weight, bias, format, Affine())
 
     @staticmethod
     @first_order
@@ -120,7 +161,9 @@ class RMSNormFunction(Function):
             eps = torch.finfo(wide.dtype).eps if eps is None else eps
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
             x_hat = wide * rstd
-        keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
+        recipe = Affine(one_more=ctx.style == "gemma")
+        offer_affine(output, packed, weight, None, format, recipe)
 
     @staticmethod
     @first_order

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
+from .share import offer
 
 
 class MatmulFunction(Function):
@@ -109,7 +111,9 @@ class MultiplyFunction(Function):
         c, a, b, ctx.value, format_a, format_b, need_a, need_b = inputs
         ctx.shapes = tuple(None if t is None else t.shape for t in (c, a, b))
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (c, a, b))
-        keep(ctx, (a if need_b else None, format_a), (b if need_a else None, format_b))
+        a, b = keep(ctx, (a if need_b else None, format_a), (b if need_a else None, format_b))
+        if c is None and a is not None and b is not None and format_a.rebuild | format_b.rebuild:
+            offer(output, rebuilt(torch.mul, a, b, shape=output.shape, dtype=output.dtype))
 
     @staticmethod
     @first_order

@@ -18,6 +18,7 @@ from ..autograd.activation import (
     pack_activation,
     pack_mask,
 )
+from ..autograd.share import shared
 from ..storage import Bits, Dense, Format
 from .common import (
     FOUR_BITS,
@@ -220,7 +221,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     with torch.no_grad():  # what F.dropout multiplies by, on every device
         noise = F.dropout(torch.ones_like(x), p, True, inplace=True)
         (bits,) = Bits().pack(noise != 0)
-    return InPlaceDropoutFunction.apply(x, noise, bits, p)
+    return InPlaceDropoutFunction.apply(x, noise, bits, p, shared(x))
 
 
 def _elementwise(
@@ -234,15 +235,16 @@ def _elementwise(
     check_format(name, format)
     if not any(needs(x)):
         return activation(name, *parameters).forward(x, inplace)
-    packed: tuple[Tensor, ...] = ()
+    packed = None
     if inplace and torch.compiler.is_compiling():
         # Compiled code keeps less so. What is kept must not be x itself: it is about to change.
         kept = x.clone() if isinstance(format, Dense) else x
         return x.copy_(_elementwise(name, kept, format, parameters))
     if inplace:
         with torch.no_grad():
-            packed = pack_activation(x, activation(name, *parameters), format).tensors
-    return ActivationFunction.apply(x, name, parameters, format, inplace, *packed)
+            kept = x.clone() if isinstance(format, Dense) else x
+            packed = pack_activation(kept, activation(name, *parameters), format)
+    return ActivationFunction.apply(x, name, parameters, format, inplace, packed)
 
 
 def _masked(name: str, x: Tensor, parameters: tuple[float, ...], inplace: bool) -> Tensor:
@@ -255,4 +257,4 @@ def _masked(name: str, x: Tensor, parameters: tuple[float, ...], inplace: bool) 
     if inplace:
         with torch.no_grad():
             bits = pack_mask(x, name, parameters)
-    return MaskFunction.apply(x, name, parameters, inplace, bits)
+    return MaskFunction.apply(x, name, parameters, inplace, bits, shared(x))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..autograd.share import cast
 from ..storage import Format, Quantized, TopK
 
 LINEAR = TopK(keep=0.1)
@@ -25,7 +26,7 @@ def autocast(x: Tensor) -> tuple[Tensor, torch.dtype | None]:
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, None
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), dtype
+    return cast(x, dtype), dtype
 
 
 def autocast_float32(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..nn import Report, unconvert
 from .back_razor import BackRazorConfig
+from .low_bit import LowBitConfig
 
-__all__ = ["BackRazorConfig", "MethodConfig", "apply", "unconvert"]
+__all__ = ["BackRazorConfig", "LowBitConfig", "MethodConfig", "apply", "unconvert"]
 
 
 class MethodConfig(Protocol):

@@ -7,21 +7,17 @@ Backpropagation, NeurIPS 2022.
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
-
-from ..nn import Report, convert
-from ..storage import Dense, Format, Quantized, TopK, format_from_dict
+from ..nn import ROLES
+from ..storage import Dense, Format, Quantized, TopK
 from ..storage.format import check_fraction
-
-_ROLES = ("linear", "convolution", "attention", "norm", "activation")
+from .config import ConversionConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BackRazorConfig:
-    """What each kind of layer keeps. The defaults are the preset ``balanced``.
+class BackRazorConfig(ConversionConfig):
+    """What each kind of layer keeps. The defaults are the preset ``fast``.
 
     A linear layer's input may be pruned hard: the error stays in that layer's own weight gradient.
     Errors in attention, in normalised inputs and in activation derivatives travel through the whole
@@ -43,40 +39,37 @@ class BackRazorConfig:
         ValueError: ``keep`` is outside (0, 1].
     """
 
+    method: ClassVar[str] = "back_razor"
     keep: float = 0.1
     linear: Format | None = TopK()
     convolution: Format | None = TopK()
     attention: Format | None = Quantized(bits=4)
     norm: Format | None = Quantized(bits=4)
     activation: Format | None = Quantized(bits=4)
-    target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep is None:
             raise TypeError("keep must be a number in (0, 1], got None")
         check_fraction("keep", self.keep)
-        for role in _ROLES:
+        for role in ROLES:
             format = getattr(self, role)
             if format is not None and not isinstance(format, Format):
                 raise TypeError(
                     f"{role} must be a memtl.storage.Format or None, got {type(format).__name__}"
                 )
-        for option in ("target_modules", "exclude_modules"):
-            value = getattr(self, option)
-            if value is None or isinstance(value, str):
-                continue
-            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-                raise TypeError(f"{option} must be None, a string or strings, got {value!r}")
-            object.__setattr__(self, option, tuple(value))
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> BackRazorConfig:
-        """``balanced`` (the defaults) or ``paper``, with ``fields`` on top.
+        """``fast`` (the defaults), ``small`` or ``paper``, with ``fields`` on top.
 
-        ``paper`` prunes what the paper prunes, over each whole sample, with the paper's value
-        types: inputs of linear layers and convolutions, attention's operands and probabilities in
-        fp16, normalised inputs in fp32; activations keep their input in fp16, unpruned.
+        ``fast`` prunes every input of a linear layer or convolution, because the weight gradient is
+        computed from the kept fraction alone. ``small`` rebuilds such an input where a norm, an
+        activation or attention keeps what it is made from, and prunes the others: fewer bytes and
+        gradients closer to the exact ones, at the price of a dense product. ``paper`` prunes what
+        the paper prunes, over each whole sample, with the paper's value types: inputs of linear
+        layers and convolutions, attention's operands and probabilities in fp16, normalised inputs
+        in fp32; activations keep their input in fp16, unpruned.
 
         Raises:
             ValueError: no preset of that name.
@@ -87,48 +80,20 @@ class BackRazorConfig:
 
     def formats(self) -> dict[str, Format | None]:
         """Role -> format, with ``keep`` filled in."""
-        given = {role: getattr(self, role) for role in _ROLES}
+        given = {role: getattr(self, role) for role in ROLES}
         return {role: f and f.resolve(self.keep) for role, f in given.items()}
-
-    def to_json(self) -> str:
-        """The configuration as JSON; :meth:`from_json` reads it back to an equal one."""
-        data: dict[str, Any] = {"method": "back_razor"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            data[field.name] = value.to_dict() if isinstance(value, Format) else value
-        return json.dumps(data, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> BackRazorConfig:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, another method's configuration, or unknown fields.
-        """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("method", None) != "back_razor":
-            raise ValueError('expected a JSON object with "method": "back_razor"')
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown fields {unknown}; a configuration has {sorted(known)}")
-        for role in _ROLES:
-            if isinstance(data.get(role), dict):
-                data[role] = format_from_dict(data[role])
-        return cls(**data)
-
-    def apply(self, model: nn.Module) -> Report:
-        """Convert ``model`` in place; which parameters train is left as it is."""
-        return convert(
-            model,
-            self.formats(),
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-        )
 
 
 _PAPER = TopK(scope="sample", values="fp16")
 PRESETS: dict[str, dict[str, Format]] = {
-    "balanced": {},
+    "fast": {},
+    "small": {
+        "linear": TopK(rebuild=True),
+        "convolution": TopK(rebuild=True),
+        "attention": Quantized(bits=4, rebuild=True),
+        "norm": Quantized(bits=4, rebuild=True),
+        "activation": Quantized(bits=4, rebuild=True),
+    },
     "paper": {
         "linear": _PAPER,
         "convolution": TopK(scope="sample", values="fp32"),

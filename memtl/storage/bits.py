@@ -35,5 +35,9 @@ class Bits(Format):
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return ceil_div(shape.numel(), 8)
 
+    @property
+    def precision(self) -> int:
+        return 64  # exact
+
     def __str__(self) -> str:
         return "1 bit"

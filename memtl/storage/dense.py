@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .format import Format
+from .format import Format, check_rebuild
 
 DTYPES = {
     "fp32": torch.float32,
@@ -28,6 +28,7 @@ class Dense(Format):
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_rebuild(self.rebuild)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be None or one of {sorted(DTYPES)}, got {self.dtype!r}")
 
@@ -39,6 +40,10 @@ class Dense(Format):
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return shape.numel() * (DTYPES[self.dtype] if self.dtype else dtype).itemsize
+
+    @property
+    def precision(self) -> int:
+        return 8 * DTYPES[self.dtype].itemsize if self.dtype else 64
 
     def __str__(self) -> str:
         return f"dense {self.dtype}" if self.dtype else "dense"

@@ -16,15 +16,23 @@ from .convolution import ConvGeometry, library_weight_grad
 _KINDS: dict[str, type[Format]] = {}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Format(abc.ABC):
     """How a tensor is kept between forward and backward.
 
     A format is a frozen dataclass without tensors: it can be compared, hashed, written to JSON and
     handed to a ``torch.autograd.Function``. To add one, subclass it with a ``kind`` and the three
     abstract methods; it can then be named in every configuration.
+
+    Args:
+        rebuild: keep nothing where the tensor can be rebuilt from what another layer keeps, at
+            least as finely as this format would keep it; and let what is kept in this format be
+            rebuilt from. (A tensor that several layers keep in the same format is kept once in any
+            case.)
     """
 
     kind: ClassVar[str] = ""
+    rebuild: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -69,6 +77,11 @@ class Format(abc.ABC):
         x = self.unpack(packed, shape, grad_out.dtype)
         return library_weight_grad(x, grad_out, input_size, weight_size, geometry, channels_last)
 
+    @property
+    def precision(self) -> int:
+        """Bits by which a value is told from its neighbours; 0 where values are dropped."""
+        return 0
+
     def finer(self) -> Format:
         """A more faithful format, for a tensor that is small beside its neighbours; itself where
         there is none."""
@@ -84,8 +97,7 @@ class Format(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :func:`format_from_dict` reads it back."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {"kind": self.kind, **fields}
+        return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 def format_from_dict(data: dict[str, Any]) -> Format:
@@ -99,7 +111,7 @@ def format_from_dict(data: dict[str, Any]) -> Format:
     if kind not in _KINDS:
         raise ValueError(f"format kind must be one of {sorted(_KINDS)}, got {kind!r}")
     cls = _KINDS[kind]
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"format {kind!r} has no field {unknown}; it has {sorted(known)}")
     return cls(**fields)
@@ -149,6 +161,12 @@ class Packed:
 def pack(x: Tensor, format: Format) -> Packed:
     """``x`` in ``format``."""
     return Packed(format, format.pack(x), x.shape, x.dtype)
+
+
+def check_rebuild(rebuild: bool) -> None:
+    """Raise unless ``rebuild`` is True or False."""
+    if not isinstance(rebuild, bool):
+        raise TypeError(f"rebuild must be True or False, got {rebuild!r}")
 
 
 def check_fraction(name: str, value: float | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import GROUP, ceil_div
-from .format import Format
+from .format import Format, check_rebuild
 
 BITS = (8, 4, 2)
 
@@ -38,6 +38,7 @@ class Quantized(Format):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_rebuild(self.rebuild)
         if self.bits not in BITS or type(self.bits) is not int:
             raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
@@ -60,6 +61,10 @@ class Quantized(Format):
             return torch.ops.memtl.quant_unpack(*packed, self.bits, shape, dtype)
         return torch.ops.memtl.quant_unpack_range(*packed, self.bits, *self.range, shape, dtype)
 
+    @property
+    def precision(self) -> int:
+        return self.bits
+
     def finer(self) -> Quantized:
         return dataclasses.replace(self, bits=min(8, 2 * self.bits))
 
@@ -67,4 +72,5 @@ class Quantized(Format):
         return ceil_div(shape.numel(), GROUP) * (8 * self.bits + (0 if self.range else 4))
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit" + (" fixed range" if self.range else "")
+        once = " once" if self.rebuild else ""
+        return f"{self.bits}-bit" + (" fixed range" if self.range else "") + once

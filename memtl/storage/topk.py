@@ -13,7 +13,7 @@ from torch import Tensor
 from .._ops import BLOCK, ceil_div
 from .convolution import ConvGeometry
 from .dense import DTYPES
-from .format import Format, check_fraction
+from .format import Format, check_fraction, check_rebuild
 
 VALUES = {**DTYPES, "int8": torch.int8}
 SCOPES = ("block", "sample")
@@ -59,6 +59,7 @@ class TopK(Format):
 
     def __post_init__(self) -> None:
         check_fraction("keep", self.keep)
+        check_rebuild(self.rebuild)
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
         if self.values not in VALUES:
@@ -143,7 +144,11 @@ class TopK(Format):
 
     def __str__(self) -> str:
         keep = "" if self.keep is None else f" {100 * self.keep:g}%"
-        return f"topk{keep} {self.values}" + ("/sample" if self.scope == "sample" else "")
+        return (
+            f"topk{keep} {self.values}"
+            + ("/sample" if self.scope == "sample" else "")
+            + (" once" if self.rebuild else "")
+        )
 
 
 def quota(length: int, keep: float) -> int:

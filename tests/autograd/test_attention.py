@@ -54,7 +54,7 @@ def test_few_bits_hold_the_root_of_probabilities_more_faithfully():
     M.softmax(x, -1, format=Quantized(4)).backward(g)
     plain = grad(pack(y.float(), Quantized(4)).unpack().double())
     error = (x.grad - grad(y)).norm(), (plain - grad(y)).norm()
-    assert error[0] < 0.6 * error[1]
+    assert error[0] < 0.7 * error[1]
 
 
 def test_softmax_in_float32_of_a_bfloat16_input():
@@ -146,7 +146,8 @@ def test_a_mask_is_kept_by_reference_once():
         out = M.scaled_dot_product_attention(*inputs, mask, format=FOUR)
         return M.scaled_dot_product_attention(out, *inputs[1:], mask, format=FOUR)
 
-    assert saved_bytes(layers) == 2 * kept + 4 * mask.numel()
+    # k and v, which both layers read, are kept once too.
+    assert saved_bytes(layers) == kept + kept // 3 + 4 * mask.numel()
 
 
 def test_only_what_is_asked_for_gets_a_gradient():

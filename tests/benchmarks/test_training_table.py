@@ -73,7 +73,7 @@ def test_every_mode_starts_from_the_same_loss(workload):
     assert len(set(losses.values())) == 1
     stock = saved.pop("stock")
     assert all(count < stock / 2 for count in saved.values())
-    assert saved["balanced, keep 0.03"] < saved["balanced, keep 0.1"]
+    assert saved["fast, keep 0.03"] < saved["fast, keep 0.1"]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.model)

@@ -38,7 +38,7 @@ def test_keep_fills_what_formats_leave_open():
 
 
 def test_the_presets():
-    assert BackRazorConfig.preset("balanced", keep=0.03) == BackRazorConfig(keep=0.03)
+    assert BackRazorConfig.preset("fast", keep=0.03) == BackRazorConfig(keep=0.03)
     paper = BackRazorConfig.preset("paper", keep=0.2)
     assert paper.linear == paper.attention == TopK(scope="sample", values="fp16")
     assert paper.norm == TopK(scope="sample", values="fp32")
@@ -61,7 +61,7 @@ def test_the_presets():
             exclude_modules=r".*head",
         ),
     ],
-    ids=["balanced", "paper", "own"],
+    ids=["fast", "paper", "own"],
 )
 def test_json_round_trip(config):
     text = config.to_json()

@@ -191,7 +191,7 @@ def test_vit_base_stock(vit_base):
 
 
 @pytest.mark.parametrize(("keep", "most"), [(0.1, 12.5), (0.03, 11.0)])
-def test_vit_base_balanced(vit_base, keep, most):
+def test_vit_base_fast(vit_base, keep, most):
     images = torch.randn(1, 3, 224, 224)
     expected = vit_base(images)
     memtl.apply(vit_base, memtl.BackRazorConfig(keep=keep))

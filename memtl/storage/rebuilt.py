@@ -1,0 +1,97 @@
+"""Tensors that are not kept but made again from what is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dense import Dense
+from .format import Format, Packed
+
+Recipe = Callable[..., Tensor]
+"""A frozen dataclass without tensors; called with the parts, dense, it gives the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What :class:`Packed` says of one part, without its tensors, of which there are ``count``."""
+
+    format: Format
+    shape: torch.Size
+    dtype: torch.dtype
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuilt(Format):
+    """Stands for a tensor that is rebuilt from ``parts`` by ``recipe``; made by :func:`rebuilt`.
+
+    It cannot be chosen: a layer's output is rebuilt only from what that layer keeps.
+
+    Memory: none of its own.
+    """
+
+    recipe: Recipe = torch.clone
+    parts: tuple[Part | None, ...] = ()
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        raise TypeError("nothing is packed as Rebuilt: it is made from what a layer keeps")
+
+    def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        dense: list[Tensor | None] = []
+        start = 0
+        wide = torch.promote_types(dtype, torch.float32)
+        for part in self.parts:
+            if part is None:
+                dense.append(None)
+                continue
+            tensors = packed[start : start + part.count]
+            start += part.count
+            exact = not part.dtype.is_floating_point
+            dense.append(part.format.unpack(tensors, part.shape, part.dtype if exact else wide))
+        return self.recipe(*dense).to(dtype)
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return 0
+
+    @property
+    def precision(self) -> int:
+        return min(part.format.precision for part in self.parts if part is not None)
+
+    def __str__(self) -> str:
+        return "rebuilt"
+
+
+def rebuilt(
+    recipe: Recipe, *parts: Packed | Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Packed:
+    """The tensor of that shape which ``recipe`` makes of ``parts``; a tensor among them is kept by
+    reference, exactly."""
+    packed = [
+        Packed(Dense(), (p,), p.shape, p.dtype) if isinstance(p, Tensor) else p for p in parts
+    ]
+    specs = (
+        None if p is None else Part(p.format, p.shape, p.dtype, len(p.tensors)) for p in packed
+    )
+    tensors = tuple(t for p in packed if p is not None for t in p.tensors)
+    return Packed(Rebuilt(recipe, tuple(specs)), tensors, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A view of the rebuilt tensor, which lay in memory with ``base_stride``."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    base_stride: tuple[int, ...]
+
+    def __call__(self, base: Tensor) -> Tensor:
+        if base.stride() != self.base_stride:
+            base = torch.empty_strided(
+                base.shape, self.base_stride, dtype=base.dtype, device=base.device
+            ).copy_(base)
+        return base.as_strided(self.size, self.stride, self.offset)
