@@ -27,7 +27,7 @@ class SoftmaxFunction(Function):
         x, ctx.dim, _, format = inputs
         ctx.dtype = x.dtype
         (packed,) = keep(ctx, (stored_probabilities(output, format), format))
-        if format.rebuild and isinstance(format, Quantized):
+        if isinstance(format, Quantized):
             packed = rebuilt(torch.square, packed, shape=output.shape, dtype=output.dtype)
         offer(output, packed)
 
