@@ -25,6 +25,7 @@ FORMATS: dict[str, Format] = {
     "topk-sample": TopK(0.1, scope="sample", values="fp16"),
     "8-bit": Quantized(8),
     "4-bit": Quantized(4),
+    "3-bit": Quantized(3),
     "2-bit": Quantized(2),
 }
 LOSSY = {name: format for name, format in FORMATS.items() if name != "dense"}

@@ -23,6 +23,7 @@ EVERY_FORMAT = {
     "topk-sample-int8": TopK(0.03, scope="sample"),
     "topk-sample-bitmap": TopK(0.4, scope="sample", values="fp32"),
     "range": Quantized(4, (-0.1, 1.1)),
+    "range-3-bit": Quantized(3, (-10.0, 10.0)),
     "range-2-bit": Quantized(2, (-10.0, 10.0), seed=9),
 }
 EVERY = pytest.mark.parametrize("format", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
@@ -161,7 +162,7 @@ def test_descriptions_are_short_and_different():
         ({"kind": "zip"}, "format kind must be one of .* got 'zip'"),
         ({"kind": "topk", "kept": 0.1}, r"format 'topk' has no field \['kept'\]"),
         ({"kind": "dense", "dtype": "int8"}, "dtype must be None or one of"),
-        ({"kind": "quantized", "bits": 3}, "bits must be one of"),
+        ({"kind": "quantized", "bits": 5}, "bits must be one of"),
         ({"kind": "topk", "keep": 2}, r"keep must be in \(0, 1\], got 2"),
     ],
 )
@@ -284,7 +285,7 @@ def test_topk_refuses_unknown_choices(options):
 # -------------------------------------------------------------------------------- Quantized, Dense
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_quantized_bytes_by_its_docstring(bits):
     for n in (0, 1, 63, 64, 65, 1000):
         groups = math.ceil(n / 64)
@@ -294,7 +295,7 @@ def test_quantized_bytes_by_its_docstring(bits):
         assert fixed.nbytes(shape, torch.float32) == groups * 8 * bits
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 16, True, "4", None, 4.0])
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, True, "4", None, 4.0])
 def test_quantized_refuses_other_widths(bits):
     with pytest.raises((TypeError, ValueError), match="bits must be"):
         Quantized(bits)
@@ -312,6 +313,12 @@ def test_quantized_refuses_what_is_no_range(range):
 def test_quantized_refuses_what_is_no_seed(seed):
     with pytest.raises(TypeError, match="seed must be"):
         Quantized(4, seed=seed)
+
+
+def test_quantized_finer_has_at_least_twice_the_bits_up_to_eight():
+    finer = {bits: Quantized(bits, (0.0, 1.0), seed=2).finer() for bits in (2, 3, 4, 8)}
+    wanted = {2: 4, 3: 8, 4: 8, 8: 8}
+    assert finer == {a: Quantized(b, (0.0, 1.0), seed=2) for a, b in wanted.items()}
 
 
 def test_quantized_seed_decides_the_rounding():
