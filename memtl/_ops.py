@@ -15,9 +15,11 @@ Families and the layouts they share
            or, with ``bitmap``, [R, ceil(n / 8)], one bit an element, least significant bit first.
 ``quant``  The flat tensor is cut into groups of 64; the last one is padded with its own last
            element. ``codes`` uint8 [groups, 8 * bits]: byte ``i`` holds elements ``i``,
-           ``i + 8 * bits``, ... from its low bits up. ``params`` [groups, 2] bfloat16: scale and
-           offset. Rounding is stochastic; the dither is a pure function of the seed and the data
-           (see :func:`memtl.reference.quant.dither`), so no random-number state is read.
+           ``i + 8 * bits``, ... from its low bits up. 3 bits: 16 bytes hold the low two as 2 bits
+           would, 8 more the third, one bit an element, least significant bit first.
+           ``params`` [groups, 2] bfloat16: scale and offset. Rounding is stochastic; the dither is
+           a pure function of the seed and the data (see :func:`memtl.reference.quant.dither`), so
+           no random-number state is read.
 ``bits``   One bit an element of the flat tensor, least significant bit first.
 """
 
@@ -63,7 +65,9 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 
 def _check_bits(name: str, bits: int) -> None:
-    torch._check_value(bits in (8, 4, 2), lambda: f"{name}: bits must be 8, 4 or 2, got {bits}")
+    torch._check_value(
+        bits in (8, 4, 3, 2), lambda: f"{name}: bits must be 8, 4, 3 or 2, got {bits}"
+    )
 
 
 # ------------------------------------------------------------------------------------------- topk

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memtl.storage import Dense, Format, Quantized, TopK
+from memtl.storage import CenteredTopK, Dense, Format, Packed, Quantized, SignMean, TopK
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +23,11 @@ FORMATS: dict[str, Format] = {
     "topk-bitmap": TopK(0.25),
     "topk-fp32": TopK(0.1, values="fp32"),
     "topk-sample": TopK(0.1, scope="sample", values="fp16"),
+    "centered": CenteredTopK(0.1),
+    "sign": SignMean(),
     "8-bit": Quantized(8),
     "4-bit": Quantized(4),
+    "3-bit": Quantized(3),
     "2-bit": Quantized(2),
 }
 LOSSY = {name: format for name, format in FORMATS.items() if name != "dense"}
@@ -56,6 +59,14 @@ def gamma(operations: int, dtype: torch.dtype = torch.float32) -> float:
     """Higham's bound on the relative error of a sum of products of that many terms, any order."""
     u = unit(dtype)
     return operations * u / (1 - operations * u)
+
+
+def summed(packed: Packed) -> Tensor:
+    """|x| by element as a product adds it up: of a mean and a deviation, each by itself."""
+    size = packed.unpack(torch.float32).abs().double()
+    if isinstance(packed.format, CenteredTopK):  # |x - mean| + |mean| is no more than this
+        size += 2 * packed.tensors[-1].abs()
+    return size
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

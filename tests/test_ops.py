@@ -71,7 +71,7 @@ def topk_weight_grad():
 
 def quant_pack():
     for shape in ((600,), (3, 70), (2, 3, 64), (1,), (0, 5)):
-        for bits, dtype in zip((8, 4, 2, 4), FLOATING, strict=True):
+        for bits, dtype in zip((8, 4, 3, 2), FLOATING, strict=True):
             yield torch.randn(shape).to(dtype), bits, 3
     yield torch.randn(30, 4).T, 4, -1
 
@@ -232,7 +232,7 @@ def test_nothing_is_left_unwritten(name, poison):
     [
         (lambda: OPS.bits_pack(torch.randn(3)), "bool"),
         (lambda: OPS.bits_apply(torch.randn(9), torch.zeros(1, dtype=torch.uint8), 1.0), "2 bytes"),
-        (lambda: OPS.quant_pack(torch.randn(3), 3, 0), "8, 4 or 2"),
+        (lambda: OPS.quant_pack(torch.randn(3), 5, 0), "8, 4, 3 or 2"),
         (lambda: OPS.quant_pack(torch.arange(3), 4, 0), "float"),
         (lambda: OPS.quant_pack_range(torch.randn(3), 4, 1.0, 1.0, 0), "lo < hi|below"),
         (lambda: OPS.topk_pack(torch.randn(3), 1, 1, torch.int8, False), "R, n|2-d|dim"),

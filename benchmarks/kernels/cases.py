@@ -102,17 +102,33 @@ def plain_quant_pack(x: Tensor, bits: int, lo: float | None = None, hi: float | 
     high = groups.amax(1, keepdim=True) if hi is None else groups.new_tensor(hi)
     scale = (high - low) / levels
     codes = ((groups - low) / scale + torch.rand_like(groups)).floor().clamp(0, levels)
-    planes = codes.to(torch.uint8).view(-1, 8 // bits, 8 * bits)
+    return plain_codes_pack(codes.to(torch.uint8), bits), scale, low
+
+
+def plain_codes_pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [G, 64] as uint8 [G, 8 * bits]: of 3 bits two as shifts, the third as a mask."""
+    if bits == 3:
+        third = packbits(codes > 3).view(-1, 8)
+        return torch.cat((plain_codes_pack(codes & 3, 2), third), 1)
+    planes = codes.view(-1, 8 // bits, 8 * bits)
     packed = planes[:, 0].clone()
     for i in range(1, 8 // bits):
         packed |= planes[:, i] << (i * bits)
-    return packed, scale, low
+    return packed
+
+
+def plain_codes_unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`plain_codes_pack`."""
+    if bits == 3:
+        third = unpackbits(packed[:, 16:].contiguous()).view(-1, 64)
+        return plain_codes_unpack(packed[:, :16], 2) | third.to(torch.uint8) << 2
+    planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.cat(planes, 1)
 
 
 def plain_quant_unpack(packed: Tensor, scale: Tensor, low: Tensor, bits: int, shape, dtype):
     """The inverse of :func:`plain_quant_pack`."""
-    planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return (torch.cat(planes, 1) * scale + low).to(dtype).view(shape)
+    return (plain_codes_unpack(packed, bits) * scale + low).to(dtype).view(shape)
 
 
 # -------------------------------------------------------------------------------------------- cases
@@ -190,7 +206,7 @@ def topk_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Groups of 64 in 8, 4 and 2 bits; 4 bits on the range of GELU's derivative."""
+    """Groups of 64 in 8, 4, 3 and 2 bits; 4 and 3 bits on the range of GELU's derivative."""
     shape = (batch * TOKENS, WIDTHS[1])
     fixed = (-0.13, 1.13)
 
@@ -224,11 +240,12 @@ def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             op, f"{bits} bits", f"{shape[0]}x{shape[1]}", elements, partial(make, bits, *limits)
         )
 
-    for bits in (8, 4, 2):
+    for bits in (8, 4, 3, 2):
         yield case("quant_pack", pack, bits)
         yield case("quant_unpack", unpack, bits)
-    yield case("quant_pack_range", pack, 4, *fixed)
-    yield case("quant_unpack_range", unpack, 4, *fixed)
+    for bits in (4, 3):
+        yield case("quant_pack_range", pack, bits, *fixed)
+        yield case("quant_unpack_range", unpack, bits, *fixed)
 
 
 def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

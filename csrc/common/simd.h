@@ -75,6 +75,7 @@ template <int kBy>
 MEMTL_INLINE Ints shift_right(Ints a) {
   return _mm512_srli_epi32(a, kBy);
 }
+MEMTL_INLINE Ints shift_right(Ints a, Ints by) { return _mm512_srlv_epi32(a, by); }
 
 MEMTL_INLINE Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
 MEMTL_INLINE Floats as_floats(Ints a) { return _mm512_castsi512_ps(a); }
@@ -90,6 +91,7 @@ MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   std::memcpy(&mask, bits, sizeof mask);
   return mask;
 }
+MEMTL_INLINE void store_bits(uint8_t* bits, Mask mask) { std::memcpy(bits, &mask, sizeof mask); }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) {
   return _mm512_mask_blend_epi32(mask, no, yes);
 }
@@ -202,6 +204,7 @@ template <int kBy>
 MEMTL_INLINE Ints shift_right(Ints a) {
   return _mm256_srli_epi32(a, kBy);
 }
+MEMTL_INLINE Ints shift_right(Ints a, Ints by) { return _mm256_srlv_epi32(a, by); }
 
 MEMTL_INLINE Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
 MEMTL_INLINE Floats as_floats(Ints a) { return _mm256_castsi256_ps(a); }
@@ -217,6 +220,9 @@ MEMTL_INLINE bool any(Mask a) { return !_mm256_testz_si256(a.lanes, a.lanes); }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return {_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), bit), bit)};
+}
+MEMTL_INLINE void store_bits(uint8_t* bits, Mask mask) {
+  *bits = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(mask.lanes)));
 }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) {
   return _mm256_blendv_epi8(no, yes, mask.lanes);

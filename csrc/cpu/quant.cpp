@@ -10,7 +10,8 @@ namespace memtl {
 namespace {
 
 void check_bits(const char* op, int64_t bits) {
-  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 2, op, ": expected bits 8, 4 or 2, got ", bits);
+  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2, op,
+                  ": expected bits 8, 4, 3 or 2, got ", bits);
 }
 
 // The same seed for every kernel: 64 bits folded to 32.

@@ -40,9 +40,14 @@ MEMTL_INLINE void store_group(void* out, int64_t numel, int64_t group,
   for (int64_t i = begin; i < numel; ++i) store_float(kType, out, i, padded[i - begin]);
 }
 
+// 3 bits, below.
+MEMTL_INLINE void store_three(uint8_t* out, const Ints (&codes)[kVectors]);
+MEMTL_INLINE void load_three(const uint8_t* in, Ints (&codes)[kVectors]);
+
 // codes [64], each below 2^bits, to 8 * bits bytes: byte i holds codes i, i + 8 * bits, ...
 template <int kBits>
 MEMTL_INLINE void store_codes(uint8_t* out, const Ints (&codes)[kVectors]) {
+  if constexpr (kBits == 3) return store_three(out, codes);
   constexpr int kPart = kVectors * kBits / 8;
   MEMTL_UNROLL
   for (int i = 0; i < kPart; ++i) {
@@ -59,6 +64,7 @@ MEMTL_INLINE void store_codes(uint8_t* out, const Ints (&codes)[kVectors]) {
 
 template <int kBits>
 MEMTL_INLINE void load_codes(const uint8_t* in, Ints (&codes)[kVectors]) {
+  if constexpr (kBits == 3) return load_three(in, codes);
   constexpr int kPart = kVectors * kBits / 8;
   const Ints low = ints((1u << kBits) - 1);
   MEMTL_UNROLL
@@ -73,6 +79,65 @@ MEMTL_INLINE void load_codes(const uint8_t* in, Ints (&codes)[kVectors]) {
     }
   }
 }
+
+// 3 bits: the low two as above in 16 bytes, then the third of all, one bit an element.
+constexpr int kThird = 16;
+
+#if defined(__AVX2__)
+MEMTL_INLINE void store_three(uint8_t* out, const Ints (&codes)[kVectors]) {
+  Ints low[kVectors];
+  MEMTL_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    low[i] = bit_and(codes[i], ints(3));
+    store_bits(out + kThird + i * kWidth / 8, greater(codes[i], ints(3)));
+  }
+  store_codes<2>(out, low);
+}
+
+MEMTL_INLINE void load_three(const uint8_t* in, Ints (&codes)[kVectors]) {
+  load_codes<2>(in, codes);
+  const Ints by = add(iota(), ints(30 - kWidth));  // in a word that ends with a vector's bits
+  MEMTL_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    uint32_t word;
+    std::memcpy(&word, in + kThird + (i + 1) * kWidth / 8 - 4, sizeof word);
+    codes[i] = bit_or(codes[i], bit_and(shift_right(ints(word), by), ints(4)));
+  }
+}
+#else
+constexpr uint64_t kOnes = 0x0101010101010101;  // times a byte: 8 of it
+
+// 8 codes a word, one a byte.
+MEMTL_INLINE void store_three(uint8_t* out, const Ints (&codes)[kVectors]) {
+  uint8_t bytes[kGroup];
+  for (int i = 0; i < kGroup; ++i) bytes[i] = static_cast<uint8_t>(codes[i]);
+  uint64_t word[kGroup / 8], low[2] = {};
+  std::memcpy(word, bytes, sizeof word);
+  for (int i = 0; i < kGroup / 8; ++i) {
+    low[i % 2] |= (word[i] & 3 * kOnes) << (i / 2 * 2);
+    out[kThird + i] = static_cast<uint8_t>(((word[i] >> 2 & kOnes) * 0x0102040810204080u) >> 56);
+  }
+  std::memcpy(out, low, sizeof low);
+}
+
+// 16 codes at a time, in vectors of the compiler's: it does not find them in a loop.
+MEMTL_INLINE void load_three(const uint8_t* in, Ints (&codes)[kVectors]) {
+  using Words = uint64_t __attribute__((vector_size(16)));
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  const Words each_bit = {0x8040201008040201, 0x8040201008040201};
+  uint8_t bytes[kGroup];
+  for (int i = 0; i < 4; ++i) {
+    Bytes low;
+    std::memcpy(&low, in, sizeof low);
+    const uint8_t* third = in + kThird + 2 * i;
+    const Words bits = Words{third[0] * kOnes, third[1] * kOnes} & each_bit;
+    const Bytes four = reinterpret_cast<Bytes>(reinterpret_cast<Bytes>(bits) != 0) & 4;
+    const Bytes code = (low >> static_cast<uint8_t>(2 * i) & 3) | four;
+    std::memcpy(bytes + 16 * i, &code, sizeof code);
+  }
+  for (int i = 0; i < kGroup; ++i) codes[i] = bytes[i];
+}
+#endif
 
 // (h + 0.5) / 2^16 for 16 bits h that stand in the upper part of a mantissa, the rest zero.
 MEMTL_INLINE Floats uniform(Ints mantissa) {
@@ -241,6 +306,7 @@ template <DType kType, class F>
 MEMTL_INLINE void with_bits(int bits, const F& f) {
   if (bits == 8) return f.template operator()<kType, 8>();
   if (bits == 4) return f.template operator()<kType, 4>();
+  if (bits == 3) return f.template operator()<kType, 3>();
   return f.template operator()<kType, 2>();
 }
 

@@ -143,7 +143,7 @@ void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
     for (int64_t numel : kSizes) {
       for (int type = 0; type < 4; ++type) {
         const std::vector<uint8_t> x = data(kTypes[type], kind, numel, random);
-        for (int bits : {8, 4, 2}) {
+        for (int bits : {8, 4, 3, 2}) {
           const Packed wanted = pack(portable::quant, kTypes[type], x, numel, bits);
           const Packed packed = pack(kernels, kTypes[type], x, numel, bits);
           const std::vector<uint8_t> codes =

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._ops import GROUP, ceil_div
+from .bits import bits_pack, bits_unpack
 
 SMALLEST_SCALE = 2.0**-126
 _MASK = 0xFFFFFFFF
@@ -61,7 +62,11 @@ def _groups(x: Tensor) -> Tensor:
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     """[G, 64] integers below 2**bits -> uint8 [G, 8 * bits]."""
-    planes = codes.to(torch.uint8).view(-1, 8 // bits, 8 * bits)
+    codes = codes.to(torch.uint8)
+    if bits == 3:
+        high = bits_pack(codes > 3).view(-1, 8)
+        return torch.cat((_pack_codes(codes & 3, 2), high), dim=1)
+    planes = codes.view(-1, 8 // bits, 8 * bits)
     packed = torch.zeros_like(planes[:, 0])
     for i in range(8 // bits):
         packed |= planes[:, i] << (i * bits)
@@ -69,6 +74,8 @@ def _pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    if bits == 3:
+        return _unpack_codes(packed[:, :16], 2) + 4 * bits_unpack(packed[:, 16:], GROUP)
     planes = [(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
     return torch.cat(planes, dim=1).float()
 

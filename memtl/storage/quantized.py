@@ -12,15 +12,15 @@ from torch import Tensor
 from .._ops import GROUP, ceil_div
 from .format import Format, check_rebuild
 
-BITS = (8, 4, 2)
+BITS = (8, 4, 3, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(Format):
-    """Keep 8, 4 or 2 bits an element, rounded stochastically: the mean over seeds is exact.
+    """Keep 8, 4, 3 or 2 bits an element, rounded stochastically: the mean over seeds is exact.
 
     Args:
-        bits: 8, 4 or 2.
+        bits: 8, 4, 3 or 2.
         range: None measures offset and scale for each group of 64 consecutive elements (bfloat16
             each). A pair (lo, hi) spreads 2**bits - 1 even levels over that fixed range, clamps to
             it and keeps no scale: the code for the derivatives of activation functions.
@@ -66,7 +66,8 @@ class Quantized(Format):
         return self.bits
 
     def finer(self) -> Quantized:
-        return dataclasses.replace(self, bits=min(8, 2 * self.bits))
+        """Twice the bits or, from 3, the next that there are: 4 from 2, else 8."""
+        return dataclasses.replace(self, bits=4 if self.bits == 2 else 8)
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return ceil_div(shape.numel(), GROUP) * (8 * self.bits + (0 if self.range else 4))

@@ -55,7 +55,7 @@ def test_derivatives_are_the_derivatives_of_the_forward(name):
 
 
 @EVERY
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_gradient_is_the_stored_derivative(name, bits):
     act = activation(name)
     (x,) = leaves([torch.randn(3, 77) * 2])
@@ -82,7 +82,7 @@ def test_under_other_formats_the_input_is_kept(name, format):
 
 
 @EVERY
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_bytes(name, bits):
     (x,) = leaves([torch.randn(5, 128)])
     assert saved_bytes(function(name), x, format=Quantized(bits)) == 5 * 128 * bits // 8

@@ -11,7 +11,7 @@ from memtl import reference
 
 SIZES = [0, 1, 7, 63, 64, 65, 1000, 4097]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BITS = [8, 4, 2]
+BITS = [8, 4, 3, 2]
 LO, HI = -0.17, 1.13
 KINDS = ["normal", "relu", "constant", "offset", "zeros", "tiny", "huge", "wide", "broken"]
 ops = torch.ops.memtl
@@ -134,8 +134,8 @@ def test_errors_name_the_tensor():
     pytest.importorskip("memtl._C")
     x = torch.randn(100)
     codes, params = ops.quant_pack(x, 4, 0)
-    with pytest.raises(RuntimeError, match="quant_pack: expected bits 8, 4 or 2, got 3"):
-        ops.quant_pack(x, 3, 0)
+    with pytest.raises(RuntimeError, match="quant_pack: expected bits 8, 4, 3 or 2, got 5"):
+        ops.quant_pack(x, 5, 0)
     with pytest.raises(RuntimeError, match=r"quant_pack: expected x in float32, .*, got Long"):
         ops.quant_pack(x.long(), 4, 0)
     with pytest.raises(RuntimeError, match=r"elements in 4 bits need codes \[3, 32\], got Byte"):

@@ -81,9 +81,9 @@ def topk_unpack_cases():
 
 
 def quant_pack_cases():
-    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 2)):
+    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 3, 2)):
         yield draw(n, dtype=dtype), bits, 12345
-    for bits in (8, 4, 2):
+    for bits in (8, 4, 3, 2):
         yield draw(40, 37, special=True), bits, 2**40 + 1
         yield draw(37, 40).t(), bits, 0
 

@@ -48,7 +48,7 @@ def test_packed_bits_are_the_operators():
     assert torch.equal(cases.unpackbits(bits), mask.flatten())
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("limits", [(), (-4.0, 4.0)], ids=["own range", "fixed range"])
 def test_plain_quantisation_is_off_by_less_than_a_step(bits, limits):
     x = torch.randn(10, 64).clamp(-4, 4)

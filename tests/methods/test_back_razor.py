@@ -9,7 +9,7 @@ from torch import nn
 
 import memtl
 from memtl import BackRazorConfig
-from memtl.storage import Dense, Quantized, TopK
+from memtl.storage import CenteredTopK, Dense, Quantized, SignMean, TopK
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,9 @@ def test_the_presets():
             target_modules=["blocks"],
             exclude_modules=r".*head",
         ),
+        BackRazorConfig(linear=CenteredTopK(values="bf16"), convolution=SignMean()),
     ],
-    ids=["fast", "paper", "own"],
+    ids=["fast", "paper", "own", "others"],
 )
 def test_json_round_trip(config):
     text = config.to_json()
@@ -103,13 +104,14 @@ def test_apply_wants_a_configuration():
             memtl.apply(model, wrong)
 
 
-def test_apply_on_a_single_layer_and_its_gradients():
+@pytest.mark.parametrize("format", [TopK(), CenteredTopK(), SignMean(None)], ids=str)
+def test_apply_on_a_single_layer_and_its_gradients(format):
     layer = nn.Linear(300, 7)
     x = torch.randn(20, 300)
-    report = memtl.apply(layer, BackRazorConfig(keep=0.1))
+    report = memtl.apply(layer, BackRazorConfig(keep=0.1, linear=format))
     assert [row.name for row in report.converted] == [""]
     grad_out = torch.randn(20, 7)
     layer(x).backward(grad_out)
-    stored = memtl.storage.pack(x, TopK(0.1)).unpack()
+    stored = memtl.storage.pack(x, format.resolve(0.1)).unpack()
     torch.testing.assert_close(layer.weight.grad, grad_out.t() @ stored)
     torch.testing.assert_close(layer.bias.grad, grad_out.sum(0))

@@ -12,7 +12,7 @@ from memtl.reference.quant import bfloat16_down, bfloat16_up, dither
 from tests.helpers import assert_same, assert_within
 
 GROUP = 64
-BITS = (8, 4, 2)
+BITS = (8, 4, 3, 2)
 SIZES = (1, 7, 63, 64, 65, 255, 256, 257, 600)
 EVERY_BITS = pytest.mark.parametrize("bits", BITS)
 EVERY_SIZE = pytest.mark.parametrize("n", SIZES)
@@ -27,6 +27,11 @@ def decode(codes: torch.Tensor, bits: int) -> np.ndarray:
     """The documented layout, in plain numpy: [groups, 64] integers."""
     packed = codes.numpy()
     out = np.zeros((packed.shape[0], GROUP), dtype=np.int64)
+    if bits == 3:
+        for e in range(GROUP):
+            low = packed[:, e % 16] >> (e // 16 * 2) & 3
+            out[:, e] = low + 4 * (packed[:, 16 + e // 8] >> (e % 8) & 1)
+        return out
     for byte in range(8 * bits):
         for i in range(8 // bits):
             out[:, byte + i * 8 * bits] = (packed[:, byte] >> (i * bits)) & (2**bits - 1)

@@ -9,9 +9,20 @@ import math
 import pytest
 import torch
 
-from memtl.storage import Bits, Dense, Format, Packed, Quantized, TopK, format_from_dict, pack
+from memtl.storage import (
+    Bits,
+    CenteredTopK,
+    Dense,
+    Format,
+    Packed,
+    Quantized,
+    SignMean,
+    TopK,
+    format_from_dict,
+    pack,
+)
 from memtl.storage.format import _KINDS
-from tests.helpers import FORMATS, assert_same, assert_within, gamma
+from tests.helpers import FORMATS, assert_same, assert_within, gamma, kept_count, summed, unit
 
 EVERY_FORMAT = {
     **FORMATS,
@@ -22,7 +33,12 @@ EVERY_FORMAT = {
     "topk-bf16-bitmap": TopK(0.6, values="bf16"),
     "topk-sample-int8": TopK(0.03, scope="sample"),
     "topk-sample-bitmap": TopK(0.4, scope="sample", values="fp32"),
+    "centered-bitmap": CenteredTopK(0.6, "bf16"),
+    "centered-fp32": CenteredTopK(0.03, "fp32"),
+    "sign-bitmap": SignMean(0.3, "fp16"),
+    "sign-everything": SignMean(1.0),
     "range": Quantized(4, (-0.1, 1.1)),
+    "range-3-bit": Quantized(3, (-10.0, 10.0)),
     "range-2-bit": Quantized(2, (-10.0, 10.0), seed=9),
 }
 EVERY = pytest.mark.parametrize("format", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
@@ -92,7 +108,8 @@ def test_weight_grad_is_the_product_with_the_unpacked_tensor(format, shape):
     assert got.dtype == torch.float32
     dense = packed.unpack().double().reshape(-1, shape[-1])
     rows = g.double().reshape(-1, 11)
-    assert_within(got, rows.T @ dense, gamma(len(rows) + 3) * (rows.T.abs() @ dense.abs()))
+    size = summed(packed).reshape(-1, shape[-1])
+    assert_within(got, rows.T @ dense, gamma(len(rows) + 3) * (rows.T.abs() @ size))
 
 
 @EVERY
@@ -122,7 +139,7 @@ def test_everything_kept_in_float32_is_exact():
     assert_same(pack(x, TopK(1.0, "sample", "fp32")).unpack(), x)
 
 
-@pytest.mark.parametrize("format", [TopK(), Bits()], ids=str)
+@pytest.mark.parametrize("format", [TopK(), CenteredTopK(), SignMean(None), Bits()], ids=str)
 def test_json_of_what_is_open_and_of_masks(format):
     assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
 
@@ -149,6 +166,8 @@ def test_descriptions_are_short_and_different():
     assert texts["topk-index"] == "topk 10% int8"
     assert texts["topk-sample"] == "topk 10% fp16/sample"
     assert texts["topk-3-percent"] == "topk 3% int8"
+    assert texts["centered"] == "centered topk 10% int8"
+    assert texts["sign"] == "sign + topk 3% int8"
     assert texts["4-bit"] == "4-bit" and texts["range"] == "4-bit fixed range"
     assert texts["dense"] == "dense" and texts["dense-bf16"] == "dense bf16"
     assert str(TopK()) == "topk int8" and str(Bits()) == "1 bit"
@@ -161,7 +180,7 @@ def test_descriptions_are_short_and_different():
         ({"kind": "zip"}, "format kind must be one of .* got 'zip'"),
         ({"kind": "topk", "kept": 0.1}, r"format 'topk' has no field \['kept'\]"),
         ({"kind": "dense", "dtype": "int8"}, "dtype must be None or one of"),
-        ({"kind": "quantized", "bits": 3}, "bits must be one of"),
+        ({"kind": "quantized", "bits": 5}, "bits must be one of"),
         ({"kind": "topk", "keep": 2}, r"keep must be in \(0, 1\], got 2"),
     ],
 )
@@ -258,21 +277,28 @@ def test_topk_of_a_vector_is_one_sample():
 def test_topk_resolve_fills_in_what_is_open():
     assert TopK().resolve(0.3) == TopK(0.3)
     assert TopK(0.1).resolve(0.3) == TopK(0.1)
+    assert CenteredTopK(values="bf16").resolve(0.3) == CenteredTopK(0.3, "bf16")
+    assert CenteredTopK(0.1).resolve(0.3) == CenteredTopK(0.1)
+    assert SignMean().resolve(0.3) == SignMean(0.03)
+    assert SignMean(None).resolve(0.3) == SignMean(0.3)
     assert Quantized(2).resolve(0.3) == Quantized(2)
-    with pytest.raises(ValueError, match=r"keep is not set: give a fraction in \(0, 1\]"):
-        TopK().pack(torch.randn(3))
+    for format in (TopK(), CenteredTopK(), SignMean(None)):
+        with pytest.raises(ValueError, match=r"keep is not set: give a fraction in \(0, 1\]"):
+            format.pack(torch.randn(3))
 
 
+@pytest.mark.parametrize("kind", [TopK, CenteredTopK, SignMean])
 @pytest.mark.parametrize("keep", [0, -0.1, 1.0001, math.nan, math.inf])
-def test_topk_refuses_what_is_no_fraction(keep):
+def test_topk_refuses_what_is_no_fraction(kind, keep):
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got"):
-        TopK(keep)
+        kind(keep)
 
 
+@pytest.mark.parametrize("kind", [TopK, CenteredTopK, SignMean])
 @pytest.mark.parametrize("keep", [True, "0.1", [0.1]])
-def test_topk_refuses_what_is_no_number(keep):
+def test_topk_refuses_what_is_no_number(kind, keep):
     with pytest.raises(TypeError, match=r"keep must be a number in \(0, 1\], got"):
-        TopK(keep)
+        kind(keep)
 
 
 @pytest.mark.parametrize("options", [{"scope": "row"}, {"values": "fp8"}, {"scope": None}])
@@ -281,10 +307,142 @@ def test_topk_refuses_unknown_choices(options):
         TopK(0.1, **options)
 
 
+@pytest.mark.parametrize("kind", [CenteredTopK, SignMean])
+def test_what_stands_on_topk_refuses_its_unknown_values(kind):
+    with pytest.raises(ValueError, match="values must be one of .* got 'fp8'"):
+        kind(0.1, "fp8")
+
+
+# ------------------------------------------------------------------------- CenteredTopK, SignMean
+
+
+def test_centered_bytes_by_its_docstring():
+    for shape in ((9, 600), (2, 3, 257), (50,), (), (0, 7), (3, 0)):
+        shape = torch.Size(shape)
+        columns = shape[-1] if len(shape) > 1 else 1
+        expected = TopK(0.1).nbytes(shape, torch.float32) + 4 * columns
+        assert CenteredTopK(0.1).nbytes(shape, torch.float32) == expected
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_centered_keeps_the_largest_deviations_from_the_column_means(dtype):
+    x = (torch.randn(40, 600) + 5 * torch.randn(600)).to(dtype)
+    packed = pack(x, CenteredTopK(0.1, "fp32"))
+    mean = packed.tensors[-1]
+    assert_within(mean, x.double().mean(0), gamma(41) * x.double().abs().mean(0))
+    deviation = pack(x - mean, TopK(0.1, values="fp32")).unpack(torch.float32)
+    assert_same(packed.unpack(torch.float32), deviation + mean)
+    assert (packed.unpack(torch.float32) != mean).sum() == 40 * kept_count(600, 0.1)
+    # Where columns have means, far closer than the largest elements themselves.
+    error = (packed.unpack(torch.float64) - x.double()).norm()
+    assert error < 0.5 * (pack(x, TopK(0.1)).unpack(torch.float64) - x.double()).norm()
+
+
+def test_centered_of_a_vector_has_one_mean():
+    x = torch.randn(50) + 3
+    packed = pack(x, CenteredTopK(0.2, "fp32"))
+    assert packed.tensors[-1].shape == (1,)
+    deviation = pack(x - packed.tensors[-1], TopK(0.2, values="fp32")).unpack()
+    assert_same(packed.unpack(), deviation + packed.tensors[-1])
+
+
+def test_centered_leaves_a_column_with_a_broken_mean_where_it_is():
+    x = torch.randn(8, 256) + 1
+    x[1, 3], x[2, 5], x[:, 7] = math.nan, -math.inf, 3e38
+    packed = pack(x, CenteredTopK(0.1, "fp32"))
+    mean, back = packed.tensors[-1], packed.unpack()
+    assert mean.isfinite().all() and not mean[[3, 5, 7]].any()
+    assert_same(back[[1, 2, 4], [3, 5, 7]], torch.tensor([math.nan, -math.inf, 3e38]))
+    back[1, 3] = back[2, 5] = 0
+    assert back.isfinite().all()
+
+
+def test_centered_never_makes_the_dense_activation(monkeypatch):
+    packed = pack(torch.randn(30, 300), CenteredTopK(0.1))
+    monkeypatch.setattr(CenteredTopK, "unpack", None)
+    monkeypatch.setattr(TopK, "unpack", None)
+    assert packed.weight_grad(torch.randn(30, 4)).shape == (4, 300)
+
+
+def test_sign_bytes_by_its_docstring():
+    for shape in ((9, 600), (2, 3, 257), (50,), (), (0, 7), (3, 0)):
+        shape = torch.Size(shape)
+        n = shape.numel()
+        expected = TopK(0.1).nbytes(shape, torch.float32) + -(-n // 8) + 2 * -(-n // 64)
+        assert SignMean(0.1).nbytes(shape, torch.float32) == expected
+    shape = torch.Size((10, 256 * 30))
+    assert SignMean().nbytes(shape, torch.float32) * 8 / shape.numel() == 1.8125
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("shape", [(3, 600), (2, 5, 7), (70,)])
+def test_sign_keeps_the_largest_and_the_mean_magnitude_of_the_rest(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    back = pack(x, SignMean(0.1, "fp32")).unpack(torch.float32)
+    largest = pack(x, TopK(0.1, values="fp32")).unpack(torch.float32)
+    kept = largest != 0
+    assert kept.sum() == math.prod(shape[:-1]) * kept_count(shape[-1], 0.1)
+    assert_same(back[kept], largest[kept])
+    rest = torch.where(kept, math.nan, x.double().abs()).flatten()
+    for group, read, sign in zip(
+        rest.split(64), back.flatten().split(64), x.flatten().sign().split(64), strict=True
+    ):
+        few = group.isfinite()
+        assert (read[few].sign() == sign[few]).all()
+        mean = group[few].mean()
+        assert_within(
+            read[few].abs(), mean.expand(int(few.sum())), mean * (unit(torch.bfloat16) + gamma(65))
+        )
+
+
+def test_sign_of_zero_is_positive_and_kept_zeros_are_exact():
+    x = torch.zeros(2, 256)
+    x[1, :9], x[1, 9:40] = 5.0, -1.0
+    back = pack(x, SignMean(0.03, "fp32")).unpack()
+    assert not back[0].any()
+    assert_same(back[1, :8], x[1, :8])  # eight are kept, the ninth is one of the rest
+    mean = torch.tensor(36 / 56).bfloat16().float()
+    assert_same(back[1, 8:64], torch.where(x[1, 8:64] < 0, -mean, mean))
+    assert not back[1, 64:].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_sign_of_a_group_with_more_broken_elements_than_room_is_nan(value):
+    x = torch.randn(1, 256)
+    x[0, 64:76] = value  # twelve, and room for eight
+    back = pack(x, SignMean()).unpack()[0]
+    assert_same(back[64:72], torch.full((8,), value))
+    assert back[72:128].isnan().all()
+    assert back[:64].isfinite().all() and back[128:].isfinite().all()
+
+
+def test_sign_of_a_mean_beyond_bfloat16_is_nan():
+    x = torch.ones(256)
+    x[:128] = 3.4e38  # the sum overflows, and the mean would round to infinity
+    back = pack(x, SignMean(0.01, "fp32")).unpack()
+    assert_same(back[:3], x[:3])
+    assert back[3:128].isnan().all()
+    assert_same(back[128:], x[128:])
+
+
+@pytest.mark.parametrize("format", [CenteredTopK(0.1), SignMean()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_formats_of_several_steps_compile_whole(format, dtype):
+    def stored(x):
+        packed = format.pack(x)
+        return *packed, format.unpack(packed, x.shape, x.dtype)
+
+    compiled = torch.compile(stored, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((5, 300), (2, 7, 64)):
+        x = torch.randn(shape).to(dtype)
+        for a, b in zip(compiled(x), stored(x), strict=True):
+            assert_same(a, b)
+
+
 # -------------------------------------------------------------------------------- Quantized, Dense
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_quantized_bytes_by_its_docstring(bits):
     for n in (0, 1, 63, 64, 65, 1000):
         groups = math.ceil(n / 64)
@@ -294,7 +452,7 @@ def test_quantized_bytes_by_its_docstring(bits):
         assert fixed.nbytes(shape, torch.float32) == groups * 8 * bits
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 16, True, "4", None, 4.0])
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, True, "4", None, 4.0])
 def test_quantized_refuses_other_widths(bits):
     with pytest.raises((TypeError, ValueError), match="bits must be"):
         Quantized(bits)
@@ -312,6 +470,12 @@ def test_quantized_refuses_what_is_no_range(range):
 def test_quantized_refuses_what_is_no_seed(seed):
     with pytest.raises(TypeError, match="seed must be"):
         Quantized(4, seed=seed)
+
+
+def test_quantized_finer_has_at_least_twice_the_bits_up_to_eight():
+    finer = {bits: Quantized(bits, (0.0, 1.0), seed=2).finer() for bits in (2, 3, 4, 8)}
+    wanted = {2: 4, 3: 8, 4: 8, 8: 8}
+    assert finer == {a: Quantized(b, (0.0, 1.0), seed=2) for a, b in wanted.items()}
 
 
 def test_quantized_seed_decides_the_rounding():
