@@ -15,12 +15,14 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..storage import Format, Packed
 from ..storage.rebuilt import View, rebuilt
 
 _offers = WeakTensorKeyDictionary()  # tensor -> (its version, Packed)
+_origins = WeakTensorKeyDictionary()  # what autocast made of a tensor -> that tensor
+_CODED = 8  # bits up to which the rounding of a cast is nothing beside that of the code
 
 
 def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
@@ -33,6 +35,9 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
     if any(t is x for t in packed.tensors):  # by reference: it would keep itself alive
         return
     _offers[x] = (x._version + dirty, packed)
+    origin = _origins.get(x, lambda: None)()
+    if origin is not None and packed.format.precision <= _CODED:
+        _offers[origin] = (origin._version, dataclasses.replace(packed, dtype=origin.dtype))
 
 
 def shared(x: Tensor, format: Format | None = None) -> Packed | None:
@@ -62,8 +67,14 @@ def offered(x: Tensor) -> Packed | None:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, for which stands what stands for x."""
+    """``x.to(dtype)``, for which stands what stands for x, and the other way round: autocast casts
+    a tensor anew for each of its readers."""
     y = x.to(dtype)
-    if y is not x and (packed := shared(x)) is not None:
+    if y is x or torch.compiler.is_compiling():
+        return y
+    packed = shared(x)
+    if packed is not None:
         offer(y, dataclasses.replace(packed, dtype=dtype))
+    else:
+        _origins[y] = TensorWeakRef(x)
     return y

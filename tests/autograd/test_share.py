@@ -1,0 +1,536 @@
+"""Kept once: what is rebuilt from what, what that leaves to keep, and when it must not be."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import memtl
+from memtl import functional as M
+from memtl.autograd import share
+from memtl.autograd.activation import ACTIVATIONS
+from memtl.memory import saved_bytes
+from memtl.storage import Dense, Quantized, TopK, pack
+from tests.helpers import cosine, grad_like
+
+B, N, C = 3, 7, 128
+ONCE = Quantized(4, rebuild=True)
+TOKENS, IMAGES = (B, N, C), (B, 64, 6, 6)
+
+
+def q(*shape: int, bits: int = 4) -> int:
+    """Bytes of so many elements in groups of 64."""
+    return math.ceil(math.prod(shape) / 64) * (8 * bits + 4)
+
+
+def mask_bytes(*shape: int) -> int:
+    return math.ceil(math.prod(shape) / 8)
+
+
+class RMSNorm(nn.RMSNorm):
+    """With a weight that is not all ones."""
+
+
+class Split(nn.Module):
+    """q, k and v by layers of their own from one tensor, then attention and its projection."""
+
+    def __init__(self, width: int, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self.qkv())
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def qkv(self):
+        return self.q, self.k, self.v
+
+
+class Gated(nn.Module):
+    """silu(gate) * up, then a linear layer: the MLP of Llama."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(width, width) for _ in range(3))
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Layers, the shape of their input, and the bytes they keep, parameters apart."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    kept: int
+
+
+def _seq(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*(layer() for layer in layers))
+
+
+def linear():
+    return nn.Linear(C, C)
+
+
+def conv(stride: int = 1, kernel: int = 3):
+    return lambda: nn.Conv2d(64, 64, kernel, stride, padding=kernel // 2)
+
+
+def batch_norm():
+    return nn.BatchNorm2d(64)
+
+
+TOKEN_STATE, IMAGE_STATE = q(*TOKENS), q(*IMAGES)
+CHAINS = {
+    "LayerNorm, Linear": Chain(
+        _seq(lambda: nn.LayerNorm(C), linear), TOKENS, TOKEN_STATE + 4 * B * N
+    ),
+    "RMSNorm, Linear": Chain(_seq(lambda: RMSNorm(C), linear), TOKENS, TOKEN_STATE + 4 * B * N),
+    "Linear, GELU, Linear": Chain(_seq(linear, nn.GELU, linear), TOKENS, 2 * TOKEN_STATE),
+    "Linear, SiLU, Linear": Chain(_seq(linear, nn.SiLU, linear), TOKENS, 2 * TOKEN_STATE),
+    "LayerNorm, GELU, Linear": Chain(
+        _seq(lambda: nn.LayerNorm(C), nn.GELU, linear), TOKENS, TOKEN_STATE + 4 * B * N
+    ),
+    "LayerNorm, Flatten, Linear": Chain(
+        _seq(lambda: nn.LayerNorm(C), nn.Flatten, lambda: nn.Linear(N * C, 5)),
+        TOKENS,
+        TOKEN_STATE + 4 * B * N,
+    ),
+    "LayerNorm, GELU, Dropout, Linear": Chain(
+        _seq(lambda: nn.LayerNorm(C), nn.GELU, lambda: nn.Dropout(0.3), linear),
+        TOKENS,
+        TOKEN_STATE + 4 * B * N + mask_bytes(*TOKENS),
+    ),
+    "LayerNorm, attention": Chain(
+        _seq(lambda: nn.LayerNorm(C), lambda: Split(C)), TOKENS, 4 * TOKEN_STATE + 4 * B * N
+    ),
+    "gated": Chain(lambda: Gated(C), TOKENS, 3 * TOKEN_STATE),
+    "BatchNorm, Conv": Chain(_seq(batch_norm, conv()), IMAGES, IMAGE_STATE + 4 * 64),
+    "BatchNorm, ReLU, Conv": Chain(
+        _seq(batch_norm, nn.ReLU, conv()), IMAGES, IMAGE_STATE + 4 * 64 + mask_bytes(*IMAGES)
+    ),
+    "BatchNorm, ReLU in place, Conv": Chain(
+        _seq(batch_norm, lambda: nn.ReLU(inplace=True), conv()),
+        IMAGES,
+        IMAGE_STATE + 4 * 64 + mask_bytes(*IMAGES),
+    ),
+    "BatchNorm, ReLU6, strided Conv": Chain(
+        _seq(batch_norm, nn.ReLU6, conv(2, 1)),
+        IMAGES,
+        IMAGE_STATE + 4 * 64 + mask_bytes(*IMAGES),
+    ),
+    "BatchNorm, LeakyReLU, Conv": Chain(
+        _seq(batch_norm, lambda: nn.LeakyReLU(0.1), conv()),
+        IMAGES,
+        IMAGE_STATE + 4 * 64 + mask_bytes(*IMAGES),
+    ),
+    "BatchNorm, SiLU in place, Conv": Chain(
+        _seq(batch_norm, lambda: nn.SiLU(inplace=True), conv()), IMAGES, IMAGE_STATE + 4 * 64
+    ),
+    "BatchNorm, Hardswish, Conv": Chain(
+        _seq(batch_norm, nn.Hardswish, conv()), IMAGES, IMAGE_STATE + 4 * 64
+    ),
+    "GroupNorm, SiLU, Conv": Chain(
+        _seq(lambda: nn.GroupNorm(4, 64), nn.SiLU, conv()), IMAGES, IMAGE_STATE + 4 * B * 4
+    ),
+    "Conv, BatchNorm, ReLU, Conv": Chain(
+        _seq(conv(), batch_norm, nn.ReLU, conv()),
+        IMAGES,
+        2 * IMAGE_STATE + 4 * 64 + mask_bytes(*IMAGES),
+    ),
+}
+every_chain = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+
+
+def build(chain: Chain) -> nn.Module:
+    """The layers, converted; affine parameters are random."""
+    model = chain.build().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@every_chain
+def test_bytes(chain):
+    model = build(chain)
+    x = torch.randn(chain.shape, requires_grad=True)
+    stock = saved_bytes(lambda: model(x))
+    memtl.apply(model, memtl.LowBitConfig())
+    assert saved_bytes(lambda: model(x)) == chain.kept < stock
+
+
+@every_chain
+def test_forward_is_stock(chain):
+    model = build(chain)
+    x = torch.randn(chain.shape, requires_grad=True)
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = model(x)
+    model.load_state_dict(state)
+    memtl.apply(model, memtl.LowBitConfig())
+    torch.manual_seed(1)
+    assert torch.equal(model(x), expected)
+
+
+EXACT_MASK = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Flatten)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("name", [n for n in CHAINS if "attention" not in n and n != "gated"])
+def test_gradients_are_those_of_the_rebuilt_tensors(name, bits):
+    """Layer by layer, from the end: stock layers on what stands for their input."""
+    chain = CHAINS[name]
+    model = build(chain)
+    stock = copy.deepcopy(model)
+    memtl.apply(model, memtl.LowBitConfig(bits))
+    x = torch.randn(chain.shape, requires_grad=True)
+    torch.manual_seed(1)
+    inputs, stand_ins = [x], []
+    for layer in model:
+        before, found = inputs[-1].detach().clone(), share.shared(inputs[-1])
+        stand_ins.append((before, None if found is None else found.unpack().detach()))
+        inputs.append(layer(inputs[-1]))
+    out = inputs[-1]
+    grad = grad_like(out)
+    out.backward(grad)
+
+    format = Quantized(bits)
+    for layer, converted, (exact, approximate) in zip(
+        reversed(stock), reversed(model), reversed(stand_ins), strict=True
+    ):
+        if isinstance(layer, (*EXACT_MASK, *NORMS)):
+            value = exact  # the norm keeps its own x-hat: memtl's layer alone
+        elif approximate is not None:
+            value = approximate
+        elif isinstance(layer, (nn.GELU, nn.SiLU)):
+            floor = ACTIVATIONS[type(layer).__name__.lower()]().floor
+            value = pack(exact.clamp_min(floor), format).unpack()
+        else:
+            value = pack(exact, format).unpack()
+        value.requires_grad_()
+        if isinstance(layer, NORMS):
+            memtl.apply(layer, memtl.LowBitConfig(bits))
+        torch.manual_seed(1)  # of the one dropout
+        result = layer(value.clone() if getattr(layer, "inplace", False) else value)
+        result.backward(grad)
+        # float32 rounding of sums in another order, of terms that may cancel (a bias in front of a
+        # batch norm); a code off by one would be a thousandth.
+        bound = 1e-5 * grad.norm()
+        grad = value.grad
+        for p, expected in zip(converted.parameters(), layer.parameters(), strict=True):
+            assert (p.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm() + bound
+    assert (x.grad - grad).norm() <= 1e-5 * grad.norm()
+
+
+@pytest.mark.parametrize("name", ["LayerNorm, attention", "gated"])
+def test_gradients_are_close_to_the_exact_ones(name):
+    chain = CHAINS[name]
+    model = build(chain)
+    x = torch.randn(chain.shape)
+    out = model(x)
+    out.backward(grad_like(out))
+    exact = {n: p.grad.clone() for n, p in model.named_parameters()}
+    memtl.apply(model, memtl.LowBitConfig(8))
+    model.zero_grad()
+    model(x).backward(grad_like(out))
+    largest = max(g.norm() for g in exact.values())
+    for n, p in model.named_parameters():
+        if exact[n].norm() > 1e-5 * largest:  # the bias of k has none
+            assert cosine(p.grad, exact[n]) > 0.999, n
+
+
+def test_attention_is_rebuilt_from_its_operands():
+    operands = [torch.randn(2, 3, 10, 64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(5, 64, requires_grad=True)
+    out = M.scaled_dot_product_attention(*operands, is_causal=True, scale=0.2, format=ONCE)
+    M.linear(out, weight, format=ONCE).sum().backward()
+    stored = [pack(t.detach(), ONCE).unpack() for t in operands]
+    rebuilt = F.scaled_dot_product_attention(*stored, is_causal=True, scale=0.2)
+    expected = rebuilt.reshape(-1, 64).sum(0).expand(5, 64)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_attention_with_dropout_is_not_rebuilt():
+    q_, k, v = (torch.randn(2, 3, 10, 64, requires_grad=True) for _ in range(3))
+    out = M.scaled_dot_product_attention(q_, k, v, dropout_p=0.5, format=ONCE)
+    assert share.shared(out) is None
+
+
+def test_a_softmax_is_kept_once():
+    x = torch.randn(4, 64, 64, requires_grad=True)
+    v = torch.randn(4, 64, 64, requires_grad=True)
+    kept = saved_bytes(lambda: M.matmul(M.softmax(x, -1, format=ONCE), v, format=ONCE))
+    assert kept == 2 * q(4, 64, 64)
+    M.matmul(M.softmax(x, -1, format=ONCE), v, format=ONCE).sum().backward()
+    root = pack(x.detach().softmax(-1).sqrt(), ONCE).unpack()
+    expected = root.square().transpose(1, 2) @ torch.ones(4, 64, 64)
+    torch.testing.assert_close(v.grad, expected)
+
+
+# ------------------------------------------------------------------------- what ends a rebuild
+
+
+def norm_then(change: Callable[[Tensor], Tensor], format=ONCE):
+    """(bytes, gradient of the weight, the input of the linear layer) of a norm, a change, a linear
+    layer."""
+    x = torch.randn(B, N, C, requires_grad=True)
+    weight = nn.Parameter(torch.randn(5, C))
+    seen = []
+
+    def run():
+        y = change(M.layer_norm(x, (C,), format=format))
+        seen[:] = [y.detach().clone()]
+        return F.linear(y, weight) if format is None else M.linear(y, weight, format=format)
+
+    with memtl.memory.SavedTensors() as saved:
+        out = run()
+    out.backward(grad_like(out))
+    return saved.bytes - weight.nbytes, weight.grad, seen[0]
+
+
+def weight_grad_of(y: Tensor) -> Tensor:
+    return grad_like(torch.empty(*y.shape[:-1], 5)).reshape(-1, 5).T @ y.reshape(-1, C)
+
+
+ALONE = TOKEN_STATE + 4 * B * N
+
+
+def test_a_change_in_place_ends_it():
+    kept, grad, y = norm_then(lambda y: y.mul_(3).add_(1))
+    assert kept == ALONE + TOKEN_STATE
+    torch.testing.assert_close(grad, weight_grad_of(pack(y, ONCE).unpack()))
+
+
+def test_a_change_in_place_of_a_view_ends_it():
+    def change(y):
+        y[:, 0] = 5.0
+        return y
+
+    kept, grad, y = norm_then(change)
+    assert kept == ALONE + TOKEN_STATE
+    torch.testing.assert_close(grad, weight_grad_of(pack(y, ONCE).unpack()))
+
+
+def test_an_unknown_operation_ends_it():
+    kept, grad, y = norm_then(lambda y: y + 1)
+    assert kept == ALONE + TOKEN_STATE
+    torch.testing.assert_close(grad, weight_grad_of(pack(y, ONCE).unpack()))
+
+
+def test_another_precision_ends_it():
+    x = torch.randn(B, N, C, requires_grad=True)
+    weight = torch.randn(5, C, dtype=torch.bfloat16, requires_grad=True)
+    y = M.layer_norm(x, (C,), format=ONCE).bfloat16()
+    M.linear(y, weight, format=ONCE).sum().backward()
+    stored = pack(y.detach(), ONCE).unpack()
+    expected = stored.reshape(-1, C).sum(0).expand(5, C)
+    torch.testing.assert_close(weight.grad, expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda y: y[:, 2:5],
+        lambda y: y.transpose(0, 1),
+        lambda y: y[1:, ::2].transpose(0, 1),
+        lambda y: y.view(B * N, C)[3:],
+        lambda y: y.expand(B, N, C),
+    ],
+    ids=["part", "transposed", "part transposed", "rows", "itself"],
+)
+def test_a_view_is_rebuilt(view):
+    torch.manual_seed(0)
+    kept, grad, y = norm_then(view)
+    assert kept == ALONE
+    torch.manual_seed(0)
+    x = torch.randn(B, N, C)
+    x_hat = pack(F.layer_norm(x, (C,)), ONCE).unpack()
+    torch.testing.assert_close(grad, weight_grad_of(view(x_hat)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_of_a_result_in_channels_last():
+    x = torch.randn(IMAGES).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(5, 6, requires_grad=True)
+    y = M.batch_norm(x, None, None, training=True, format=ONCE)
+    part = y.permute(0, 2, 1, 3)[:, 1:]
+    M.linear(part, weight, format=ONCE).sum().backward()
+    found = share.shared(part)
+    assert found is not None and cosine(found.unpack(), part.detach()) > 0.98
+    expected = found.unpack().reshape(-1, 6).sum(0).expand(5, 6)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_producer_without_gradients_offers_nothing():
+    x, weight = torch.randn(B, N, C), torch.randn(5, C, requires_grad=True)
+    with torch.no_grad():
+        y = M.layer_norm(x, (C,), format=ONCE)
+    assert share.shared(y) is None
+    frozen = M.layer_norm(x, (C,), torch.ones(C), torch.zeros(C, requires_grad=True), format=ONCE)
+    assert share.shared(frozen) is None  # the bias trains: x-hat is not kept
+    M.linear(frozen, weight, format=ONCE).sum().backward()
+    expected = pack(frozen.detach(), ONCE).unpack().reshape(-1, C).sum(0).expand(5, C)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_module_used_twice():
+    """Two uses, two states; the layer after them takes the right one."""
+    model = nn.ModuleDict({"norm": nn.LayerNorm(C), "fc": nn.Linear(C, C)})
+    stock = copy.deepcopy(model)
+
+    def run(m, x):
+        return m["fc"](m["norm"](m["fc"](m["norm"](x))))
+
+    x = torch.randn(TOKENS)
+    out = run(stock, x)
+    out.backward(grad_like(out))
+    memtl.apply(model, memtl.LowBitConfig(8))
+    run(model, x).backward(grad_like(out))
+    for (name, p), exact in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert cosine(p.grad, exact.grad) > 0.999, name
+
+
+def test_only_what_is_kept_as_finely_is_taken():
+    x = torch.randn(B, N, C, requires_grad=True)
+    y = M.layer_norm(x, (C,), format=Quantized(3, rebuild=True))
+    assert share.shared(y, Quantized(3, rebuild=True)) is not None
+    assert share.shared(y, Quantized(2, rebuild=True)) is not None
+    assert share.shared(y, TopK(0.1, rebuild=True)) is not None
+    assert share.shared(y, Quantized(4, rebuild=True)) is None
+    assert share.shared(y, Dense(rebuild=True)) is None
+    assert share.shared(y, Quantized(3)) is None  # not asked for
+    assert share.shared(M.layer_norm(x, (C,), format=Quantized(4)), ONCE) is None  # not offered
+
+
+def test_bits_by_role():
+    chain = CHAINS["LayerNorm, Linear"]
+    x = torch.randn(TOKENS, requires_grad=True)
+    model = build(chain)
+    memtl.apply(model, memtl.LowBitConfig(4, norm=2, linear=8))
+    assert saved_bytes(lambda: model(x)) == q(*TOKENS, bits=2) + q(*TOKENS, bits=8) + 4 * B * N
+
+
+@pytest.mark.parametrize("format", [TopK(0.1), Quantized(4), TopK(0.1, rebuild=True)], ids=str)
+def test_one_tensor_of_several_layers_is_kept_once_in_any_format(format):
+    x = torch.randn(TOKENS, requires_grad=True)
+    weights = [nn.Parameter(torch.randn(5, C)) for _ in range(3)]
+    kept = saved_bytes(lambda: sum(M.linear(x, w, format=format).sum() for w in weights))
+    assert kept == format.nbytes(x.shape, x.dtype) + 3 * weights[0].nbytes
+    image, kernels = torch.randn(IMAGES, requires_grad=True), torch.randn(2, 8, 64, 3, 3)
+    kernels = [k.requires_grad_() for k in kernels.unbind()]
+    outs = [M.conv2d(image, k, format=format) for k in kernels]
+    sum(out.sum() for out in outs).backward()
+    rows = pack(image.detach().flatten(1), format).unpack().view(IMAGES)
+    leaf = kernels[0].detach().clone().requires_grad_()
+    F.conv2d(rows, leaf).sum().backward()
+    torch.testing.assert_close(kernels[1].grad, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_it_is_seen(tmp_path):
+    """No attribute, nothing in a pickle, and no tensor is kept alive."""
+    gc.collect()
+    before = len(share._offers)
+    x = torch.randn(B, N, C, requires_grad=True)
+    y = M.layer_norm(x, (C,), format=ONCE)
+    assert not y.__dict__
+    torch.save(y.detach(), tmp_path / "y.pt")
+    out = M.linear(y, torch.randn(5, C, requires_grad=True), format=ONCE)
+    gate = nn.Parameter(torch.randn(C))
+    product = M.mul(y, gate, format=ONCE)
+    assert len(share._offers) > before
+    (out.sum() + product.sum()).backward()
+    del x, y, out, gate, product
+    gc.collect()
+    assert len(share._offers) == before
+
+
+# ------------------------------------------------------------------------------ surroundings
+
+
+@every_chain
+def test_autocast_keeps_it(chain):
+    """Norms give float32, products take bfloat16: the cast is no reason to keep it twice."""
+    model = build(chain)
+    memtl.apply(model, memtl.LowBitConfig())
+    x = torch.randn(chain.shape, requires_grad=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    assert saved_bytes(run) <= chain.kept
+    run().float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_chain
+def test_checkpointing_and_accumulation(chain):
+    model = build(chain)
+    memtl.apply(model, memtl.LowBitConfig())
+    x = torch.randn(chain.shape, requires_grad=True)
+
+    def gradients(run):
+        for p in model.parameters():
+            p.grad = None
+        for _ in range(2):
+            torch.manual_seed(3)
+            out = run(x)
+            out.backward(grad_like(out))
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients(model)
+    again = gradients(lambda x: checkpoint(model, x, use_reentrant=False))
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm, GELU, Linear", "BatchNorm, ReLU in place, Conv"])
+def test_compiled(name):
+    """Nothing is shared there; what is computed is right."""
+    chain = CHAINS[name]
+    model = build(chain)
+    memtl.apply(model, memtl.LowBitConfig())
+    stock = copy.deepcopy(model)
+    memtl.unconvert(stock)
+    x = torch.randn(chain.shape)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out, expected = compiled(x), stock(x)
+    assert torch.equal(out, expected)
+    out.backward(grad_like(out))
+    expected.backward(grad_like(out))
+    for p, exact in zip(model.parameters(), stock.parameters(), strict=True):
+        assert cosine(p.grad, exact.grad) > 0.97
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(B, N, C, requires_grad=True)
+    y = M.linear(M.layer_norm(x, (C,), format=ONCE), torch.randn(5, C), format=ONCE)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_a_weight_changed_before_backward_is_an_error():
+    x = torch.randn(B, N, C)
+    scale = nn.Parameter(torch.ones(C))
+    weight = torch.randn(5, C, requires_grad=True)
+    out = M.linear(M.layer_norm(x, (C,), scale, format=ONCE), weight, format=ONCE)
+    with torch.no_grad():
+        scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
