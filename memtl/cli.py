@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
     profile.add_argument("--device", default="cpu")
     profile.add_argument("--coverage", action="store_true", help="print the coverage table too")
-    commands.add_parser("demo", help="fine-tune handwritten digits five ways and compare")
+    commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
     options = parser.parse_args(arguments)
     try:
         if options.command == "profile":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import assets, memory
-from .methods import BackRazorConfig, apply
+from .methods import BackRazorConfig, LowBitConfig, MethodConfig, apply
 from .report import Page, Point, Table, curves, environment, mean_std, ratio, tradeoff
 from .tasks import Task, load_digits
 from .training import Settings, Step, evaluate, fit, track
@@ -130,9 +130,16 @@ def methods(network: Network, keeps: Sequence[float]) -> list[Method]:
         Method(FULL, network, rate, lambda model: None),
         Method("full + checkpointing", network, rate, _checkpoint_blocks),
         *(
-            Method(f"Back Razor {keep:g}", network, rate, _back_razor(keep))
+            Method(f"Back Razor {keep:g}", network, rate, _conversion(BackRazorConfig(keep=keep)))
             for keep in dict.fromkeys(keeps)
         ),
+        Method(
+            f"Back Razor {keeps[0]:g}, small",
+            network,
+            rate,
+            _conversion(BackRazorConfig.preset("small", keep=keeps[0])),
+        ),
+        Method("4 bits, once", network, rate, _conversion(LowBitConfig(bits=4))),
     ]
 
 
@@ -156,8 +163,7 @@ def _train_head_only(model: Any) -> None:
     model.get_classifier().requires_grad_(True)
 
 
-def _back_razor(keep: float) -> Callable[[nn.Module], object]:
-    config = BackRazorConfig(keep=keep)
+def _conversion(config: MethodConfig) -> Callable[[nn.Module], object]:
     return lambda model: apply(model, config)
 
 
@@ -256,7 +262,10 @@ def page(results: Sequence[Result], network: Network, record: dict[str, Any]) ->
     """The comparison as a page: table, plots, and how everything was measured."""
     seeds, steps = record["seeds"], record["settings"]["steps"]
     base = next(r for r in results if r.name == FULL)
-    lightest = min((r for r in results if r.name.startswith("Back")), key=lambda r: r.saved_bytes)
+    unconverted = ("last", "full")
+    lightest = min(
+        (r for r in results if not r.name.startswith(unconverted)), key=lambda r: r.saved_bytes
+    )
     gap = statistics.fmean(lightest.test_accuracy) - statistics.fmean(base.test_accuracy)
     slower = lightest.seconds_per_step / base.seconds_per_step
     millions = record["model"]["parameters"] / 1e6

@@ -18,6 +18,8 @@ NAMES = [
     "full + checkpointing",
     "Back Razor 0.1",
     "Back Razor 0.03",
+    "Back Razor 0.1, small",
+    "4 bits, once",
 ]
 
 
@@ -70,9 +72,10 @@ def test_json_has_every_figure_and_where_it_is_from(run):
 
 def test_back_razor_keeps_less_the_less_it_is_told_to_keep(run):
     saved = {m["name"]: m["saved_bytes"] for m in run[2]["methods"]}
-    last, full, checkpointed, tenth, thirtieth = (saved[name] for name in NAMES)
+    last, full, checkpointed, tenth, thirtieth, small, once = (saved[name] for name in NAMES)
     assert last < thirtieth < tenth < full / 8
     assert last < checkpointed < full / 8
+    assert last < small < tenth and once < full / 8
 
 
 def test_methods_see_the_same_data_from_the_same_weights(run):

@@ -80,6 +80,8 @@ MODES = (
     CHECKPOINTING,
     Mode("fast, keep 0.1", config=memtl.BackRazorConfig(keep=0.1)),
     Mode("fast, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
+    Mode("small, keep 0.1", config=memtl.BackRazorConfig.preset("small", keep=0.1)),
+    Mode("4 bits, once", config=memtl.LowBitConfig(bits=4)),
     Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
 )
 

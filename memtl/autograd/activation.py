@@ -27,16 +27,15 @@ aten = torch.ops.aten
 class Activation:
     """An elementwise function with its parameters bound, its derivative, and bounds of that.
 
-    ``forward(x, inplace)``. ``floor``: of x; below it function and derivative are zero, or as good
-    as zero. None: what follows this function keeps nothing of it, as a rule, so that to keep its
-    input for two purposes would be no gain.
+    ``forward(x, inplace)``. ``hidden``: a layer that keeps its input follows, as a rule: then x is
+    kept for the derivative and for y at once; else the derivative, which is smaller and closer.
     """
 
     forward: Callable[..., Tensor]
     derivative: Callable[[Tensor], Tensor]
     lo: float
     hi: float
-    floor: float | None = None
+    hidden: bool = False
 
 
 def _plain(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -54,7 +53,7 @@ def _gelu(approximate: str) -> Activation:
         lambda x: aten.gelu_backward(torch.ones_like(x), x, approximate=approximate),
         -0.13,
         1.13,
-        -5.0,
+        hidden=True,
     )
 
 
@@ -70,7 +69,7 @@ def _gelu_written_out(forward: Callable[[Tensor], Tensor], root: float) -> Activ
         t = torch.tanh(root * x * (1 + 0.044715 * x * x))
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
 
-    return Activation(_plain(forward), derivative, -0.13, 1.13, -5.0)
+    return Activation(_plain(forward), derivative, -0.13, 1.13, hidden=True)
 
 
 def _gelu_fast(x: Tensor) -> Tensor:  # transformers' FastGELUActivation
@@ -146,24 +145,24 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         lambda x: _silu_derivative(1.702 * x),
         -0.1,
         1.1,
-        -8.0,
+        hidden=True,
     ),
     "silu": lambda: Activation(
-        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1, -12.0
+        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1, True
     ),
     "mish": lambda: Activation(
         lambda x, inplace=False: F.mish(x, inplace),
         lambda x: aten.mish_backward(torch.ones_like(x), x),
         -0.1132,
         1.0886,
-        -12.0,
+        hidden=True,
     ),
     "hardswish": lambda: Activation(
         lambda x, inplace=False: F.hardswish(x, inplace),
         lambda x: aten.hardswish_backward(torch.ones_like(x), x),
         -0.5,
         1.5,
-        -3.0,
+        hidden=True,
     ),
     "elu": _elu,
     "selu": _selu,
@@ -192,10 +191,9 @@ def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:
     derivative, or x where y is to be rebuilt from it too; under any other format x."""
     if (source := shared(x, format)) is not None:
         return source
-    if not isinstance(format, Quantized):
+    once = format.rebuild and act.hidden and not torch.compiler.is_compiling()
+    if once or not isinstance(format, Quantized):
         return packed_once(x, format)
-    if format.rebuild and act.floor is not None and not torch.compiler.is_compiling():
-        return pack(x.clamp_min(act.floor), format)
     return pack(act.derivative(x), derivative_format(act, format))
 
 

@@ -45,6 +45,12 @@ class Layer:
         return str(format)
 
 
+def kept_of_activation(format: Format) -> str:
+    """What an activation with a curved derivative keeps, for the report."""
+    what = "derivative" if isinstance(format, Quantized) and not format.rebuild else "input"
+    return f"{what} {format}"
+
+
 def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
     """Register a mixin for the named classes."""
 
@@ -147,7 +153,7 @@ class ActivationLayer(Layer):
 
     @classmethod
     def describe(cls, format: Format) -> str:
-        return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"
+        return kept_of_activation(format)
 
 
 # torch.compile does not show these three functions to a mode.

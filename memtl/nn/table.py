@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import functional
 from ..autograd.keep import is_parameter
 from ..functional.product import einsum_indices
-from ..storage import Format, Quantized
+from ..storage import Format
+from .layers import kept_of_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +157,6 @@ def _places(format: Format) -> str:
     return "places of maxima, exact"
 
 
-def _derivative(format: Format) -> str:
-    return f"derivative {format}" if isinstance(format, Quantized) else f"input {format}"
-
-
 def _rows(role: str, served: dict[Callable, Callable], kept: Callable[[Format], str] = str):
     return {function: Call(role, serve, kept) for function, serve in served.items()}
 
@@ -226,7 +223,7 @@ CALLS: dict[Callable, Call] = {
             Tensor.sigmoid: _same(functional.sigmoid),
             Tensor.sigmoid_: _in_place(functional.sigmoid),
         },
-        _derivative,
+        kept_of_activation,
     ),
     **_rows(
         "activation",

@@ -92,19 +92,38 @@ def test_offset_is_rounded_down_and_scale_up(ops, bits, n):
 
 @EVERY_BITS
 def test_mean_over_seeds_is_exact(ops, bits):
-    """Six standard deviations; one draw has a variance of at most a quarter of a squared step."""
-    x, seeds = torch.randn(640), 400
+    """Within four standard errors, of each element and of all of them together."""
+    x, seeds = torch.randn(128), 2000
     _, params = ops.quant_pack(x, bits, 0)
-    scale, _ = per_element(params, 640)
+    scale, _ = per_element(params, 128)
     errors = torch.stack([round_trip(ops, x, bits, seed).double() - x for seed in range(seeds)])
     errors = errors / scale  # in steps
-    bias = 2**-17 + 2**-13  # of a 16-bit dither; of float32 arithmetic at 8 bits
-    assert_within(errors.mean(0), torch.zeros(640), 6 * 0.5 / math.sqrt(seeds) + bias)
-    assert abs(errors.mean()) < 6 * 0.5 / math.sqrt(seeds * 640) + bias
     # It is rounding to a neighbour, with the probability that makes the mean right.
-    position = ((x.double() - params.double().repeat_interleave(GROUP, 0)[:640, 1]) / scale) % 1
+    position = ((x.double() - params.double().repeat_interleave(GROUP, 0)[:128, 1]) / scale) % 1
     variance = position * (1 - position)
+    bias = 2**-17 + 2**-13  # of a 16-bit dither; of float32 arithmetic at 8 bits
+    assert_within(errors.mean(0), torch.zeros(128), 4 * (variance / seeds).sqrt() + bias)
+    assert abs(errors.mean()) < 4 * math.sqrt(variance.mean() / (seeds * 128)) + bias
     assert abs(errors.var(0).mean() - variance.mean()) < 0.02
+
+
+@EVERY_BITS
+def test_rounding_of_another_step_or_layer_is_independent(ops, bits):
+    """Data that hardly differs, as from one step to the next, is rounded anew; so is data of
+    another layer, and the same data under another seed."""
+    x = torch.randn(6400)
+    groups = x.clone().view(-1, GROUP)
+    groups[:, 5] = torch.nextafter(groups[:, 5], torch.full((100,), math.inf))
+    _, params = ops.quant_pack(x, bits, 0)
+    scale, _ = per_element(params, 6400)
+
+    def error(data, seed=0):
+        return (round_trip(ops, data, bits, seed).double() - data) / scale
+
+    for other in (error(groups.view(-1)), error(x, seed=1)):
+        pair = torch.stack((error(x), other))
+        # Independent errors have a correlation of 0, with a standard error of 1 / sqrt(6400).
+        assert abs(torch.corrcoef(pair)[0, 1]) < 4 / math.sqrt(6400)
 
 
 @EVERY_BITS
