@@ -121,6 +121,21 @@ class TopK(Format):
         channels_last: bool,
     ) -> Tensor:
         """A few samples at a time, so that never the whole batch's input is dense."""
+        if geometry.groups == 1 and not geometry.transposed and grad_out.device.type == "cpu":
+            _, _, k, k_tail, _, bitmap = self._layout(shape)
+            return torch.ops.memtl.topk_conv_weight_grad(
+                *self._open(packed, bitmap),
+                grad_out,
+                input_size,
+                weight_size[2:],
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                channels_last,
+                k,
+                k_tail,
+                bitmap,
+            )
         arguments = (input_size, weight_size, geometry, channels_last)
         if shape[0] == 0:
             return super().conv_weight_grad(packed, shape, grad_out, *arguments)
