@@ -181,7 +181,7 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
 
   // Bands of tokens: their rows, and those that the offsets lead to, are made once.
   const int64_t reach = plan.most - plan.least;
-  const int64_t band = sets == 1 ? 1 : std::max(kBandBlocks, ceil_div(reach, kTopkTokens));
+  const int64_t band = std::max(kBandBlocks, ceil_div(reach, kTopkTokens));
   const int64_t set_size = (width + 1) * kernels.tile, sums_size = sets * set_size;
   const int64_t rows_size = (band * kTopkTokens + reach) * kernels.tile;
   const auto multiply = [&](int64_t tile, int64_t panel, int64_t segment, float* rows,
