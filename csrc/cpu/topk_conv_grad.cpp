@@ -11,6 +11,8 @@
 namespace memtl {
 namespace {
 
+constexpr const char* kOp = "topk_conv_weight_grad";
+
 constexpr int64_t kChunkTokens = 1024;  // of the images whose entries are sorted together
 constexpr int64_t kBandBlocks = 4;      // of tokens, whose rows of one tile stay in L2
 constexpr int64_t kSums = 4096;         // channels times offsets whose sums of one tile fit in L2
@@ -37,17 +39,15 @@ struct ConvPlan {
     int64_t phase, shift;
   };
   Triple input, output, grid;
-  int64_t tokens, phases;        // of an image: in a phase; with an offset
-  std::vector<Offset> offsets;   // of the kernel; phase -1: meets no pixel
-  std::vector<int32_t> pixels;   // their tokens, from the first one of their phase; -1: no offset
-  std::vector<int32_t> of_phase; // and the phases
-  int64_t least = 0, most = 0;   // shifts
+  int64_t places;               // of an image's grid
+  std::vector<Offset> offsets;  // of the kernel; phase -1: meets no pixel
+  int64_t phases = 0;           // that an offset has
+  int64_t least = 0, most = 0;  // shifts
 
   ConvPlan(const Triple& input, const Triple& output, const Triple& kernel, const Triple& stride,
            const Triple& padding, const Triple& dilation)
-      : input(input), output(output) {
-    // Of every dimension: the phase of an offset in the kernel, and where it leads.
-    std::array<std::vector<Offset>, 3> along;
+      : input(input), output(output), stride_(stride) {
+    std::array<std::vector<Offset>, 3> along;  // each dimension
     for (size_t d = 0; d < 3; ++d) {
       const int64_t longest = ceil_div(input[d], stride[d]);
       grid[d] = std::max(output[d], longest);
@@ -59,9 +59,8 @@ struct ConvPlan {
         grid[d] = std::max({grid[d], output[d] - shift, longest + shift});
       }
     }
-    tokens = product(grid);
-    std::vector<int64_t> numbers(static_cast<size_t>(product(stride)), -1);
-    phases = 0;
+    places = product(grid);
+    numbers_.assign(static_cast<size_t>(product(stride)), -1);
     for (const Offset& a : along[0]) {
       for (const Offset& b : along[1]) {
         for (const Offset& c : along[2]) {
@@ -69,8 +68,8 @@ struct ConvPlan {
             offsets.push_back({-1, 0});
             continue;
           }
-          int64_t& number = numbers[static_cast<size_t>(
-              (a.phase * stride[1] + b.phase) * stride[2] + c.phase)];
+          int64_t& number =
+              numbers_[static_cast<size_t>((a.phase * stride[1] + b.phase) * stride[2] + c.phase)];
           if (number < 0) number = phases++;
           offsets.push_back({number, (a.shift * grid[1] + b.shift) * grid[2] + c.shift});
           least = std::min(least, offsets.back().shift);
@@ -78,19 +77,30 @@ struct ConvPlan {
         }
       }
     }
+  }
+
+  // What pixels are called in TopkImages, with so many tokens a phase.
+  std::vector<int32_t> tokens(int64_t phase_tokens) const {
+    std::vector<int32_t> tokens;
+    tokens.reserve(static_cast<size_t>(product(input)));
     for (int64_t z = 0; z < input[0]; ++z) {
       for (int64_t y = 0; y < input[1]; ++y) {
+        const int64_t phase = z % stride_[0] * stride_[1] + y % stride_[1];
+        const int64_t place = z / stride_[0] * grid[1] + y / stride_[1];
         for (int64_t x = 0; x < input[2]; ++x) {
-          const int64_t phase = (z % stride[0] * stride[1] + y % stride[1]) * stride[2] +
-                                x % stride[2];
-          const int64_t place = (z / stride[0] * grid[1] + y / stride[1]) * grid[2] +
-                                x / stride[2];
-          of_phase.push_back(static_cast<int32_t>(numbers[static_cast<size_t>(phase)]));
-          pixels.push_back(of_phase.back() < 0 ? -1 : static_cast<int32_t>(place));
+          const int64_t along = x / stride_[2];
+          const int64_t number = numbers_[static_cast<size_t>((phase - along) * stride_[2] + x)];
+          const int64_t token = number * phase_tokens + place * grid[2] + along;
+          tokens.push_back(number < 0 ? -1 : static_cast<int32_t>(token));
         }
       }
     }
+    return tokens;
   }
+
+ private:
+  Triple stride_;
+  std::vector<int64_t> numbers_;  // of phases; -1: no offset has it
 };
 
 // grad_out, dense in one of two orders.
@@ -145,18 +155,14 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
   const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 2 * threads : 1;
 
   // Chunks of images: their entries are sorted by block of tokens and channel, once.
-  const int64_t each = std::min(ceil_div(kChunkTokens, plan.tokens), ceil_div(grad.images, 4));
+  const int64_t each = std::min(ceil_div(kChunkTokens, plan.places), ceil_div(grad.images, 4));
   const int64_t chunks = ceil_div(grad.images, each);
-  const int64_t phase_blocks = ceil_div(each * plan.tokens, kTopkTokens);
+  const int64_t phase_blocks = ceil_div(each * plan.places, kTopkTokens);
   const int64_t blocks = plan.phases * phase_blocks;
-  std::vector<int32_t> tokens(plan.pixels);
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (tokens[i] >= 0) {
-      tokens[i] += plan.of_phase[i] * static_cast<int32_t>(phase_blocks * kTopkTokens);
-    }
-  }
-  const TopkImages images = {channels, product(plan.input), channels_last, tokens.data(),
-                             plan.tokens, blocks};
+  STD_TORCH_CHECK(blocks * kTopkTokens < int64_t{1} << 31, kOp, ": images too large");
+  const std::vector<int32_t> tokens = plan.tokens(phase_blocks * kTopkTokens);
+  const TopkImages images = {channels,      product(plan.input), channels_last,
+                             tokens.data(), plan.places,         blocks};
 
   // Tasks: a tile of the outputs, a panel of the channels, a segment of the chunks. How sums are
   // cut into segments does not depend on the number of threads.
@@ -193,7 +199,7 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
     for (int64_t chunk = chunks * segment / segments; chunk < chunks * (segment + 1) / segments;
          ++chunk) {
       const int64_t image = chunk * each, some = std::min(each, grad.images - image);
-      const int64_t used = ceil_div(some * plan.tokens, kTopkTokens);
+      const int64_t used = ceil_div(some * plan.places, kTopkTokens);
       for (int64_t block = 0; block < used; block += band) {
         const int64_t end = std::min(used, block + band);
         const int64_t begin = block * kTopkTokens + plan.least;
@@ -243,7 +249,8 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
           multiply(part / panels, part % panels, segment, rows.get(), mine.get());
           if (++done[static_cast<size_t>(part)] < segments) continue;
           // Whoever comes last adds the segments up, always in the same order.
-          float* total = segments > 1 ? sums[static_cast<size_t>(part * segments)].get() : own.get();
+          float* total =
+              segments > 1 ? sums[static_cast<size_t>(part * segments)].get() : own.get();
           for (int64_t s = 1; s < segments; ++s) {
             const float* more = sums[static_cast<size_t>(part * segments + s)].get();
             for (int64_t j = 0; j < sums_size; ++j) total[j] += more[j];
@@ -254,8 +261,6 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
   reading.check_ascending(ascending);
 }
 
-constexpr const char* kOp = "topk_conv_weight_grad";
-
 Tensor topk_conv_weight_grad_cpu(const Tensor& values, const Tensor& positions, const Tensor& scale,
                                  const Tensor& counts, const Tensor& grad_out,
                                  std::vector<int64_t> input_size, std::vector<int64_t> kernel_size,
@@ -265,8 +270,9 @@ Tensor topk_conv_weight_grad_cpu(const Tensor& values, const Tensor& positions, 
   const size_t dims = kernel_size.size();
   STD_TORCH_CHECK(dims >= 1 && dims <= 3 && input_size.size() == dims + 1 &&
                       stride.size() == dims && padding.size() == dims && dilation.size() == dims,
-                  kOp, ": expected input_size (C, ...) and, for each of 1 to 3 spatial dimensions, "
-                       "one kernel_size, stride, padding and dilation");
+                  kOp,
+                  ": expected input_size (C, ...) and, for each of 1 to 3 spatial dimensions, "
+                  "one kernel_size, stride, padding and dilation");
   STD_TORCH_CHECK(grad_out.is_cpu(), kOp, ": expected grad_out on the CPU");
   const DType dtype = floating(kOp, "grad_out", grad_out.scalar_type());
   std::vector<int64_t> spatial, wanted;
@@ -274,14 +280,16 @@ Tensor topk_conv_weight_grad_cpu(const Tensor& values, const Tensor& positions, 
   for (size_t d = 0; d < dims; ++d) {
     const int64_t size = input_size[d + 1];
     STD_TORCH_CHECK(kernel_size[d] >= 1 && stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1,
-                    kOp, ": expected kernel_size, stride and dilation of 1 or more and padding of "
-                         "0 or more");
+                    kOp,
+                    ": expected kernel_size, stride and dilation of 1 or more and padding of "
+                    "0 or more");
     const int64_t room = size + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
     STD_TORCH_CHECK(size >= 0 && room >= 0, kOp, ": a dimension of ", size, " with padding ",
                     padding[d], " is less than the kernel's ", kernel_size[d], " at dilation ",
                     dilation[d]);
     spatial.push_back(size);
     wanted.push_back(room / stride[d] + 1);
+    stride[d] = std::min(stride[d], room + 1);  // a single output: the same, with fewer phases
     n *= size;
   }
   const int64_t channels = input_size[0], batch = values.size(0);
@@ -310,9 +318,12 @@ Tensor topk_conv_weight_grad_cpu(const Tensor& values, const Tensor& positions, 
   const Tensor flat = torch::stable::flatten(grad_out, 2, -1);
   const bool outputs_last = torch::stable::transpose(flat, 1, 2).is_contiguous();
   const Tensor rows = outputs_last ? flat : torch::stable::contiguous(flat);
-  const ConvGrad grad = {dtype,        rows.data_ptr(),
-                         batch,        outputs,
-                         outputs * pixels, outputs_last ? outputs : 1,
+  const ConvGrad grad = {dtype,
+                         rows.data_ptr(),
+                         batch,
+                         outputs,
+                         outputs * pixels,
+                         outputs_last ? outputs : 1,
                          outputs_last ? 1 : pixels};
   conv_weight_grad(reading, plan, grad, channels, channels_last, data<float>(out));
   return out;
