@@ -133,13 +133,12 @@ MEMTL_INLINE void for_pixels(const TopkImages& images, const uint8_t* positions,
                              int64_t at, int64_t size, int64_t first_token, Visit visit) {
   const int64_t minors = images.channels_last ? images.channels : images.pixels;
   const int64_t majors = images.channels_last ? images.pixels : images.channels;
-  for_entries(positions, count, at, size, minors, 0, majors,
-              [&](int64_t major, int64_t minor, int i) {
-                const int32_t token = images.tokens[images.channels_last ? major : minor];
-                if (token < 0) return;
-                visit(static_cast<uint32_t>(first_token + token),
-                      images.channels_last ? minor : major, i);
-              });
+  for_entries(
+      positions, count, at, size, minors, 0, majors, [&](int64_t major, int64_t minor, int i) {
+        const int32_t token = images.tokens[images.channels_last ? major : minor];
+        if (token < 0) return;
+        visit(static_cast<uint32_t>(first_token + token), images.channels_last ? minor : major, i);
+      });
 }
 
 bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_t first,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class TopK(Format):
         channels_last: bool,
     ) -> Tensor:
         """From the kept entries alone where that is faster (:func:`_sparse_is_faster`); else dense,
-        a few samples at a time, so that never the whole batch's input is."""
+        a few samples at a time."""
         _, n, k, k_tail, kept, bitmap = self._layout(shape)
         if grad_out.is_cpu and _sparse_is_faster(kept, n, weight_size, geometry):
             return torch.ops.memtl.topk_conv_weight_grad(
@@ -138,6 +138,16 @@ class TopK(Format):
                 bitmap,
             )
         arguments = (input_size, weight_size, geometry, channels_last)
+        return self.library_conv_weight_grad(packed, shape, grad_out, *arguments)
+
+    def library_conv_weight_grad(
+        self,
+        packed: tuple[Tensor, ...],
+        shape: torch.Size,
+        grad_out: Tensor,
+        *arguments: Any,
+    ) -> Tensor:
+        """Dense, a few samples at a time, so that never the whole batch's input is."""
         if shape[0] == 0:
             return super().conv_weight_grad(packed, shape, grad_out, *arguments)
         each = max(1, DENSE_ELEMENTS // max(1, shape[1]))
