@@ -1,4 +1,5 @@
-"""What is timed: every operator on the tensors of a ViT-B/16, beside what one would do without it.
+"""What is timed: every operator on the tensors of a ViT-B/16, convolutions of a
+ResNet-50, beside what one would do without it.
 
 Inputs are normal random numbers of torch's global generator: seed it first.
 """

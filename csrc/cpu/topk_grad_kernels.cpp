@@ -21,7 +21,11 @@ MEMTL_INLINE void for_entries(const uint8_t* positions, int count, int64_t at, i
   for (int i = 0; i < count; ++i) {
     feature += positions[i] - before;
     before = positions[i];
-    for (; feature >= features; feature -= features) ++token;
+    if (feature >= features) {
+      const auto passed = static_cast<uint32_t>(feature) / static_cast<uint32_t>(features);
+      token += passed;
+      feature -= passed * features;
+    }
     if (token >= first && token < last) visit(token, feature, i);
   }
 }

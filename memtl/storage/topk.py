@@ -179,13 +179,13 @@ def _sparse_is_faster(
     from decoded samples, by what was measured with AVX-512, AVX2 and portable code.
 
     An entry is sorted once and then multiplied with every output it meets. Many outputs pay for
-    the sorting: with 64 up to a density of about 0.25 (256 -> 64 channels, 1x1), with 24 of 0.1,
+    the sorting: with 64 (256 -> 64 channels, 1x1) up to a density of about 0.25, with 24 of 0.1,
     with 16 of 0.07; with hundreds, up to 0.3 and more.
     """
     if geometry.groups != 1 or geometry.transposed:
         return False
     outputs = weight_size[0] * math.prod(weight_size[2:]) / math.prod(geometry.stride)
-    return kept <= n * min(0.3, outputs / 240)
+    return kept <= n * min(0.3, outputs / 230)
 
 
 def quota(length: int, keep: float) -> int:
