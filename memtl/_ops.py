@@ -147,6 +147,44 @@ def _(values, positions, scale, counts, grad_out, n, features, k, k_tail, bitmap
     return grad_out.new_empty((outputs, features), dtype=torch.float32)
 
 
+@_define(
+    "topk_conv_weight_grad",
+    "(Tensor values, Tensor positions, Tensor scale, Tensor counts, Tensor grad_out, "
+    "SymInt[] input_size, SymInt[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "bool channels_last, int k, int k_tail, bool bitmap) -> Tensor",
+)
+def _(
+    values,
+    positions,
+    scale,
+    counts,
+    grad_out,
+    input_size,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    channels_last,
+    k,
+    k_tail,
+    bitmap,
+):
+    """grad_out [B, O, ...] -> the weight gradient [O, C, *kernel_size] in float32 of a convolution
+    of one group and 1 to 3 spatial dimensions, one number of ``stride``, ``padding`` and
+    ``dilation`` for each; x is what was packed: a row is a sample of ``input_size`` (C, ...), in
+    the order (..., C) with ``channels_last``. x is never rebuilt."""
+    _check_floating("topk_conv_weight_grad", grad_out)
+    torch._check(
+        grad_out.dim() == len(kernel_size) + 2,
+        lambda: (
+            f"topk_conv_weight_grad: expected grad_out [B, O, ...] for a kernel of "
+            f"{len(kernel_size)} dimensions, got {tuple(grad_out.shape)}"
+        ),
+    )
+    shape = (grad_out.shape[1], input_size[0], *kernel_size)
+    return grad_out.new_empty(shape, dtype=torch.float32)
+
+
 # ------------------------------------------------------------------------------------------ quant
 
 

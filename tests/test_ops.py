@@ -69,6 +69,30 @@ def topk_weight_grad():
     yield *packed, torch.randn(12, 5), 600, 100, 60, 0, True
 
 
+def topk_conv_weight_grad():
+    geometries = (
+        ((3, 10, 20), (3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 10, 20), (3, 4), (2, 3), (0, 2), (2, 1)),
+        ((100, 6), (2,), (1,), (0,), (1,)),
+        ((6, 100), (1,), (3,), (0,), (1,)),
+        ((5, 4, 5, 6), (3, 1, 2), (2, 1, 1), (1, 0, 1), (1, 1, 2)),
+    )
+    for i, (size, kernel, *geometry) in enumerate(geometries):
+        for rows in (3, 0):
+            channels_last, bitmap = i % 2 == 1, i % 3 == 2
+            x = torch.randn(rows, 600)
+            if rows and i < 2:
+                packed, k, k_tail = OPS.topk_pack_sample(x, 50, torch.int8, bitmap), 50, 0
+            else:
+                packed = *OPS.topk_pack(x, 26, 9, VALUES[i % 4], bitmap), EMPTY_COUNTS
+                k, k_tail = 26, 9
+            dilated = zip(size[1:], kernel, *geometry, strict=True)
+            shape = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in dilated]
+            g = torch.randn(rows, 7, *shape).to(FLOATING[i % 4])
+            options = (list(size), list(kernel), *map(list, geometry))
+            yield *packed, g, *options, channels_last, k, k_tail, bitmap
+
+
 def quant_pack():
     for shape in ((600,), (3, 70), (2, 3, 64), (1,), (0, 5)):
         for bits, dtype in zip((8, 4, 3, 2), FLOATING, strict=True):
@@ -128,6 +152,7 @@ SAMPLES = {
         topk_pack_sample,
         topk_unpack,
         topk_weight_grad,
+        topk_conv_weight_grad,
         quant_pack,
         quant_unpack,
         quant_pack_range,
@@ -213,6 +238,11 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 )
                 dense = dense.double().view(len(g), sample[6])
                 assert_within(a, b, 2 * gamma(len(g) + 3) * (g.T.abs() @ dense.abs()))
+            elif name == "topk_conv_weight_grad":
+                values, *rest, g = sample[:5]
+                bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
+                terms = g.numel() // max(1, g.shape[1])
+                assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
             else:
                 assert_same(a, b)
 

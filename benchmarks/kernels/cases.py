@@ -1,4 +1,5 @@
-"""What is timed: every operator on the tensors of a ViT-B/16, beside what one would do without it.
+"""What is timed: every operator on the tensors of a ViT-B/16, convolutions of a
+ResNet-50, beside what one would do without it.
 
 Inputs are normal random numbers of torch's global generator: seed it first.
 """
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memtl.storage.topk import quota
+from memtl.storage.convolution import ConvGeometry, library_weight_grad
+from memtl.storage.topk import TopK, quota
 
 OPS = torch.ops.memtl
 TOKENS = 197
@@ -205,6 +207,51 @@ def topk_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
+CONVOLUTIONS = ((64, 64, 3, 56), (512, 512, 3, 7), (64, 256, 1, 56), (1024, 256, 1, 14))
+"""Of a ResNet-50: channels, outputs, kernel, side of the image."""
+
+
+def conv_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The weight gradient of convolutions, from packed rows [B, C H W]."""
+
+    def weight_grad(channels: int, outputs: int, kernel: int, side: int, keep: float) -> Calls:
+        x = torch.randn(batch, channels * side * side, device=device, dtype=dtype)
+        grad_out = torch.randn(batch, outputs, side, side, device=device, dtype=dtype)
+        format, size = TopK(keep), (channels, side, side)
+        packed, weight_size = format.pack(x), (outputs, channels, kernel, kernel)
+        geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), 1, False, (0, 0))
+        counts = torch.empty(0, device=device, dtype=torch.int16)
+        options = (
+            list(size),
+            [kernel] * 2,
+            *map(list, geometry[:3]),
+            False,
+            quota(256, keep),
+            0,
+            False,
+        )
+
+        def library(x: Tensor) -> Tensor:
+            return library_weight_grad(x, grad_out, size, weight_size, geometry, False)
+
+        return {
+            "memtl": partial(OPS.topk_conv_weight_grad, *packed, counts, grad_out, *options),
+            "dense: torch's own": partial(library, x),
+            "a few samples unpacked at a time, then torch's own": lambda: (
+                format.library_conv_weight_grad(
+                    packed, x.shape, grad_out, size, weight_size, geometry, False
+                )
+            ),
+        }
+
+    for channels, outputs, kernel, side in CONVOLUTIONS:
+        shape = f"{batch}x{channels}x{side}x{side}->{outputs}, {kernel}x{kernel}"
+        elements = batch * channels * side * side
+        for keep in (0.1, 0.03):
+            make = partial(weight_grad, channels, outputs, kernel, side, keep)
+            yield Case("topk_conv_weight_grad", f"keep {keep:g} int8", shape, elements, make)
+
+
 def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """Groups of 64 in 8, 4, 3 and 2 bits; 4 and 3 bits on the range of GELU's derivative."""
     shape = (batch * TOKENS, WIDTHS[1])
@@ -299,6 +346,7 @@ def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Cas
 
 FAMILIES = {
     "topk": topk_cases,
+    "conv": conv_cases,
     "quant": quant_cases,
     "bits": bits_cases,
     "attention": attention_cases,

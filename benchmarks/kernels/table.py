@@ -3,7 +3,8 @@
     python benchmarks/kernels/table.py [--threads N] [--only topk] [--isa avx2] [--quick]
                                        [--unchecked]
 
-Tensors are those of a ViT-B/16 on 8 images: 1576 tokens of 768 or 3072 features, float32. First the
+Tensors are those of a ViT-B/16 on 8 images, 1576 tokens of 768 or 3072 features, and of a
+ResNet-50's convolutions, float32. First the
 kernels' own tests run; where one fails nothing is measured. GB/s counts each argument and result
 once; its share is that of copying a 1576x3072 tensor, by `Tensor.copy_`, with the same threads. The
 ratio is the baseline's time over the operator's, both medians of turns taken in one process. The

@@ -21,7 +21,11 @@ MEMTL_INLINE void for_entries(const uint8_t* positions, int count, int64_t at, i
   for (int i = 0; i < count; ++i) {
     feature += positions[i] - before;
     before = positions[i];
-    for (; feature >= features; feature -= features) ++token;
+    if (feature >= features) {
+      const auto passed = static_cast<uint32_t>(feature) / static_cast<uint32_t>(features);
+      token += passed;
+      feature -= passed * features;
+    }
     if (token >= first && token < last) visit(token, feature, i);
   }
 }
@@ -133,11 +137,12 @@ MEMTL_INLINE void for_pixels(const TopkImages& images, const uint8_t* positions,
                              int64_t at, int64_t size, int64_t first_token, Visit visit) {
   const int64_t minors = images.channels_last ? images.channels : images.pixels;
   const int64_t majors = images.channels_last ? images.pixels : images.channels;
-  for_entries(positions, count, at, size, minors, 0, majors,
-              [&](int64_t major, int64_t minor, int i) {
-                const int64_t token = images.tokens[images.channels_last ? major : minor];
-                if (token >= 0) visit(first_token + token, images.channels_last ? minor : major, i);
-              });
+  for_entries(
+      positions, count, at, size, minors, 0, majors, [&](int64_t major, int64_t minor, int i) {
+        const int32_t token = images.tokens[images.channels_last ? major : minor];
+        if (token < 0) return;
+        visit(static_cast<uint32_t>(first_token + token), images.channels_last ? minor : major, i);
+      });
 }
 
 bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_t first,
@@ -146,7 +151,7 @@ bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_
   EntryBuffers buffers;
   const int64_t channels = images.channels, panels = ceil_div(channels, width);
   std::memset(cursors, 0, static_cast<size_t>(images.blocks * channels) * sizeof *cursors);
-  const auto cursor = [&](int64_t token, int64_t channel) {
+  const auto cursor = [&](uint32_t token, int64_t channel) {
     return cursors + token / kTopkTokens * channels + channel;
   };
   for (int64_t row = first; row < last; ++row) {
@@ -157,7 +162,7 @@ bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_
       const uint8_t* positions = positions_of(packed, row, block, place, buffers.positions);
       if (!packed.bitmap && !ascend(positions, count)) return false;
       for_pixels(images, positions, count, at, min_of(packed.n - at, kBlock), first_token,
-                 [&](int64_t token, int64_t channel, int) { ++*cursor(token, channel); });
+                 [&](uint32_t token, int64_t channel, int) { ++*cursor(token, channel); });
     }
   }
   TopkStorage next = storage;
@@ -174,7 +179,7 @@ bool transpose_images(const TopkPacked& packed, const TopkImages& images, int64_
       const uint8_t* positions = positions_of(packed, row, block, place, buffers.positions);
       const float* values = values_of(packed, row, block, place, count, buffers.values);
       for_pixels(images, positions, count, at, min_of(packed.n - at, kBlock), first_token,
-                 [&](int64_t token, int64_t channel, int i) {
+                 [&](uint32_t token, int64_t channel, int i) {
                    put(storage, cursor(token, channel), token % kTopkTokens, values[i]);
                  });
     }
@@ -447,12 +452,21 @@ void write(const float* sums, int64_t set_stride, int64_t sets, int64_t width, i
            float* out, int64_t output_stride) {
   const int64_t row = ceil_div(outputs, kLanes) * kLanes;
   if (sets > 1) {
+    alignas(64) float square[kLanes * kLanes] = {}, turned[kLanes * kLanes];
     for (int64_t o = 0; o < outputs; o += kLanes) {
+      const int64_t some = min_of(outputs - o, kLanes);
       for (int64_t feature = 0; feature < width; ++feature) {
-        for (int64_t i = o; i < min_of(o + kLanes, outputs); ++i) {
-          float* to = out + i * output_stride + feature * sets;
-          const float* from = sums + feature * row + i;
-          for (int64_t set = 0; set < sets; ++set) to[set] = from[set * set_stride];
+        for (int64_t set = 0; set < sets; set += kLanes) {
+          const int64_t size = min_of(sets - set, kLanes);
+          const float* from = sums + set * set_stride + feature * row + o;
+          for (int64_t i = 0; i < size; ++i) {
+            store_vector(square + i * kLanes, load_vector(from + i * set_stride));
+          }
+          transpose_square<false>(square, kLanes, turned, kLanes, some);
+          float* to = out + o * output_stride + feature * sets + set;
+          for (int64_t i = 0; i < some; ++i) {
+            copy_bytes(to + i * output_stride, turned + i * kLanes, size * 4);
+          }
         }
       }
     }

@@ -387,6 +387,96 @@ void test_weight_grad(Isa isa) {
   }
 }
 
+// The entries of images, times rows that are shifted by 0, 1, ... for every set.
+void test_conv_grad(Isa isa) {
+  const Kernels kernels = table(isa);
+  struct Case {
+    int64_t images, channels, pixels, between, sets, outputs, width;
+  };
+  for (const Case& c :
+       {Case{3, 5, 100, 0, 1, 5, 64}, Case{1, 70, 300, 7, 3, 70, 64}, Case{4, 9, 49, 3, 9, 16, 64},
+        Case{2, 3, 1, 0, 20, 33, 16}, Case{2, 300, 2, 1, 2, 1, 128}}) {
+    for (const bool channels_last : {false, true}) {
+      for (const bool bitmap : {false, true}) {
+        std::snprintf(context, sizeof context, "conv_grad %s channels %d pixels %d last %d",
+                      name(isa), int(c.channels), int(c.pixels), int(channels_last));
+        const int64_t n = c.channels * c.pixels, k = 60, k_tail = std::min<int64_t>(n % kBlock, 3);
+        const auto x = numbers(c.images * n, Kind::normal, 13);
+        Packed packed(c.images, n, n / kBlock * k + k_tail, k, DType::i8, bitmap);
+        kernels.pack.pack(DType::f32, x.data(), n, k, k_tail, packed.output(), 0, c.images);
+        const TopkPacked reading = packed.reading();
+        std::vector<float> dense(x.size());
+        CHECK(kernels.read.unpack(reading, 0, c.images * n, DType::f32, dense.data()));
+
+        // Every fifth pixel is left out, the others stand backwards.
+        std::vector<int32_t> tokens(size_t(c.pixels), -1);
+        for (int64_t p = 0; p < c.pixels; ++p) {
+          if (p % 5 != 4) tokens[size_t(p)] = int32_t(c.pixels - 1 - p);
+        }
+        const int64_t step = c.pixels + c.between, blocks = ceil_div(c.images * step, kTopkTokens);
+        const TopkImages images = {c.channels,    c.pixels, channels_last,
+                                   tokens.data(), step,     blocks};
+        const int64_t panels = ceil_div(c.channels, c.width);
+        std::vector<TopkColumns> columns(size_t(blocks * panels));
+        std::vector<uint32_t> cursors(size_t(blocks * c.channels), 77);
+        Columns memory(c.images * packed.kept, c.channels, panels, blocks);
+        CHECK(kernels.grad.transpose_images(reading, images, 0, c.images, c.width, memory.storage(),
+                                            columns.data(), cursors.data()));
+
+        const int64_t count = std::min(c.outputs, kernels.grad.tile);
+        const int64_t vectors = ceil_div(count, kernels.grad.lanes);
+        const int64_t row = vectors * kernels.grad.lanes;
+        const int64_t places = blocks * kTopkTokens + c.sets;
+        const auto random = numbers(places * row, Kind::normal, 14);
+        const int64_t set_size = (c.width + 1) * row;
+        Floats rows(places * row), sums(c.sets * set_size);
+        std::copy(random.begin(), random.end(), rows.data());
+        std::vector<float> out(size_t(count * c.channels * c.sets), std::nanf(""));
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          std::fill_n(sums.data(), c.sets * set_size, 0.0f);
+          for (int64_t set = 0; set < c.sets; ++set) {
+            for (int64_t block = 0; block < blocks; ++block) {
+              kernels.grad.accumulate(columns[size_t(block * panels + panel)], vectors,
+                                      rows.data() + (block * kTopkTokens + set) * row,
+                                      sums.data() + set * set_size);
+            }
+          }
+          const int64_t first = panel * c.width;
+          kernels.grad.write(sums.data(), set_size, c.sets, std::min(c.width, c.channels - first),
+                             count, out.data() + first * c.sets, c.channels * c.sets);
+        }
+        for (int64_t o = 0; o < count; ++o) {
+          for (int64_t channel = 0; channel < c.channels; ++channel) {
+            for (int64_t set = 0; set < c.sets; ++set) {
+              double sum = 0, size = 0;
+              for (int64_t image = 0; image < c.images; ++image) {
+                for (int64_t p = 0; p < c.pixels; ++p) {
+                  if (tokens[size_t(p)] < 0) continue;
+                  const int64_t place = image * step + tokens[size_t(p)] + set;
+                  const int64_t at =
+                      channels_last ? p * c.channels + channel : channel * c.pixels + p;
+                  const double term = double(dense[size_t(image * n + at)]) *
+                                      double(random[size_t(place * row + o)]);
+                  sum += term;
+                  size += std::abs(term);
+                }
+              }
+              const double bound = double(c.images * c.pixels + 1) * 0x1p-24 * size;
+              const float got = out[size_t((o * c.channels + channel) * c.sets + set)];
+              CHECK(std::abs(got - sum) <= bound);
+            }
+          }
+        }
+        if (!bitmap && packed.kept > 1) {
+          std::swap(packed.positions[0], packed.positions[1]);
+          CHECK(!kernels.grad.transpose_images(packed.reading(), images, 0, c.images, c.width,
+                                               memory.storage(), columns.data(), cursors.data()));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -396,6 +486,7 @@ int main() {
     test_rows(isa);
     test_unpack(isa);
     test_weight_grad(isa);
+    test_conv_grad(isa);
     std::printf("topk: %s agrees\n", name(isa));
   }
 }

@@ -7,7 +7,13 @@ where no kernel was built. Optimised code never imports this package.
 from .attention import attention_grad
 from .bits import bits_apply, bits_pack
 from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
-from .topk import topk_pack, topk_pack_sample, topk_unpack, topk_weight_grad
+from .topk import (
+    topk_conv_weight_grad,
+    topk_pack,
+    topk_pack_sample,
+    topk_unpack,
+    topk_weight_grad,
+)
 
 OPS = {
     op.__name__: op
@@ -16,6 +22,7 @@ OPS = {
         topk_pack_sample,
         topk_unpack,
         topk_weight_grad,
+        topk_conv_weight_grad,
         quant_pack,
         quant_unpack,
         quant_pack_range,

@@ -5,6 +5,9 @@ value and NaN above them: what is not finite is always kept. Ties are cut by pos
 ones staying, so that exactly the quota is kept.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,3 +137,34 @@ def topk_weight_grad(
     """grad_out^T x [O, D], x [T, D] being the unpacked tensor; accumulated in float32."""
     x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)
     return grad_out.float().t() @ x.view(grad_out.shape[0], features)
+
+
+def topk_conv_weight_grad(
+    values: Tensor,
+    positions: Tensor,
+    scale: Tensor,
+    counts: Tensor,
+    grad_out: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    k: int,
+    k_tail: int,
+    bitmap: bool,
+) -> Tensor:
+    """What torch gives for the unpacked input [B, *input_size]; accumulated in float32."""
+    channels, *spatial = input_size
+    n = math.prod(input_size)
+    x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)
+    if channels_last:
+        x = x.view(-1, *spatial, channels).movedim(-1, 1)
+    else:
+        x = x.view(-1, channels, *spatial)
+    weight = x.new_empty((1,)).expand(grad_out.shape[1], channels, *kernel_size)
+    geometry = stride, padding, dilation, False, [0] * len(spatial), 1
+    return torch.ops.aten.convolution_backward(
+        grad_out.float(), x, weight, None, *geometry, [False, True, False]
+    )[1].contiguous()

@@ -4,6 +4,7 @@ What is packed and unpacked must be equal bit for bit. The weight gradient is co
 float64 product, within what adding up in float32 may err.
 """
 
+import itertools
 import math
 
 import pytest
@@ -288,6 +289,229 @@ def test_weight_grad_shows_what_is_not_finite():
     packed = ops.topk_pack(x, 26, 0, torch.int8, False)
     got = ops.topk_weight_grad(*packed, NO_COUNTS, torch.ones(4, 2), 256, 256, 26, 0, False)
     assert got[:, 3].isinf().all() and got[:, 5].isnan().all()
+
+
+# --------------------------------------------------------------- weight gradient of a convolution
+
+
+def conv_shape(size, kernel, stride, padding, dilation):
+    """Of grad_out, spatial."""
+    of_each = zip(size[1:], kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in of_each]
+
+
+def conv_grad(x, grad_out, size, kernel, geometry, channels_last):
+    """In float64, one offset of the kernel at a time."""
+    stride, padding, dilation = geometry
+    channels, *spatial = size
+    rows = len(x)
+    x = x.view(rows, *spatial, channels).movedim(-1, 1) if channels_last else x.view(rows, *size)
+    for d, p in enumerate(padding):
+        shape = list(x.shape)
+        shape[2 + d] = p
+        x = torch.cat((x.new_zeros(shape), x, x.new_zeros(shape)), 2 + d)
+    out = torch.empty(grad_out.shape[1], channels, *kernel, dtype=torch.float64)
+    for offset in itertools.product(*map(range, kernel)):
+        part = x
+        for d, at in enumerate(offset):
+            first, count = at * dilation[d], grad_out.shape[2 + d]
+            places = torch.arange(count) * stride[d] + first
+            part = part.index_select(2 + d, places)
+        product = torch.einsum("bop,bcp->oc", grad_out.flatten(2), part.flatten(2))
+        out[(slice(None), slice(None), *offset)] = product
+    return out
+
+
+def check_conv(packed, layout, grad_out, size, kernel, geometry, channels_last):
+    """layout: k, k_tail, bitmap; geometry: stride, padding, dilation."""
+    options = (list(size), list(kernel), *map(list, geometry), channels_last)
+    got = ops.topk_conv_weight_grad(*packed, grad_out, *options, *layout)
+    x = ops.topk_unpack(*packed, math.prod(size), *layout, torch.float32).double()
+    g = grad_out.float().double()
+    wanted = conv_grad(x, g, size, kernel, geometry, channels_last)
+    magnitude = conv_grad(x.abs(), g.abs(), size, kernel, geometry, channels_last)
+    terms = len(g) * math.prod(g.shape[2:])
+    assert got.dtype == torch.float32 and got.is_contiguous() and got.shape == wanted.shape
+    assert ((got.double() - wanted).abs() <= gamma(terms + 1) * magnitude).all()
+    return got
+
+
+CONVOLUTIONS = {
+    "1x1": ((20, 9, 15), (1, 1), ((1, 1), (0, 0), (1, 1))),
+    "3x3": ((5, 17, 13), (3, 3), ((1, 1), (1, 1), (1, 1))),
+    "valid": ((70, 8, 9), (3, 2), ((1, 1), (0, 0), (1, 1))),
+    "strided": ((6, 17, 14), (3, 3), ((2, 2), (1, 1), (1, 1))),
+    "1x1 strided": ((33, 7, 7), (1, 1), ((2, 3), (0, 0), (1, 1))),
+    "kernel smaller than stride": ((9, 11, 11), (2, 2), ((3, 3), (0, 0), (1, 1))),
+    "dilated": ((4, 15, 16), (3, 2), ((1, 1), (2, 0), (2, 3))),
+    "strided and dilated": ((4, 15, 16), (3, 4), ((2, 3), (3, 2), (3, 2))),
+    "wide padding": ((3, 5, 4), (1, 2), ((1, 2), (3, 4), (1, 1))),
+    "offsets that meet nothing": ((3, 1, 2), (5, 5), ((2, 3), (2, 2), (1, 1))),
+    "7x7": ((3, 30, 31), (7, 7), ((2, 2), (3, 3), (1, 1))),
+    "1d": ((40, 50), (5,), ((2,), (2,), (1,))),
+    "long": ((3, 2000), (3,), ((1,), (400,), (300,))),
+    "3d": ((7, 5, 6, 7), (3, 1, 2), ((1, 2, 1), (1, 0, 1), (1, 1, 2))),
+    "one pixel": ((300, 1, 1), (1, 1), ((1, 1), (0, 0), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv_weight_grad(name, channels_last):
+    size, kernel, geometry = CONVOLUTIONS[name]
+    n, shape = math.prod(size), conv_shape(size, kernel, *geometry)
+    for i, (rows, outputs) in enumerate(((1, 1), (5, 70), (2, 16))):
+        x, bitmap, dtype = numbers(rows, n), i % 2 == 1, VALUE_DTYPES[i + 1]
+        grad_out = numbers(rows, outputs * math.prod(shape), seed=1).view(rows, outputs, *shape)
+        if i == 1:
+            grad_out = grad_out.movedim(1, -1).contiguous().movedim(-1, 1)
+        k, k_tail = quota(n, 0.1)
+        packed = *ops.topk_pack(x, k, k_tail, dtype, bitmap), NO_COUNTS
+        args = (grad_out, size, kernel, geometry, channels_last)
+        check_conv(packed, (k, k_tail, bitmap), *args)
+        packed = ops.topk_pack_sample(x, max(1, n // 4), dtype, bitmap)
+        check_conv(packed, (0, 0, bitmap), *args)
+
+
+def test_conv_weight_grad_of_random_geometries():
+    g = torch.Generator().manual_seed(3)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=g))
+
+    for _ in range(40):
+        dims = draw(1, 3)
+        size = (draw(1, 40), *(draw(1, (60, 20, 9)[dims - 1]) for _ in range(dims)))
+        kernel, stride, padding, dilation = (
+            tuple(draw(low, high) for _ in range(dims))
+            for low, high in ((1, 4), (1, 3), (0, 3), (1, 3))
+        )
+        shape = conv_shape(size, kernel, stride, padding, dilation)
+        if min(shape) < 1:
+            continue
+        rows, n, outputs, bitmap = draw(1, 6), math.prod(size), draw(1, 80), draw(0, 1) == 1
+        packed = ops.topk_pack_sample(numbers(rows, n), draw(0, n), torch.float32, bitmap)
+        grad_out = numbers(rows, outputs * math.prod(shape)).view(rows, outputs, *shape)
+        geometry = (stride, padding, dilation)
+        check_conv(packed, (0, 0, bitmap), grad_out, size, kernel, geometry, draw(0, 1) == 1)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING)
+@pytest.mark.parametrize("value_dtype", VALUE_DTYPES)
+def test_conv_weight_grad_of_any_dtype_and_stride(value_dtype, dtype):
+    size, kernel, geometry = (6, 9, 11), (3, 3), ((1, 1), (1, 1), (1, 1))
+    packed = *ops.topk_pack(numbers(3, 594), 26, 8, value_dtype, False), NO_COUNTS
+    wide = numbers(6, 80 * 99, dtype=dtype, seed=1).view(6, 80, 9, 11)
+    for grad_out in (
+        wide[:3],
+        wide[::2, ::2],
+        wide[:3].contiguous(memory_format=torch.channels_last),
+        wide[:3, :, :1].expand(-1, -1, 9, -1),
+        wide[:1, :1, :1, :1].expand(3, 20, 9, 11),
+        wide[:3].mT.contiguous().mT,
+    ):
+        check_conv(packed, (26, 8, False), grad_out, size, kernel, geometry, True)
+
+
+def test_conv_weight_grad_of_nothing():
+    geometry = ([1, 1], [1, 1], [1, 1])
+
+    def call(rows, outputs, size, k=26):
+        k_tail = min(k, math.prod(size) % 256)
+        packed = (
+            *ops.topk_pack(numbers(rows, math.prod(size)), k, k_tail, torch.int8, False),
+            NO_COUNTS,
+        )
+        grad_out = torch.ones(rows, outputs, *conv_shape(size, (3, 3), *geometry))
+        return ops.topk_conv_weight_grad(
+            *packed, grad_out, list(size), [3, 3], *geometry, False, k, k_tail, False
+        )
+
+    assert call(2, 0, (4, 5, 5)).shape == (0, 4, 3, 3)
+    assert call(2, 5, (0, 5, 5)).shape == (5, 0, 3, 3)
+    assert torch.equal(call(0, 5, (4, 5, 5)), torch.zeros(5, 4, 3, 3))
+    assert torch.equal(call(2, 5, (4, 5, 5), 0), torch.zeros(5, 4, 3, 3))
+    assert torch.equal(call(2, 5, (4, 1, 1)), call(2, 5, (4, 1, 1)))
+
+
+def test_conv_weight_grad_does_not_depend_on_threads():
+    size, kernel, geometry = (40, 14, 14), (3, 3), ((1, 1), (1, 1), (1, 1))
+    packed = *ops.topk_pack(numbers(20, 40 * 196), 26, 16, torch.float32, False), NO_COUNTS
+    grad_out = numbers(20, 70 * 196, seed=1).view(20, 70, 14, 14)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5, 16):
+            torch.set_num_threads(count)
+            results.append(
+                check_conv(packed, (26, 16, False), grad_out, size, kernel, geometry, False)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_conv_weight_grad_shows_what_is_not_finite():
+    x = torch.zeros(2, 4 * 36)
+    x[0, 14], x[1, 40] = math.inf, math.nan  # inside of the images
+    packed = *ops.topk_pack(x, 0, 14, torch.int8, False), NO_COUNTS
+    got = ops.topk_conv_weight_grad(
+        *packed,
+        torch.ones(2, 3, 6, 6),
+        [4, 6, 6],
+        [3, 3],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        0,
+        14,
+        False,
+    )
+    assert got[:, 0].isinf().all()
+    assert got[:, 1, :, 1].isnan().all() and got[:, 2:].isfinite().all()
+
+
+def test_conv_weight_grad_refuses_what_does_not_fit():
+    packed = *ops.topk_pack(numbers(3, 600), 26, 9, torch.float32, False), NO_COUNTS
+    good = {
+        "grad_out": torch.ones(3, 5, 10, 20),
+        "size": [3, 10, 20],
+        "kernel": [3, 3],
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+    }
+
+    def call(packed=packed, **changes):
+        args = (good | changes).values()
+        return ops.topk_conv_weight_grad(*packed, *args, False, 26, 9, False)
+
+    assert call().shape == (5, 3, 3, 3)
+    for match, changes in (
+        ("grad_out", {"grad_out": torch.ones(3, 5, 10)}),
+        ("grad_out", {"grad_out": torch.ones(2, 5, 10, 20)}),
+        ("grad_out", {"grad_out": torch.ones(3, 5, 10, 19)}),
+        ("grad_out", {"grad_out": torch.ones(3, 5, 10, 20).int()}),
+        ("grad_out", {"padding": [0, 1]}),
+        ("values", {"size": [3, 10, 10], "grad_out": torch.ones(3, 5, 10, 10)}),
+        ("input_size", {"size": [30, 20]}),
+        ("input_size", {"stride": [1]}),
+        ("input_size", {"kernel": [], "size": [600], "grad_out": torch.ones(3, 5)}),
+        ("1 or more", {"stride": [1, 0]}),
+        ("1 or more", {"kernel": [3, 0]}),
+        ("1 or more", {"dilation": [-1, 1]}),
+        ("0 or more", {"padding": [1, -1]}),
+        ("less than the kernel", {"kernel": [3, 23]}),
+        ("less than the kernel", {"size": [3, -10, -20]}),
+    ):
+        with pytest.raises(RuntimeError, match=f"topk_conv_weight_grad.*{match}"):
+            call(**changes)
+    values, positions, *rest = packed
+    repeated = positions.clone()
+    repeated[2, 1] = repeated[2, 0]
+    with pytest.raises(RuntimeError, match="ascend"):
+        call((values, repeated, *rest))
 
 
 # ---------------------------------------------------------------------------------------- errors

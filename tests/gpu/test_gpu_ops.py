@@ -132,7 +132,8 @@ EXACT = {
 
 
 def test_every_operator_is_tested():
-    assert {*EXACT, "topk_weight_grad", "attention_grad"} == set(_ops.NAMES)
+    products = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
+    assert {*EXACT, *products} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -202,6 +203,24 @@ def test_topk_weight_grad(dtype):
         # Dot products of T terms in float32, summed in any order.
         bound = gamma(x.shape[0]) * (grad_out.abs().t() @ x.abs())
         assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_topk_conv_weight_grad(dtype, channels_last):
+    for *packed, n, k, k_tail, bitmap in packed_cases():
+        rows, width = packed[0].shape[0], n // 4 if n % 4 == 0 else n
+        options = ([n // width, width], [3], [2], [1], [1], channels_last, k, k_tail, bitmap)
+        pixels = (width - 1) // 2 + 1
+        grad_out = draw(rows, 33 * pixels, dtype=dtype).view(rows, 33, pixels)
+        arguments = (*packed, grad_out, *options)
+        actual = torch.ops.memtl.topk_conv_weight_grad(*to_device(arguments))
+        assert actual.dtype == torch.float32
+        # As above, of what the definition gives on the CPU, which errs as well.
+        expected = reference.topk_conv_weight_grad(*packed, grad_out.float(), *options)
+        magnitudes = (packed[0].abs(), *packed[1:], grad_out.float().abs())
+        bound = reference.topk_conv_weight_grad(*magnitudes, *options)
+        assert_within(actual.cpu(), expected, 2 * gamma(rows * pixels + 2) * bound)
 
 
 ATTENTION = {

@@ -263,6 +263,34 @@ def test_weight_gradient_of_samples(ops, bitmap, value_dtype, tokens, features):
     assert_within(got, g.double().T @ dense, gamma(samples * tokens + 3) * magnitude)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("value_dtype", VALUES, ids=str)
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), (2, 3, 2)])
+def test_weight_gradient_of_a_convolution(
+    ops, stride, padding, dilation, value_dtype, channels_last
+):
+    """The linear layer's on the patches of the input."""
+    x = torch.randn(3, 4 * 9 * 8)
+    k, k_tail = quotas(288, 0.2)
+    packed = ops.topk_pack(x, k, k_tail, value_dtype, False)
+    dense = unpack(ops, packed, 288, k, k_tail, False)
+    dense = dense.view(3, 9, 8, 4).movedim(-1, 1) if channels_last else dense.view(3, 4, 9, 8)
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    patches = torch.nn.functional.unfold(dense, (3, 2), **options).double()
+    out = torch.nn.functional.conv2d(dense, torch.zeros(5, 4, 3, 2), **options)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        g = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+        pairs = ([each] * 2 for each in options.values())
+        layout = (channels_last, k, k_tail, False)
+        got = ops.topk_conv_weight_grad(*packed, NO_COUNTS, g, [4, 9, 8], [3, 2], *pairs, *layout)
+        assert got.dtype == torch.float32 and got.shape == (5, 4, 3, 2)
+        rows = g.double().flatten(2)
+        exact = torch.einsum("bop,bip->oi", rows, patches)
+        magnitude = torch.einsum("bop,bip->oi", rows.abs(), patches.abs())
+        terms = patches.shape[0] * patches.shape[2]
+        assert_within(got.view(5, 24), exact, gamma(terms + 3) * magnitude)
+
+
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
 def test_a_gradient_of_any_layout(ops, strides):
     g = {

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtl.storage import (
     Bits,
@@ -21,6 +22,7 @@ from memtl.storage import (
     format_from_dict,
     pack,
 )
+from memtl.storage.convolution import ConvGeometry, library_weight_grad
 from memtl.storage.format import _KINDS
 from tests.helpers import FORMATS, assert_same, assert_within, gamma, kept_count, summed, unit
 
@@ -492,6 +494,44 @@ def test_dense_keeps_the_tensor_or_a_cast():
     assert_same(pack(x, Dense("fp16")).tensors[0], x.half())
     with pytest.raises(ValueError, match=r"dtype must be None or one of .* got 'int8'"):
         Dense("int8")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "keep, outputs, changes, sparse",
+    [
+        (0.1, 40, {}, True),
+        (0.3, 40, {}, True),
+        (0.5, 40, {}, False),  # dense from here on
+        (0.1, 3, {}, True),
+        (0.2, 3, {}, False),  # too few outputs for so many entries
+        (0.1, 8, {"groups": 2}, False),
+        (0.1, 40, {"transposed": True}, False),
+    ],
+)
+def test_a_convolution_s_gradient_from_topk(keep, outputs, changes, sparse, channels_last):
+    """From the entries alone where that is faster, by any path the same."""
+    size, plain = (8, 9, 10), ConvGeometry((1, 1), (1, 1), (1, 1), 1, False, (0, 0))
+    geometry = plain._replace(**changes)
+    weight = (8, outputs, 3, 3) if geometry.transposed else (outputs, 8 // geometry.groups, 3, 3)
+    format, x, g = TopK(keep), torch.randn(3, 720), torch.randn(3, outputs, 9, 10)
+    packed = pack(x, format)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    arguments = (size, weight, geometry, channels_last)
+    with Watch():
+        got = packed.conv_weight_grad(g, *arguments)
+    assert (torch.ops.memtl.topk_conv_weight_grad.default in seen) == sparse
+    assert (torch.ops.memtl.topk_unpack.default in seen) != sparse
+    dense = packed.unpack().double()
+    expected = library_weight_grad(dense, g.double(), *arguments)
+    bound = library_weight_grad(dense.abs(), g.double().abs(), *arguments)
+    assert_within(got, expected, gamma(3 * 90 + 4) * bound)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 43), (0, 4)])
