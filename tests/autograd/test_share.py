@@ -495,6 +495,26 @@ def test_checkpointing_and_accumulation(chain):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_between_producer_and_consumer(reentrant):
+    """Each region takes in its recomputation what it took before."""
+    model = build(CHAINS["LayerNorm, GELU, Linear"])
+    memtl.apply(model, memtl.LowBitConfig())
+
+    def gradients(run):
+        x = torch.randn(TOKENS, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        for layer in model:
+            layer.zero_grad()
+            x = run(layer, x)
+        x.backward(grad_like(x))
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients(lambda layer, x: layer(x))
+    again = gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
+    for a, b in zip(plain, again, strict=True):
+        assert cosine(a, b) > 0.98  # a reentrant region keeps its input anew
+
+
 @pytest.mark.parametrize("name", ["LayerNorm, GELU, Linear", "BatchNorm, ReLU in place, Conv"])
 def test_compiled(name):
     """Nothing is shared there; what is computed is right."""
