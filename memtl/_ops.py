@@ -242,6 +242,13 @@ def _(mask):
     return mask.new_empty((ceil_div(mask.numel(), 8),), dtype=torch.uint8)
 
 
+@_define("bits_pack_between", "(Tensor x, float? lo, float? hi) -> Tensor")
+def _(x, lo, hi):
+    """x, any shape -> uint8 [ceil(numel / 8)]: set unless x <= lo or x >= hi, so where x is NaN."""
+    _check_floating("bits_pack_between", x)
+    return x.new_empty((ceil_div(x.numel(), 8),), dtype=torch.uint8)
+
+
 @_define("bits_apply", "(Tensor x, Tensor bits, float scale) -> Tensor")
 def _(x, bits, scale):
     """x * scale where the bit is set, else 0; x any shape, the result contiguous."""

@@ -122,6 +122,13 @@ def bits_pack():
     yield ((torch.rand(30, 4) < 0.5).T,)
 
 
+def bits_pack_between():
+    for i, (mask,) in enumerate(bits_pack()):
+        lo, hi = ((-0.5, None), (None, 0.7), (-0.3, 0.1))[i % 3]
+        yield torch.randn(mask.shape).to(FLOATING[i % 4]), lo, hi
+    yield torch.randn(30, 4).T, 0.0, None
+
+
 def bits_apply():
     for i, (mask,) in enumerate(bits_pack()):
         yield torch.randn(mask.shape).to(FLOATING[i % 4]), OPS.bits_pack(mask), 1.25
@@ -158,6 +165,7 @@ SAMPLES = {
         quant_pack_range,
         quant_unpack_range,
         bits_pack,
+        bits_pack_between,
         bits_apply,
         attention_grad,
     )

@@ -311,6 +311,13 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "mask.clone(), a byte an element": mask.clone,
         }
 
+    def pack_between() -> Calls:
+        x = torch.randn(shape, device=device, dtype=dtype)
+        return {
+            "memtl": partial(OPS.bits_pack_between, x, 0.0, None),
+            "bits_pack(~(x <= 0))": lambda: OPS.bits_pack(~(x <= 0)),
+        }
+
     def apply() -> Calls:
         x, mask = torch.randn(shape, device=device, dtype=dtype), draw()
         masked = torch.ops.aten.native_dropout_backward
@@ -322,6 +329,7 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     words, elements = f"{shape[0]}x{shape[1]}", shape[0] * shape[1]
     yield Case("bits_pack", "", words, elements, pack)
+    yield Case("bits_pack_between", "", words, elements, pack_between)
     yield Case("bits_apply", "", words, elements, apply)
 
 

@@ -10,6 +10,10 @@ struct BitsKernels {
   // Bytes [first, last) of bits from mask [numel], a byte an element, set where it is not 0. The
   // bits beyond numel are 0.
   void (*pack)(const uint8_t* mask, int64_t numel, uint8_t* bits, int64_t first, int64_t last);
+  // The same of x, set unless x[i] <= lo or x[i] >= hi; a bound that is NaN is none. Both are
+  // numbers of x's dtype.
+  void (*pack_between)(DType dtype, const void* x, double lo, double hi, int64_t numel,
+                       uint8_t* bits, int64_t first, int64_t last);
   // out[i] = bit i ? x[i] * scale : 0 for the elements of bytes [first, last) of bits.
   void (*apply)(DType dtype, const void* x, const uint8_t* bits, double scale, int64_t numel,
                 void* out, int64_t first, int64_t last);

@@ -39,6 +39,61 @@ void pack(const uint8_t* mask, int64_t numel, uint8_t* bits, int64_t first, int6
   }
 }
 
+template <DType kType>
+MEMTL_INLINE bool is_between(const void* x, int64_t i, double lo, double hi) {
+  if constexpr (kType == DType::f64) {
+    const double value = static_cast<const double*>(x)[i];
+    return !(value <= lo) & !(value >= hi);
+  } else {
+    const float value = load_float(kType, x, i);
+    return !(value <= static_cast<float>(lo)) & !(value >= static_cast<float>(hi));
+  }
+}
+
+// A bit for each of kWidth numbers.
+#if defined(__AVX512F__)
+MEMTL_INLINE void store_between(Floats x, Floats lo, Floats hi, uint8_t* bits) {
+  const __mmask16 outside =
+      _mm512_cmp_ps_mask(x, lo, _CMP_LE_OQ) | _mm512_cmp_ps_mask(x, hi, _CMP_GE_OQ);
+  const auto set = static_cast<uint16_t>(~outside);
+  std::memcpy(bits, &set, sizeof set);
+}
+#elif defined(__AVX2__)
+MEMTL_INLINE void store_between(Floats x, Floats lo, Floats hi, uint8_t* bits) {
+  const __m256 outside =
+      _mm256_or_ps(_mm256_cmp_ps(x, lo, _CMP_LE_OQ), _mm256_cmp_ps(x, hi, _CMP_GE_OQ));
+  *bits = static_cast<uint8_t>(~_mm256_movemask_ps(outside));
+}
+#endif
+
+template <DType kType>
+void pack_between_typed(const void* x, double lo, double hi, int64_t i, int64_t end,
+                        uint8_t* bits) {
+#if defined(__AVX2__)
+  if constexpr (kType != DType::f64) {
+    const Floats low = floats(static_cast<float>(lo)), high = floats(static_cast<float>(hi));
+    for (; i + kWidth <= end; i += kWidth) {
+      store_between(load<kType>(x, i), low, high, bits + i / 8);
+    }
+  }
+#endif
+  for (; i < end; i += 8) {
+    unsigned byte = 0;
+    const int64_t count = end - i < 8 ? end - i : 8;
+    for (int64_t j = 0; j < count; ++j) {
+      byte |= static_cast<unsigned>(is_between<kType>(x, i + j, lo, hi)) << j;
+    }
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+void pack_between(DType dtype, const void* x, double lo, double hi, int64_t numel, uint8_t* bits,
+                  int64_t first, int64_t last) {
+  const int64_t begin = 8 * first;
+  const int64_t end = 8 * last < numel ? 8 * last : numel;
+  MEMTL_FOR_DTYPE(dtype, pack_between_typed<kType>(x, lo, hi, begin, end, bits))
+}
+
 // 8 elements.
 #if defined(__AVX512F__)
 MEMTL_INLINE void apply_doubles(const double* x, const uint8_t* bits, double scale, double* out) {
@@ -114,6 +169,6 @@ void apply(DType dtype, const void* x, const uint8_t* bits, double scale, int64_
 
 }  // namespace
 
-const BitsKernels bits = {pack, apply};
+const BitsKernels bits = {pack, pack_between, apply};
 
 }  // namespace memtl::MEMTL_ISA_NS

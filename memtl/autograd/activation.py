@@ -253,10 +253,10 @@ class ActivationFunction(Function):
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """An elementwise function whose derivative is ``on`` where ``mask(x)``, elsewhere ``off``.
+    """An elementwise function whose derivative is ``on`` inside a mask, elsewhere ``off``.
 
-    ``of_output``: the mask can be read off y as well as off x. ``rebuild(x, mask)``: y from an
-    approximate x and the exact mask.
+    ``mask(x)``: packed. ``of_output``: it can be read off y as well as off x.
+    ``rebuild(x, mask)``: y from an approximate x and the exact mask.
     """
 
     forward: Callable[..., Tensor]
@@ -267,7 +267,12 @@ class Mask:
     of_output: bool = True
 
 
-def _between(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
+    """The mask of what is neither <= lo nor >= hi."""
+    return lambda x: torch.ops.memtl.bits_pack_between(x, lo, hi)
+
+
+def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
     """x where the mask is set, elsewhere the nearer one of two ends."""
     middle = (lo + hi) / 2
     return lambda x, mask: torch.where(mask, x, torch.where(x < middle, lo, hi).to(x.dtype))
@@ -278,36 +283,36 @@ def _between(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
 MASKS: dict[str, Callable[..., Mask]] = {
     "relu": lambda: Mask(
         lambda x, inplace=False: F.relu(x, inplace),
-        lambda y: ~(y <= 0),
+        _inside(0.0, None),
         lambda x, mask: torch.where(mask, x, 0),
     ),
     "relu6": lambda: Mask(
         lambda x, inplace=False: F.relu6(x, inplace),
-        lambda y: ~((y <= 0) | (y >= 6)),
-        _between(0.0, 6.0),
+        _inside(0.0, 6.0),
+        _nearest_end(0.0, 6.0),
     ),
     "hardtanh": lambda lo, hi: Mask(
         lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
-        lambda y: ~((y <= lo) | (y >= hi)),
-        _between(lo, hi),
+        _inside(lo, hi),
+        _nearest_end(lo, hi),
     ),
     "hardsigmoid": lambda: Mask(
         lambda x, inplace=False: F.hardsigmoid(x, inplace),
-        lambda x: (x > -3) & (x < 3),
-        lambda x, mask: _between(0.0, 1.0)(x / 6 + 0.5, mask),
+        lambda x: torch.ops.memtl.bits_pack((x > -3) & (x < 3)),
+        lambda x, mask: _nearest_end(0.0, 1.0)(x / 6 + 0.5, mask),
         on=1 / 6,
         of_output=False,
     ),
     "leaky_relu": lambda slope: Mask(
         lambda x, inplace=False: F.leaky_relu(x, slope, inplace),
-        lambda x: x > 0,
+        lambda x: torch.ops.memtl.bits_pack(x > 0),
         lambda x, mask: torch.where(mask, x, x * slope),
         off=slope,
         of_output=False,
     ),
     "threshold": lambda threshold, value: Mask(
         lambda x, inplace=False: F.threshold(x, threshold, value, inplace),
-        lambda x: ~(x <= threshold),
+        _inside(threshold, None),
         lambda x, mask: torch.where(mask, x, value),
         of_output=False,
     ),
@@ -317,7 +322,7 @@ MASKS: dict[str, Callable[..., Mask]] = {
 def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | None:
     """The mask as bits where only x, before it is overwritten, can tell it; else None."""
     mask = MASKS[name](*parameters)
-    return None if mask.of_output else Bits().pack(mask.mask(x))[0]
+    return None if mask.of_output else mask.mask(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,9 +355,8 @@ class MaskFunction(Function):
         if inplace:
             ctx.mark_dirty(x)
         if bits is None:
-            packed = pack(mask.mask(output if mask.of_output else x), Bits())
-        else:
-            packed = Packed(Bits(), (bits,), x.shape, torch.bool)
+            bits = mask.mask(output if mask.of_output else x)
+        packed = Packed(Bits(), (bits,), x.shape, torch.bool)
         keep(ctx, (packed, Bits()))
         if source is not None:
             recipe = Masked(ctx.name, ctx.parameters)

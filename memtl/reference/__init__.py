@@ -5,7 +5,7 @@ where no kernel was built. Optimised code never imports this package.
 """
 
 from .attention import attention_grad
-from .bits import bits_apply, bits_pack
+from .bits import bits_apply, bits_pack, bits_pack_between
 from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
 from .topk import (
     topk_conv_weight_grad,
@@ -28,6 +28,7 @@ OPS = {
         quant_pack_range,
         quant_unpack_range,
         bits_pack,
+        bits_pack_between,
         bits_apply,
         attention_grad,
     )

@@ -14,6 +14,16 @@ def bits_pack(mask: Tensor) -> Tensor:
     return (bytes_ * _BIT.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
+def bits_pack_between(x: Tensor, lo: float | None, hi: float | None) -> Tensor:
+    """The bits of the mask that is set unless x <= lo or x >= hi."""
+    outside = torch.zeros_like(x, dtype=torch.bool)
+    if lo is not None:
+        outside |= x <= lo
+    if hi is not None:
+        outside |= x >= hi
+    return bits_pack(~outside)
+
+
 def bits_unpack(bits: Tensor, numel: int) -> Tensor:
     """The first ``numel`` bits as a flat bool tensor; works along the last dimension."""
     mask = (bits.unsqueeze(-1) & _BIT.to(bits.device)).ne(0)

@@ -1,4 +1,4 @@
-"""bits_pack and bits_apply in C++ against the reference, for every instruction set."""
+"""The bits family in C++ against the reference, for every instruction set."""
 
 import math
 
@@ -53,12 +53,26 @@ def test_apply(isa, n, dtype):
         assert_identical(ops.bits_apply(x, bits, scale), reference.bits_apply(x, bits, scale))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_pack_between(isa, n, dtype):
+    x = data(n, dtype)
+    x[1::7] = 0.1
+    for lo, hi in ((0.0, None), (0.0, 6.0), (None, 0.1), (-0.3, 0.1), (0.1, None), (None, None)):
+        bits = ops.bits_pack_between(x, lo, hi)
+        assert torch.equal(bits, reference.bits_pack_between(x, lo, hi)), (lo, hi)
+    assert torch.equal(ops.bits_pack_between(x, 0.0, None), reference.bits_pack(~(x <= 0)))
+
+
 def test_any_shape_and_stride(isa):
     x = data(4 * 6 * 10).view(4, 6, 10)
     for view in (x.transpose(0, 2), x[:, ::2], x[1:, :, 3:], x[:, :, :0], x.permute(1, 2, 0)[None]):
         mask = view > 0
         bits = ops.bits_pack(mask)
         assert torch.equal(bits, reference.bits_pack(mask))
+        assert torch.equal(
+            ops.bits_pack_between(view, 0.0, None), reference.bits_pack(~(view <= 0))
+        )
         out = ops.bits_apply(view, bits, 1.25)
         assert out.shape == view.shape and out.is_contiguous()
         assert_identical(out, reference.bits_apply(view, bits, 1.25))

@@ -63,6 +63,7 @@ EQUAL = {
     "topk_weight_grad": "topk_unpack, then the dense product",
     "topk_conv_weight_grad": "a few samples unpacked at a time, then torch's own",
     "bits_pack": "numpy.packbits",
+    "bits_pack_between": "bits_pack(~(x <= 0))",
     "bits_apply": "torch.where(mask, x * scale, 0)",
     "attention_grad": "backward alone, from all that autograd keeps",
 }
@@ -126,7 +127,7 @@ def test_table(tmp_path):
     record = json.loads(output.read_text())
     assert record["unchecked"] is True
     assert record["command"].startswith("python benchmarks/kernels/table.py")
-    assert {row["op"] for row in record["rows"]} == {"bits_pack", "bits_apply"}
+    assert {row["op"] for row in record["rows"]} == {"bits_pack", "bits_pack_between", "bits_apply"}
     for row in record["rows"]:
         assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
         assert row["baseline"] in done.stdout
