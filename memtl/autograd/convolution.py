@@ -42,8 +42,10 @@ def uses_each_input_once(kernel: Sequence[int], geometry: ConvGeometry) -> bool:
     return all(k <= s for k, s in zip(kernel, stride, strict=True)) and max(stride) > 1
 
 
-def _input_grad(grad_out: Tensor, x_shape: torch.Size, weight: Tensor, geometry) -> Tensor:
-    x, weight = shape_only(grad_out, x_shape), weight.to(grad_out.dtype)
+def _input_grad(
+    grad_out: Tensor, x_shape: torch.Size, channels_last: bool, weight: Tensor, geometry
+) -> Tensor:
+    x, weight = shape_only(grad_out, x_shape, channels_last), weight.to(grad_out.dtype)
     return convolution_backward(grad_out, x, weight, geometry, [True, False, False])[0]
 
 
@@ -120,7 +122,7 @@ class ConvolutionFunction(Function):
         (x,), (weight,) = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
-            grad_x = _input_grad(grad_out, ctx.x_shape, weight, ctx.geometry)
+            grad_x = _input_grad(grad_out, ctx.x_shape, ctx.channels_last, weight, ctx.geometry)
         if x is not None and ctx.needs_input_grad[1]:
             if ctx.rebuilt:
                 grad_weight = library_weight_grad(

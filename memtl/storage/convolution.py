@@ -44,9 +44,14 @@ def convolution_backward(
     )
 
 
-def shape_only(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of that shape without memory of its own, for operators that read but the shape."""
-    return like.new_empty((1,)).expand(*shape)
+def shape_only(like: Tensor, shape: Sequence[int], channels_last: bool = False) -> Tensor:
+    """A tensor of that shape, for operators that read but the shape and the layout.
+
+    Its memory is never touched. (An expanded number would be copied out by the operator.)
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+    layout = formats.get(len(shape), torch.contiguous_format)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def library_weight_grad(
