@@ -1,12 +1,15 @@
-// The kernels of bits and quant: every instruction set this machine runs against the portable ones,
-// byte for byte, in buffers of exactly the size they may touch (a sanitiser sees one byte beyond).
+// The kernels of bits, quant and quant_fused: every instruction set this machine runs against the
+// portable ones, byte for byte, in buffers of exactly the size they may touch (a sanitiser sees one
+// byte beyond).
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/layout.h"
 #include "cpu/bits.h"
 #include "cpu/quant.h"
+#include "cpu/quant_fused.h"
 #include "tests/check.h"
 
 namespace {
@@ -170,6 +173,85 @@ void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
   }
 }
 
+// One NaN for all: of two a vector instruction and a scalar one may hand on different ones.
+std::vector<uint8_t> with_one_nan(DType dtype, std::vector<uint8_t> x, int64_t numel) {
+  for (int64_t i = 0; i < numel; ++i) {
+    const float value = load_float(dtype, x.data(), i);
+    if (std::isnan(value)) store_float(dtype, x.data(), i, NAN);
+  }
+  return x;
+}
+
+// Everything in quant_fused on one tensor, one result after the other.
+std::vector<std::vector<uint8_t>> fused(const QuantFusedKernels& kernels, DType dtype,
+                                        const std::vector<uint8_t>& x, const Packed& packed,
+                                        const std::vector<uint8_t>& ranged, int64_t numel,
+                                        int bits) {
+  std::vector<std::vector<uint8_t>> results;
+  const auto run = [&](const auto& kernel) {
+    std::vector<uint8_t> out = buffer(numel * size_of(dtype));
+    in_parts(ceil_div(numel, kGroup),
+             [&](int64_t first, int64_t last) { kernel(out.data(), first, last); });
+    results.push_back(with_one_nan(dtype, out, numel));
+  };
+  const uint8_t* codes = packed.codes.data();
+  const uint16_t* params = packed.params.data();
+  const std::vector<uint8_t> mask(x.begin(), x.begin() + ceil_div(numel, 8));
+  for (const auto& [channels, inner] :
+       {std::pair<int64_t, int64_t>{7, 1}, {100, 1}, {5, 9}, {3, 200}}) {
+    std::vector<float> weight(static_cast<size_t>(channels + kGroup)), bias(weight.size());
+    for (size_t i = 0; i < weight.size(); ++i) {
+      weight[i] = 0.5f + 0.1f * static_cast<float>(i % static_cast<size_t>(channels));
+      bias[i] = -weight[i] * weight[i];
+    }
+    const Channels both{weight.data(), bias.data(), channels, inner};
+    const Channels factors{weight.data(), nullptr, channels, inner};
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_affine(dtype, codes, params, bits, both, nullptr, out, numel, first, last);
+    });
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_affine(dtype, codes, params, bits, factors, mask.data(), out, numel, first,
+                            last);
+    });
+  }
+  for (Act act :
+       {Act::gelu, Act::gelu_tanh, Act::silu, Act::quick_gelu, Act::hardswish, Act::mish}) {
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_activation(dtype, codes, params, bits, act, out, numel, first, last);
+    });
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.activation_grad(dtype, x.data(), codes, params, bits, act, out, numel, first, last);
+    });
+  }
+  run([&](uint8_t* out, int64_t first, int64_t last) {
+    kernels.apply_range(dtype, x.data(), ranged.data(), bits, range_for(bits), out, numel, first,
+                        last);
+  });
+  return results;
+}
+
+void test_fused(const QuantFusedKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : kKinds) {
+    for (int64_t numel : kSizes) {
+      for (int type = 0; type < 4; ++type) {
+        const std::vector<uint8_t> x = data(kTypes[type], kind, numel, random);
+        for (int bits : {8, 4, 3, 2}) {
+          const Packed packed = pack(portable::quant, kTypes[type], x, numel, bits);
+          const auto ranged = pack_range(portable::quant, kTypes[type], x, numel, bits);
+          const auto wanted =
+              fused(portable::quant_fused, kTypes[type], x, packed, ranged, numel, bits);
+          const auto found = fused(kernels, kTypes[type], x, packed, ranged, numel, bits);
+          for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(same_bytes(found[i], wanted[i]), "%s: fused %d, %s, kind %d, %ld, bits %d", isa,
+                  static_cast<int>(i), kTypeNames[type], static_cast<int>(kind),
+                  static_cast<long>(numel), bits);
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
   for (int64_t numel : kSizes) {
     const int64_t bytes = ceil_div(numel, 8);
@@ -248,13 +330,16 @@ int main() {
   test_formats();
   test_bits(portable::bits, "portable", random);
   test_quant(portable::quant, "portable", random);
+  test_fused(portable::quant_fused, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
+    test_fused(avx2::quant_fused, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
     test_quant(avx512::quant, "avx512", random);
+    test_fused(avx512::quant_fused, "avx512", random);
   })
   return finish("test_kernels");
 }

@@ -6,6 +6,12 @@ where no kernel was built. Optimised code never imports this package.
 
 from .attention import attention_grad
 from .bits import bits_apply, bits_pack
+from .fused import (
+    quant_activation_grad,
+    quant_apply_range,
+    quant_unpack_activation,
+    quant_unpack_affine,
+)
 from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
 from .topk import topk_pack, topk_pack_sample, topk_unpack, topk_weight_grad
 
@@ -20,6 +26,10 @@ OPS = {
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,
+        quant_unpack_affine,
+        quant_unpack_activation,
+        quant_activation_grad,
+        quant_apply_range,
         bits_pack,
         bits_apply,
         attention_grad,

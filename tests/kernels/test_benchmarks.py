@@ -61,6 +61,9 @@ def test_plain_quantisation_is_off_by_less_than_a_step(bits, limits):
 # Baselines that compute what the operator computes, and not only something as useful.
 EQUAL = {
     "topk_weight_grad": "topk_unpack, then the dense product",
+    "quant_unpack_activation": "quant_unpack, gelu",
+    "quant_activation_grad": "quant_unpack, gelu_backward",
+    "quant_apply_range": "quant_unpack_range, mul_",
     "bits_pack": "numpy.packbits",
     "bits_apply": "torch.where(mask, x * scale, 0)",
     "attention_grad": "backward alone, from all that autograd keeps",
