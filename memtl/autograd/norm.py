@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Format, Packed
+from ..storage.quantized import grouped
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
 from .share import offer
@@ -28,6 +30,24 @@ class Affine:
             return x_hat if bias is None else x_hat + bias
         weight = weight + 1 if self.one_more else weight
         return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+    def decode(
+        self,
+        parts: Sequence[Packed | None],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        mask: Tensor | None = None,
+    ) -> Tensor | None:
+        """In one pass where x-hat is in groups with their own scale; 0 where ``mask``, packed, is
+        clear."""
+        x_hat, (weight, bias) = grouped(parts[0]), parts[1:]
+        if x_hat is None or dtype == torch.float64:
+            return None
+        w, b = (None if p is None else p.unpack() for p in (weight, bias))
+        if w is not None and self.one_more:
+            w = w.float() + 1
+        inner = shape[2:].numel() if self.by_channel else 1
+        return torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, shape, dtype)
 
     def _laid(self, t: Tensor | None, like: Tensor) -> Tensor | None:
         if t is None or not self.by_channel:
