@@ -257,6 +257,20 @@ def _(grad_out, codes, bits, lo, hi):
     return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
 
 
+@_define(
+    "quant_norm_grad",
+    "(Tensor grad_out, Tensor codes, Tensor params, int bits, Tensor rstd, Tensor? weight, "
+    "SymInt features, bool centered) -> (Tensor, Tensor, Tensor)",
+)
+def _(grad_out, codes, params, bits, rstd, weight, features, centered):
+    """Rows of ``features`` that were normalised to x-hat, packed; ``centered``: their mean was
+    subtracted. The gradients of x, contiguous, and of weight and bias [features] in float32."""
+    _check_floating("quant_norm_grad", grad_out)
+    _check_bits("quant_norm_grad", bits)
+    sums = (grad_out.new_empty((features,), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
+
+
 # ------------------------------------------------------------------------------------------- bits
 
 

@@ -123,6 +123,16 @@ def quant_apply_range():
     yield torch.randn(30, 4).T, codes, 3, 0.0, 1.0
 
 
+def quant_norm_grad():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        if x.dim() < 2:
+            continue
+        g, packed, n = torch.randn(x.shape).to(x.dtype), OPS.quant_pack(x, bits, seed), x.shape[-1]
+        rstd, weight = torch.rand(x.shape[:-1]), torch.randn(n).to(FLOATING[i % 4])
+        yield g, *packed, bits, rstd, weight, n, True
+        yield g, *packed, bits, rstd, None, n, False
+
+
 def bits_pack():
     for shape in ((600,), (3, 7), (1,), (0, 5), ()):
         yield (torch.rand(shape) < 0.5,)
@@ -167,6 +177,7 @@ SAMPLES = {
         quant_unpack_activation,
         quant_activation_grad,
         quant_apply_range,
+        quant_norm_grad,
         bits_pack,
         bits_apply,
         attention_grad,
@@ -249,6 +260,9 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 )
                 dense = dense.double().view(len(g), sample[6])
                 assert_within(a, b, 2 * gamma(len(g) + 3) * (g.T.abs() @ dense.abs()))
+            elif name == "quant_norm_grad":
+                # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
+                assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
             elif name in ("quant_unpack_activation", "quant_activation_grad"):
                 factor = sample[0].double().abs() if "grad" in name else b.double().abs() + 1
                 assert a.dtype == b.dtype

@@ -312,6 +312,25 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "quant_unpack_range, mul_": plain,
         }
 
+    def norm_grad(bits: int) -> Calls:
+        n = WIDTHS[0]
+        packed, grad_out = OPS.quant_pack(draw(batch * TOKENS, n), bits, 1), draw(batch * TOKENS, n)
+        rstd, weight = torch.rand_like(grad_out[:, :1]) + 0.5, draw(n)
+
+        def plain() -> tuple[Tensor, ...]:
+            x_hat = OPS.quant_unpack(*packed, bits, grad_out.shape, dtype)
+            unit = torch.ones_like(rstd)
+            grad_x, _, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_out, x_hat, [n], unit - 1, unit, weight, weight, [True, False, True]
+            )
+            return grad_x.mul_(rstd), (grad_out * x_hat).sum(0), grad_bias
+
+        arguments = (grad_out, *packed, bits, rstd, weight, n, True)
+        return {
+            "memtl": partial(OPS.quant_norm_grad, *arguments),
+            "quant_unpack, native_layer_norm_backward": plain,
+        }
+
     def case(op: str, what: str, size: tuple[int, ...], make: Callable[..., Calls], bits: int):
         words = "x".join(map(str, size))
         return Case(op, f"{bits} bits{what}", words, math.prod(size), partial(make, bits))
@@ -322,6 +341,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_unpack_activation", "", rows, values, bits)
         yield case("quant_activation_grad", "", rows, slopes, bits)
         yield case("quant_apply_range", "", rows, apply_range, bits)
+        yield case("quant_norm_grad", "", (rows[0], WIDTHS[0]), norm_grad, bits)
 
 
 def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -1,6 +1,6 @@
-// The kernels of bits, quant and quant_fused: every instruction set this machine runs against the
-// portable ones, byte for byte, in buffers of exactly the size they may touch (a sanitiser sees one
-// byte beyond).
+// The kernels of bits and of quant, fused ones too: every instruction set this machine runs against
+// the portable ones, byte for byte, in buffers of exactly the size they may touch (a sanitiser sees
+// one byte beyond).
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -10,6 +10,7 @@
 #include "cpu/bits.h"
 #include "cpu/quant.h"
 #include "cpu/quant_fused.h"
+#include "cpu/quant_norm.h"
 #include "tests/check.h"
 
 namespace {
@@ -252,6 +253,50 @@ void test_fused(const QuantFusedKernels& kernels, const char* isa, Random& rando
   }
 }
 
+std::vector<std::vector<uint8_t>> norm_grad(const QuantNormKernels& kernels, DType dtype,
+                                            const std::vector<uint8_t>& x, const Packed& packed,
+                                            int64_t rows, int64_t n, int bits) {
+  const auto room = static_cast<size_t>(n + kNormLanes);
+  std::vector<float> weight(room, 0.7f), rstd(static_cast<size_t>(rows), 1.3f);
+  std::vector<float> x_hat(static_cast<size_t>(n + 2 * kGroup)),
+      sums[2] = {std::vector<float>(room), std::vector<float>(room)};
+  std::vector<uint8_t> out = buffer(rows * n * size_of(dtype));
+  in_parts(rows, [&](int64_t first, int64_t last) {
+    kernels.grad(dtype, x.data(), packed.codes.data(), packed.params.data(), bits, rstd.data(),
+                 Norm{n, weight.data(), n % 2 == 0}, out.data(), x_hat.data(), sums[0].data(),
+                 sums[1].data(), first, last);
+  });
+  std::vector<std::vector<uint8_t>> results = {with_one_nan(dtype, out, rows * n)};
+  for (const std::vector<float>& each : sums) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(each.data());
+    results.push_back(with_one_nan(DType::f32, {bytes, bytes + 4 * n}, n));
+  }
+  return results;
+}
+
+void test_norm(const QuantNormKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : {Kind::normal, Kind::broken}) {
+    for (int64_t n : {1, 15, 16, 43, 64, 130}) {
+      for (int64_t rows : {0, 1, 7, 20}) {
+        for (int type = 0; type < 4; ++type) {
+          const std::vector<uint8_t> x = data(kTypes[type], kind, rows * n, random);
+          for (int bits : {8, 4, 3, 2}) {
+            const Packed packed = pack(portable::quant, kTypes[type], x, rows * n, bits);
+            const auto wanted =
+                norm_grad(portable::quant_norm, kTypes[type], x, packed, rows, n, bits);
+            const auto found = norm_grad(kernels, kTypes[type], x, packed, rows, n, bits);
+            for (size_t i = 0; i < found.size(); ++i) {
+              CHECK(same_bytes(found[i], wanted[i]), "%s: norm %d, %s, [%ld, %ld], bits %d", isa,
+                    static_cast<int>(i), kTypeNames[type], static_cast<long>(rows),
+                    static_cast<long>(n), bits);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
   for (int64_t numel : kSizes) {
     const int64_t bytes = ceil_div(numel, 8);
@@ -331,15 +376,18 @@ int main() {
   test_bits(portable::bits, "portable", random);
   test_quant(portable::quant, "portable", random);
   test_fused(portable::quant_fused, "portable", random);
+  test_norm(portable::quant_norm, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
     test_fused(avx2::quant_fused, "avx2", random);
+    test_norm(avx2::quant_norm, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
     test_quant(avx512::quant, "avx512", random);
     test_fused(avx512::quant_fused, "avx512", random);
+    test_norm(avx512::quant_norm, "avx512", random);
   })
   return finish("test_kernels");
 }

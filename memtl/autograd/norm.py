@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -99,6 +100,8 @@ class LayerNormFunction(Function):
     def backward(ctx, grad_out, _mean, _rstd):
         (x_hat,), (rstd, weight) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if (grads := _fused_grads(ctx, grad_out, x_hat, rstd, weight, len(ctx.shape))) is not None:
+            return *grads, *(None,) * 5
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         grad_x = grad_weight = grad_bias = None
@@ -130,6 +133,22 @@ class LayerNormFunction(Function):
             None if grad_bias is None else grad_bias.to(ctx.dtypes[2]),
             *(None,) * 5,
         )
+
+
+def _fused_grads(ctx, grad_out, x_hat, rstd, weight, dims, centered=True):
+    """The gradients of x, weight and bias in one pass; None where x-hat is not in groups with their
+    own scale, or the gradient of x is not asked for, or not in float32 or less."""
+    x_hat, shape = grouped(x_hat), grad_out.shape[grad_out.dim() - dims :]
+    features = math.prod(shape)
+    if x_hat is None or rstd is None or features == 0 or not ctx.needs_input_grad[0]:
+        return None
+    if grad_out.dtype != ctx.dtypes[0] or grad_out.dtype == torch.float64:
+        return None
+    grad_x, *sums = torch.ops.memtl.quant_norm_grad(
+        grad_out, *x_hat, rstd, weight, features, centered
+    )
+    given = zip(sums, ctx.dtypes[1:], ctx.needs_input_grad[1:], strict=False)
+    return grad_x, *(s.view(shape).to(d) if need and d else None for s, d, need in given)
 
 
 def _sum_rows(x, rows):
@@ -189,6 +208,10 @@ class RMSNormFunction(Function):
     @first_order
     def backward(ctx, grad_out):
         (x_hat,), (rstd, weight) = kept(ctx)
+        factor = weight.float() + 1 if ctx.style == "gemma" and weight is not None else weight
+        grads = _fused_grads(ctx, grad_out, x_hat, rstd, factor, len(ctx.dims), False)
+        if grads is not None:
+            return *grads, *(None,) * 6
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         x_hat = x_hat.unpack(wide)

@@ -9,6 +9,7 @@ from .bits import bits_apply, bits_pack
 from .fused import (
     quant_activation_grad,
     quant_apply_range,
+    quant_norm_grad,
     quant_unpack_activation,
     quant_unpack_affine,
 )
@@ -30,6 +31,7 @@ OPS = {
         quant_unpack_activation,
         quant_activation_grad,
         quant_apply_range,
+        quant_norm_grad,
         bits_pack,
         bits_apply,
         attention_grad,

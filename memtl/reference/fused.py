@@ -84,3 +84,24 @@ def quant_apply_range(grad_out: Tensor, codes: Tensor, bits: int, lo: float, hi:
     """grad_out * decoded, on a fixed range."""
     x = quant_unpack_range(codes, bits, lo, hi, list(grad_out.shape), torch.float32)
     return x.mul_(grad_out.float()).to(grad_out.dtype)
+
+
+def quant_norm_grad(
+    grad_out: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    bits: int,
+    rstd: Tensor,
+    weight: Tensor | None,
+    features: int,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of layer norm or, not ``centered``, RMS norm from their x-hat."""
+    grad = grad_out.reshape(-1, features).float()
+    x_hat = quant_unpack(codes, params, bits, list(grad.shape), torch.float32)
+    scaled = grad if weight is None else grad * weight.float().reshape(-1)
+    own = scaled - x_hat * (scaled * x_hat).mean(1, keepdim=True)
+    if centered:
+        own -= scaled.mean(1, keepdim=True)
+    grad_x = (own * rstd.float().reshape(-1, 1)).view(grad_out.shape)
+    return grad_x.to(grad_out.dtype), (grad * x_hat).sum(0), grad.sum(0)

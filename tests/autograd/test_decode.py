@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from memtl import functional as M
-from memtl.autograd import activation
+from memtl.autograd import activation, norm
 from memtl.autograd.share import offered
+from memtl.methods import LowBitConfig
 from memtl.storage import Quantized
 from tests.helpers import assert_same, assert_within, grad_like
 
@@ -145,10 +146,36 @@ def test_a_kept_derivative(bits, called):
         called.clear()
 
 
+@EVERY_FORMAT
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("style", ["layer", "torch", "llama", "gemma"])
+def test_norm_gradients_are_those_of_the_plain_way(format, dtype, style, monkeypatch, called):
+    def gradients(weighted):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 43).to(dtype).requires_grad_()
+        w, b = parameters(43, torch.float32 if style == "gemma" else dtype)
+        w, b = (w, b) if weighted else (None, None)
+        if style == "layer":
+            y = M.layer_norm(x, (43,), w, b, format=format)
+        else:
+            y = M.rms_norm(x, (43,), w, 1e-6, format=format, style="torch" if w is None else style)
+        called.clear()
+        y.backward(grad_like(y))
+        return [t.grad for t in (x, w, b) if t is not None and t.grad is not None]
+
+    for weighted in (True, False):
+        fused = gradients(weighted)
+        assert called == ["quant_norm_grad"]
+        with monkeypatch.context() as patch:
+            patch.setattr(norm, "_fused_grads", lambda *_: None)
+            expected = gradients(weighted)
+        for a, b in zip(fused, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert_within(a, b, 2 * torch.finfo(dtype).eps * b.double().abs().max() + 1e-5)
+
+
 def test_a_network_gets_the_gradients_of_the_plain_way(monkeypatch):
     """With every decode switched off they are the same up to rounding."""
-    from memtl.autograd.norm import Affine
-    from memtl.methods import LowBitConfig
 
     def gradients():
         torch.manual_seed(3)
@@ -161,8 +188,9 @@ def test_a_network_gets_the_gradients_of_the_plain_way(monkeypatch):
         return [p.grad for p in net.parameters()]
 
     fused = gradients()
-    for recipe in (Affine, activation.Applied, activation.Masked):
+    for recipe in (norm.Affine, activation.Applied, activation.Masked):
         monkeypatch.setattr(recipe, "decode", lambda *_: None)
     monkeypatch.setattr(activation, "FUSED", {})
+    monkeypatch.setattr(norm, "_fused_grads", lambda *_: None)
     for a, b in zip(fused, gradients(), strict=True):
         assert_within(a, b, 1e-4 * b.double().abs().max())

@@ -12,7 +12,7 @@ from memtl import reference
 from memtl._ops import ACTIVATIONS
 from memtl.reference.fused import ACTIVATIONS as DEFINITIONS
 from tests.csrc.test_quant import BITS, DTYPES, HI, KINDS, LO, SIZES, assert_identical, data
-from tests.helpers import assert_within, unit
+from tests.helpers import assert_within, gamma, unit
 
 ops = torch.ops.memtl
 BOUND = 5e-7
@@ -140,6 +140,46 @@ def test_apply_range(isa, bits, dtype):
         )
 
 
+def norm_grad_in_float64(g, x_hat, rstd, weight, centered):
+    g, x = g.double(), x_hat.double()
+    scaled = g if weight is None else g * weight.double()
+    own = scaled - x * (scaled * x).mean(1, keepdim=True)
+    own = own - scaled.mean(1, keepdim=True) if centered else own
+    return own * rstd.double().view(-1, 1), (g * x).sum(0), g.sum(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_norm_grad(isa, bits, dtype):
+    for rows, n in ((0, 5), (1, 1), (3, 7), (5, 64), (33, 43), (100, 130), (7, 1000)):
+        x, g = data("normal", rows * n).view(rows, n), torch.randn(rows, n).to(dtype)
+        packed = reference.quant_pack(x, bits, 3)
+        x_hat = reference.quant_unpack(*packed, bits, [rows, n], torch.float32)
+        rstd = torch.rand(rows, 1) + 0.5
+        for weight, centered in ((torch.randn(n).to(dtype), True), (None, True), (None, False)):
+            found = ops.quant_norm_grad(g, *packed, bits, rstd, weight, n, centered)
+            exact = norm_grad_in_float64(g, x_hat, rstd, weight, centered)
+            assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+            w = torch.ones(n) if weight is None else weight
+            size, width = (g * w).double().abs(), x_hat.double().abs()
+            terms = size + size.mean(1, keepdim=True) + width * (size * width).mean(1, keepdim=True)
+            u = unit(dtype) if dtype != torch.float64 else 0
+            bound = gamma(n + 6) * terms * rstd + u * exact[0].abs()
+            assert_within(found[0], exact[0], bound * (1 + 1e-6) + 1e-7 * (dtype == torch.float16))
+            assert_within(found[1], exact[1], gamma(rows + 2) * (g.double().abs() * width).sum(0))
+            assert_within(found[2], exact[2], gamma(rows + 2) * g.double().abs().sum(0))
+
+
+def test_norm_grad_of_what_is_not_finite(isa):
+    """A row with a broken group, and its columns; not the row that shares a group with it."""
+    x = data("normal", 3 * 100).view(3, 100).clone()
+    x[0, 10] = math.nan
+    packed, ones = reference.quant_pack(x, 4, 3), torch.ones(3, 100)
+    grad_x, grad_weight, _ = ops.quant_norm_grad(ones, *packed, 4, ones[:, 0], None, 100, True)
+    assert grad_x[0].isnan().all() and grad_x[1:].isfinite().all()
+    assert grad_weight[:64].isnan().all() and grad_weight[64:].isfinite().all()
+
+
 def test_strided_gradients(isa):
     x = data("normal", 4 * 6 * 10).view(4, 6, 10)
     for view in (x.transpose(0, 2), x[:, ::2], x[1:, :, 3:], x[:, :, :0], x.permute(1, 2, 0)[None]):
@@ -156,7 +196,7 @@ def test_strided_gradients(isa):
 
 def test_instruction_sets_and_threads_agree():
     native = pytest.importorskip("memtl._C")
-    x, n = data("normal", 300_001) * 4, 300_001
+    x, n = data("normal", 43 * 7001) * 4, 43 * 7001
     codes, params = ops.quant_pack(x, 3, 9)
     isa, threads = native.isa(), torch.get_num_threads()
     results = []
@@ -169,6 +209,7 @@ def test_instruction_sets_and_threads_agree():
                 (
                     ops.quant_unpack_affine(codes, params, 3, w, w, None, 1, [n], torch.float32),
                     *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
+                    *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
                 )
             )
     finally:

@@ -149,7 +149,7 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
 
 def test_every_operator_is_tested():
-    sums, curves = {"topk_weight_grad", "attention_grad"}, set(CURVES)
+    sums, curves = {"topk_weight_grad", "quant_norm_grad", "attention_grad"}, set(CURVES)
     assert set(EXACT) | sums | curves == set(_ops.NAMES)
 
 
@@ -196,6 +196,19 @@ def test_activations_are_those_of_the_cpu(activation):
             size_of = expected[finite].double().abs()
             bound = (4e-6 + u) * (1 + size_of + g[finite].double().abs())
             assert_within(actual[finite], expected[finite], bound)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_norm_gradients_are_those_of_the_cpu(centered):
+    """In another order of summation."""
+    for bits, n in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+        packed = reference.quant_pack(draw(33, n), bits, 1)
+        g, rstd, weight = draw(33, n, seed=1), draw(33, seed=2), draw(n, seed=3)
+        arguments = g, *packed, bits, rstd, weight, n, centered
+        expected = reference.quant_norm_grad(*arguments)
+        actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
+        for a, e in zip(actual, expected, strict=True):
+            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
 
 
 @pytest.mark.slow

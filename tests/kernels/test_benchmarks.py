@@ -63,6 +63,7 @@ EQUAL = {
     "topk_weight_grad": "topk_unpack, then the dense product",
     "quant_unpack_activation": "quant_unpack, gelu",
     "quant_activation_grad": "quant_unpack, gelu_backward",
+    "quant_norm_grad": "quant_unpack, native_layer_norm_backward",
     "quant_apply_range": "quant_unpack_range, mul_",
     "bits_pack": "numpy.packbits",
     "bits_apply": "torch.where(mask, x * scale, 0)",
