@@ -230,6 +230,85 @@ def _(codes, bits, lo, hi, size, dtype):
     return codes.new_empty(size, dtype=dtype)
 
 
+# What is decoded and used in one pass over memory; the arithmetic is in float32.
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish")
+"""What quant_unpack_activation and quant_activation_grad know."""
+
+
+def _check_activation(name: str, activation: str) -> None:
+    torch._check_value(
+        activation in ACTIVATIONS,
+        lambda: f"{name}: activation must be one of {ACTIVATIONS}, got {activation!r}",
+    )
+
+
+@_define(
+    "quant_unpack_affine",
+    "(Tensor codes, Tensor params, int bits, Tensor? weight, Tensor? bias, Tensor? mask, "
+    "SymInt inner, SymInt[] size, ScalarType dtype) -> Tensor",
+)
+def _(codes, params, bits, weight, bias, mask, inner, size, dtype):
+    """The tensor of shape ``size``: what quant_unpack gives, * weight[c] + bias[c], flat element i
+    being of channel c = (i // inner) % C (a whole number of C * inner); 0 where a bit of ``mask``
+    is clear."""
+    _check_bits("quant_unpack_affine", bits)
+    torch._check_value(inner > 0, lambda: f"quant_unpack_affine: expected inner > 0, got {inner}")
+    for t in (weight, bias):
+        if t is not None:
+            _check_floating("quant_unpack_affine", t)
+    return codes.new_empty(size, dtype=dtype)
+
+
+@_define(
+    "quant_unpack_activation",
+    "(Tensor codes, Tensor params, int bits, str activation, SymInt[] size, ScalarType dtype) "
+    "-> Tensor",
+)
+def _(codes, params, bits, activation, size, dtype):
+    """The tensor of shape ``size``: f of what quant_unpack gives."""
+    _check_bits("quant_unpack_activation", bits)
+    _check_activation("quant_unpack_activation", activation)
+    return codes.new_empty(size, dtype=dtype)
+
+
+@_define(
+    "quant_activation_grad",
+    "(Tensor grad_out, Tensor codes, Tensor params, int bits, str activation) -> Tensor",
+)
+def _(grad_out, codes, params, bits, activation):
+    """grad_out * f'(what quant_unpack gives); the result contiguous."""
+    _check_floating("quant_activation_grad", grad_out)
+    _check_bits("quant_activation_grad", bits)
+    _check_activation("quant_activation_grad", activation)
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+
+
+@_define(
+    "quant_apply_range", "(Tensor grad_out, Tensor codes, int bits, float lo, float hi) -> Tensor"
+)
+def _(grad_out, codes, bits, lo, hi):
+    """grad_out * what quant_unpack_range gives; the result contiguous."""
+    _check_floating("quant_apply_range", grad_out)
+    _check_bits("quant_apply_range", bits)
+    torch._check_value(lo < hi, lambda: f"quant_apply_range: expected lo < hi, got {lo} and {hi}")
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+
+
+@_define(
+    "quant_norm_grad",
+    "(Tensor grad_out, Tensor codes, Tensor params, int bits, Tensor rstd, Tensor? weight, "
+    "SymInt features, bool centered) -> (Tensor, Tensor, Tensor)",
+)
+def _(grad_out, codes, params, bits, rstd, weight, features, centered):
+    """Rows of ``features`` that were normalised to x-hat, packed; ``centered``: their mean was
+    subtracted. The gradients of x, contiguous, and of weight and bias [features] in float32."""
+    _check_floating("quant_norm_grad", grad_out)
+    _check_bits("quant_norm_grad", bits)
+    sums = (grad_out.new_empty((features,), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
+
+
 # ------------------------------------------------------------------------------------------- bits
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import memtl.reference
 from memtl import _ops
 from memtl.backends import owner
-from tests.helpers import assert_same, assert_within, gamma
+from tests.helpers import assert_same, assert_within, gamma, unit
 
 OPS = torch.ops.memtl
 SHAPES = [(3, 600), (1, 1), (4, 256), (2, 7), (5, 257), (0, 300), (3, 0)]
@@ -116,6 +116,47 @@ def quant_unpack_range():
         yield codes, bits, lo, hi, list(x.shape), FLOATING[i % 4]
 
 
+def quant_unpack_affine():
+    for i, (codes, params, bits, size, dtype) in enumerate(quant_unpack()):
+        channels = size[-1]
+        w, b = (torch.randn(channels).to(FLOATING[j % 4]) for j in (i, i // 4))
+        mask = OPS.bits_pack(torch.rand(size) < 0.5)
+        yield codes, params, bits, w, b, None, 1, size, dtype
+        if len(size) == 2:
+            column = torch.randn(size[0])
+            yield codes, params, bits, column, None, mask, channels or 1, size, dtype
+        yield codes, params, bits, None, b, mask, 1, size, dtype
+
+
+def quant_unpack_activation():
+    for i, (codes, params, bits, size, dtype) in enumerate(quant_unpack()):
+        yield codes, params, bits, _ops.ACTIVATIONS[i % 6], size, dtype
+
+
+def quant_activation_grad():
+    for *packed, activation, size, dtype in quant_unpack_activation():
+        yield torch.randn(size).to(dtype), *packed, activation
+    codes, params = OPS.quant_pack(torch.randn(4, 30), 4, 0)
+    yield torch.randn(30, 4).T, codes, params, 4, "silu"
+
+
+def quant_apply_range():
+    for codes, bits, lo, hi, size, dtype in quant_unpack_range():
+        yield torch.randn(size).to(dtype), codes, bits, lo, hi
+    codes = OPS.quant_pack_range(torch.randn(4, 30), 3, 0.0, 1.0, 0)
+    yield torch.randn(30, 4).T, codes, 3, 0.0, 1.0
+
+
+def quant_norm_grad():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        if x.dim() < 2:
+            continue
+        g, packed, n = torch.randn(x.shape).to(x.dtype), OPS.quant_pack(x, bits, seed), x.shape[-1]
+        rstd, weight = torch.rand(x.shape[:-1]), torch.randn(n).to(FLOATING[i % 4])
+        yield g, *packed, bits, rstd, weight, n, True
+        yield g, *packed, bits, rstd, None, n, False
+
+
 def bits_pack():
     for shape in ((600,), (3, 7), (1,), (0, 5), ()):
         yield (torch.rand(shape) < 0.5,)
@@ -164,6 +205,11 @@ SAMPLES = {
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,
+        quant_unpack_affine,
+        quant_unpack_activation,
+        quant_activation_grad,
+        quant_apply_range,
+        quant_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,
@@ -232,7 +278,8 @@ def test_results_are_new_and_inputs_unchanged(name):
 
 @EVERY_OP
 def test_loaded_kernels_agree_with_the_reference(name):
-    """Bit for bit; a product up to the order of its sum."""
+    """Bit for bit; a product up to the order of its sum, an activation up to what both may be off
+    (tests/csrc/test_quant_fused.py), with a rounding to the dtype."""
     if owner(name, "cpu") == "reference":
         pytest.skip("no kernel is loaded for it")
     for sample in SAMPLES[name]():
@@ -251,6 +298,13 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
                 terms = g.numel() // max(1, g.shape[1])
                 assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
+            elif name == "quant_norm_grad":
+                # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
+                assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
+            elif name in ("quant_unpack_activation", "quant_activation_grad"):
+                factor = sample[0].double().abs() if "grad" in name else b.double().abs() + 1
+                assert a.dtype == b.dtype
+                assert_within(a, b, 2e-6 * factor + 2 * unit(a.dtype) * b.double().abs() + 1e-7)
             else:
                 assert_same(a, b)
 
@@ -277,6 +331,8 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.topk_pack(torch.ones(3, 4).long(), 1, 1, torch.int8, False), "float"),
         (lambda: OPS.topk_pack_sample(torch.ones(3, 4).bool(), 1, torch.int8, False), "float"),
         (lambda: OPS.quant_pack_range(torch.ones(4).cfloat(), 4, 0.0, 1.0, 0), "float"),
+        (lambda: OPS.quant_apply_range(torch.ones(4), torch.ones(1, 32), 4, 1.0, 0.0), "lo < hi"),
+        (lambda: OPS.quant_activation_grad(*[torch.ones(0)] * 3, 4, "relu"), "gelu"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

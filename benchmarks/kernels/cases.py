@@ -5,6 +5,7 @@ Inputs are normal random numbers of torch's global generator: seed it first.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -295,6 +296,101 @@ def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_unpack_range", unpack, bits, *fixed)
 
 
+def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """quant decoded and used at once, beside decoding first: rows of LayerNorm, maps of a ResNet's
+    BatchNorm and ReLU, GELU."""
+    rows, maps, fixed = (batch * TOKENS, WIDTHS[1]), (batch, 256, 56, 56), (-0.13, 1.13)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    def affine(bits: int) -> Calls:
+        packed, (w, b) = OPS.quant_pack(draw(*rows), bits, 1), draw(2, rows[1])
+
+        def plain() -> Tensor:
+            return torch.addcmul(b, OPS.quant_unpack(*packed, bits, rows, dtype), w)
+
+        return {
+            "memtl": partial(OPS.quant_unpack_affine, *packed, bits, w, b, None, 1, rows, dtype),
+            "quant_unpack, addcmul": plain,
+        }
+
+    def affine_relu(bits: int) -> Calls:
+        packed, (w, b) = OPS.quant_pack(draw(*maps), bits, 1), draw(2, maps[1])
+        mask = OPS.bits_pack(draw(*maps) > 0)
+        laid, place = (w.view(-1, 1, 1), b.view(-1, 1, 1)), (maps[2] * maps[3], maps, dtype)
+
+        def plain() -> Tensor:
+            x = OPS.quant_unpack(*packed, bits, maps, dtype)
+            return OPS.bits_apply(torch.addcmul(laid[1], x, laid[0]), mask, 1.0)
+
+        return {
+            "memtl": partial(OPS.quant_unpack_affine, *packed, bits, w, b, mask, *place),
+            "quant_unpack, addcmul, bits_apply": plain,
+        }
+
+    def values(bits: int) -> Calls:
+        packed = OPS.quant_pack(draw(*rows), bits, 1)
+        return {
+            "memtl": partial(OPS.quant_unpack_activation, *packed, bits, "gelu", rows, dtype),
+            "quant_unpack, gelu": lambda: F.gelu(OPS.quant_unpack(*packed, bits, rows, dtype)),
+        }
+
+    def slopes(bits: int) -> Calls:
+        packed, grad_out = OPS.quant_pack(draw(*rows), bits, 1), draw(*rows)
+
+        def plain() -> Tensor:
+            x = OPS.quant_unpack(*packed, bits, rows, dtype)
+            return torch.ops.aten.gelu_backward(grad_out, x)
+
+        return {
+            "memtl": partial(OPS.quant_activation_grad, grad_out, *packed, bits, "gelu"),
+            "quant_unpack, gelu_backward": plain,
+        }
+
+    def apply_range(bits: int) -> Calls:
+        codes, grad_out = OPS.quant_pack_range(draw(*rows), bits, *fixed, 1), draw(*rows)
+
+        def plain() -> Tensor:
+            return OPS.quant_unpack_range(codes, bits, *fixed, rows, dtype).mul_(grad_out)
+
+        return {
+            "memtl": partial(OPS.quant_apply_range, grad_out, codes, bits, *fixed),
+            "quant_unpack_range, mul_": plain,
+        }
+
+    def norm_grad(bits: int) -> Calls:
+        n = WIDTHS[0]
+        packed, grad_out = OPS.quant_pack(draw(batch * TOKENS, n), bits, 1), draw(batch * TOKENS, n)
+        rstd, weight = torch.rand_like(grad_out[:, :1]) + 0.5, draw(n)
+
+        def plain() -> tuple[Tensor, ...]:
+            x_hat = OPS.quant_unpack(*packed, bits, grad_out.shape, dtype)
+            unit = torch.ones_like(rstd)
+            grad_x, _, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_out, x_hat, [n], unit - 1, unit, weight, weight, [True, False, True]
+            )
+            return grad_x.mul_(rstd), (grad_out * x_hat).sum(0), grad_bias
+
+        arguments = (grad_out, *packed, bits, rstd, weight, n, True)
+        return {
+            "memtl": partial(OPS.quant_norm_grad, *arguments),
+            "quant_unpack, native_layer_norm_backward": plain,
+        }
+
+    def case(op: str, what: str, size: tuple[int, ...], make: Callable[..., Calls], bits: int):
+        words = "x".join(map(str, size))
+        return Case(op, f"{bits} bits{what}", words, math.prod(size), partial(make, bits))
+
+    for bits in (8, 4, 3):
+        yield case("quant_unpack_affine", "", rows, affine, bits)
+        yield case("quant_unpack_affine", " relu", maps, affine_relu, bits)
+        yield case("quant_unpack_activation", "", rows, values, bits)
+        yield case("quant_activation_grad", "", rows, slopes, bits)
+        yield case("quant_apply_range", "", rows, apply_range, bits)
+        yield case("quant_norm_grad", "", (rows[0], WIDTHS[0]), norm_grad, bits)
+
+
 def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """A mask to bits, and a gradient through them."""
     shape = (batch * TOKENS, WIDTHS[1])
@@ -356,6 +452,7 @@ FAMILIES = {
     "topk": topk_cases,
     "conv": conv_cases,
     "quant": quant_cases,
+    "fused": fused_cases,
     "bits": bits_cases,
     "attention": attention_cases,
 }

@@ -115,7 +115,7 @@ def measure(
 
 
 HEADER = (
-    f"{'operator':18} {'':14} {'shape':>17} {'served by':11} {'ms':>8} {'ns/el':>7} {'GB/s':>7} "
+    f"{'operator':23} {'':14} {'shape':>17} {'served by':11} {'ms':>8} {'ns/el':>7} {'GB/s':>7} "
     f"{'of copy':>7} {'ratio':>7}  baseline"
 )
 
@@ -123,7 +123,7 @@ HEADER = (
 def format_row(row: dict[str, Any]) -> str:
     """A row of :func:`measure` under :data:`HEADER`; the ratio is the baseline's time over ours."""
     return (
-        f"{row['op']:18} {row['what']:14} {row['shape']:>17} {row['served_by']:11} "
+        f"{row['op']:23} {row['what']:14} {row['shape']:>17} {row['served_by']:11} "
         f"{row['seconds'] * 1e3:8.3f} {row['ns_per_element']:7.3f} {row['gb_per_s']:7.1f} "
         f"{row['share_of_copy']:7.1%} {row['ratio']:6.2f}x  {row['baseline']}"
     )

@@ -168,6 +168,16 @@ MEMTL_INLINE void store_double(double* p, Floats a) {
   _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
 }
 
+// A table of kEntries numbers, looked up by lane. (16 are read.)
+template <int kEntries>
+struct Lookup {
+  Floats entries;
+  inline __attribute__((always_inline)) explicit Lookup(const float* p) : entries(load(p)) {}
+  inline __attribute__((always_inline)) Floats operator()(Ints i) const {
+    return _mm512_permutexvar_ps(i, entries);
+  }
+};
+
 #elif defined(__AVX2__)
 
 constexpr int kWidth = 8;
@@ -298,6 +308,18 @@ MEMTL_INLINE void store_double(double* p, Floats a) {
   _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
 }
 
+template <int kEntries>
+struct Lookup {
+  Floats low, high;
+  inline __attribute__((always_inline)) explicit Lookup(const float* p)
+      : low(load(p)), high(load(p + 8)) {}
+  inline __attribute__((always_inline)) Floats operator()(Ints i) const {
+    const Floats below = _mm256_permutevar8x32_ps(low, i);
+    if constexpr (kEntries <= 8) return below;
+    return select(greater(i, ints(7)), _mm256_permutevar8x32_ps(high, i), below);
+  }
+};
+
 #else
 
 constexpr int kWidth = 1;
@@ -366,6 +388,13 @@ MEMTL_INLINE Floats load_half(const uint16_t* p) { return half_to_float(*p); }
 MEMTL_INLINE void store_half(uint16_t* p, Floats a) { *p = float_to_half(a); }
 MEMTL_INLINE Floats load_double(const double* p) { return static_cast<float>(*p); }
 MEMTL_INLINE void store_double(double* p, Floats a) { *p = a; }
+
+template <int kEntries>
+struct Lookup {
+  const float* entries;
+  inline __attribute__((always_inline)) explicit Lookup(const float* p) : entries(p) {}
+  inline __attribute__((always_inline)) Floats operator()(Ints i) const { return entries[i]; }
+};
 
 #endif
 

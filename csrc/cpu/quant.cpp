@@ -1,55 +1,17 @@
 #include "quant.h"
 
-#include <cmath>
 #include <tuple>
-#include <vector>
 
-#include "tensor.h"
+#include "quant_checks.h"
 
 namespace memtl {
 namespace {
-
-void check_bits(const char* op, int64_t bits) {
-  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2, op,
-                  ": expected bits 8, 4, 3 or 2, got ", bits);
-}
 
 // The same seed for every kernel: 64 bits folded to 32.
 uint32_t fold(int64_t seed) {
   const auto wide = static_cast<uint64_t>(seed);
   return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
 }
-
-QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
-  const double levels = static_cast<double>((1 << bits) - 2);
-  const QuantRange range{static_cast<float>(lo), static_cast<float>(hi),
-                         static_cast<float>((hi - lo) / levels)};
-  STD_TORCH_CHECK(lo < hi, op, ": expected lo < hi, got ", lo, " and ", hi);
-  STD_TORCH_CHECK(
-      std::isfinite(range.lo) && std::isfinite(range.hi) && std::isnormal(range.step), op,
-      ": expected lo and hi, and the steps between them, to be numbers of float32, got ", lo,
-      " and ", hi);
-  return range;
-}
-
-int64_t numel_of(const std::vector<int64_t>& size) {
-  int64_t numel = 1;
-  for (int64_t each : size) numel *= each;
-  return numel;
-}
-
-// codes as a flat contiguous tensor that holds numel elements in so many bits.
-Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
-  const int64_t groups = ceil_div(numel, kGroup);
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, op, ": expected codes of uint8, got ",
-                  describe(codes));
-  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) == groups && codes.size(1) == 8 * bits, op,
-                  ": ", numel, " elements in ", bits, " bits need codes [", groups, ", ", 8 * bits,
-                  "], got ", describe(codes));
-  return torch::stable::contiguous(codes);
-}
-
-constexpr int64_t kGroupGrain = kGrain / kGroup;
 
 std::tuple<Tensor, Tensor> quant_pack_cpu(const Tensor& x, int64_t bits, int64_t seed) {
   const DType dtype = floating("quant_pack", "x", x.scalar_type());
@@ -78,12 +40,7 @@ Tensor quant_unpack_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
   check_bits("quant_unpack", bits);
   const int64_t numel = numel_of(size);
   const Tensor packed = checked_codes("quant_unpack", codes, bits, numel);
-  STD_TORCH_CHECK(params.scalar_type() == ScalarType::BFloat16 && params.dim() == 2 &&
-                      params.size(0) == packed.size(0) && params.size(1) == 2,
-                  "quant_unpack: expected params of bfloat16 [", packed.size(0), ", 2], got ",
-                  describe(params));
-  STD_TORCH_CHECK(params.is_cpu(), "quant_unpack: expected params on the CPU, as codes are");
-  const Tensor flat_params = torch::stable::contiguous(params);
+  const Tensor flat_params = checked_params("quant_unpack", params, packed);
   Tensor result = torch::stable::new_empty(packed, size, dtype);
   const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
   const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());

@@ -1,12 +1,16 @@
-// The kernels of bits and quant: every instruction set this machine runs against the portable ones,
-// byte for byte, in buffers of exactly the size they may touch (a sanitiser sees one byte beyond).
+// The kernels of bits and of quant, fused ones too: every instruction set this machine runs against
+// the portable ones, byte for byte, in buffers of exactly the size they may touch (a sanitiser sees
+// one byte beyond).
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/layout.h"
 #include "cpu/bits.h"
 #include "cpu/quant.h"
+#include "cpu/quant_fused.h"
+#include "cpu/quant_norm.h"
 #include "tests/check.h"
 
 namespace {
@@ -170,6 +174,129 @@ void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
   }
 }
 
+// One NaN for all: of two a vector instruction and a scalar one may hand on different ones.
+std::vector<uint8_t> with_one_nan(DType dtype, std::vector<uint8_t> x, int64_t numel) {
+  for (int64_t i = 0; i < numel; ++i) {
+    const float value = load_float(dtype, x.data(), i);
+    if (std::isnan(value)) store_float(dtype, x.data(), i, NAN);
+  }
+  return x;
+}
+
+// Everything in quant_fused on one tensor, one result after the other.
+std::vector<std::vector<uint8_t>> fused(const QuantFusedKernels& kernels, DType dtype,
+                                        const std::vector<uint8_t>& x, const Packed& packed,
+                                        const std::vector<uint8_t>& ranged, int64_t numel,
+                                        int bits) {
+  std::vector<std::vector<uint8_t>> results;
+  const auto run = [&](const auto& kernel) {
+    std::vector<uint8_t> out = buffer(numel * size_of(dtype));
+    in_parts(ceil_div(numel, kGroup),
+             [&](int64_t first, int64_t last) { kernel(out.data(), first, last); });
+    results.push_back(with_one_nan(dtype, out, numel));
+  };
+  const uint8_t* codes = packed.codes.data();
+  const uint16_t* params = packed.params.data();
+  const std::vector<uint8_t> mask(x.begin(), x.begin() + ceil_div(numel, 8));
+  for (const auto& [channels, inner] :
+       {std::pair<int64_t, int64_t>{7, 1}, {100, 1}, {5, 9}, {3, 200}}) {
+    std::vector<float> weight(static_cast<size_t>(channels + kGroup)), bias(weight.size());
+    for (size_t i = 0; i < weight.size(); ++i) {
+      weight[i] = 0.5f + 0.1f * static_cast<float>(i % static_cast<size_t>(channels));
+      bias[i] = -weight[i] * weight[i];
+    }
+    const Channels both{weight.data(), bias.data(), channels, inner};
+    const Channels factors{weight.data(), nullptr, channels, inner};
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_affine(dtype, codes, params, bits, both, nullptr, out, numel, first, last);
+    });
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_affine(dtype, codes, params, bits, factors, mask.data(), out, numel, first,
+                            last);
+    });
+  }
+  for (Act act :
+       {Act::gelu, Act::gelu_tanh, Act::silu, Act::quick_gelu, Act::hardswish, Act::mish}) {
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.unpack_activation(dtype, codes, params, bits, act, out, numel, first, last);
+    });
+    run([&](uint8_t* out, int64_t first, int64_t last) {
+      kernels.activation_grad(dtype, x.data(), codes, params, bits, act, out, numel, first, last);
+    });
+  }
+  run([&](uint8_t* out, int64_t first, int64_t last) {
+    kernels.apply_range(dtype, x.data(), ranged.data(), bits, range_for(bits), out, numel, first,
+                        last);
+  });
+  return results;
+}
+
+void test_fused(const QuantFusedKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : kKinds) {
+    for (int64_t numel : kSizes) {
+      for (int type = 0; type < 4; ++type) {
+        const std::vector<uint8_t> x = data(kTypes[type], kind, numel, random);
+        for (int bits : {8, 4, 3, 2}) {
+          const Packed packed = pack(portable::quant, kTypes[type], x, numel, bits);
+          const auto ranged = pack_range(portable::quant, kTypes[type], x, numel, bits);
+          const auto wanted =
+              fused(portable::quant_fused, kTypes[type], x, packed, ranged, numel, bits);
+          const auto found = fused(kernels, kTypes[type], x, packed, ranged, numel, bits);
+          for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(same_bytes(found[i], wanted[i]), "%s: fused %d, %s, kind %d, %ld, bits %d", isa,
+                  static_cast<int>(i), kTypeNames[type], static_cast<int>(kind),
+                  static_cast<long>(numel), bits);
+          }
+        }
+      }
+    }
+  }
+}
+
+std::vector<std::vector<uint8_t>> norm_grad(const QuantNormKernels& kernels, DType dtype,
+                                            const std::vector<uint8_t>& x, const Packed& packed,
+                                            int64_t rows, int64_t n, int bits) {
+  const auto room = static_cast<size_t>(n + kNormLanes);
+  std::vector<float> weight(room, 0.7f), rstd(static_cast<size_t>(rows), 1.3f);
+  std::vector<float> x_hat(static_cast<size_t>(n + 2 * kGroup)),
+      sums[2] = {std::vector<float>(room), std::vector<float>(room)};
+  std::vector<uint8_t> out = buffer(rows * n * size_of(dtype));
+  in_parts(rows, [&](int64_t first, int64_t last) {
+    kernels.grad(dtype, x.data(), packed.codes.data(), packed.params.data(), bits, rstd.data(),
+                 Norm{n, weight.data(), n % 2 == 0}, out.data(), x_hat.data(), sums[0].data(),
+                 sums[1].data(), first, last);
+  });
+  std::vector<std::vector<uint8_t>> results = {with_one_nan(dtype, out, rows * n)};
+  for (const std::vector<float>& each : sums) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(each.data());
+    results.push_back(with_one_nan(DType::f32, {bytes, bytes + 4 * n}, n));
+  }
+  return results;
+}
+
+void test_norm(const QuantNormKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : {Kind::normal, Kind::broken}) {
+    for (int64_t n : {1, 15, 16, 43, 64, 130}) {
+      for (int64_t rows : {0, 1, 7, 20}) {
+        for (int type = 0; type < 4; ++type) {
+          const std::vector<uint8_t> x = data(kTypes[type], kind, rows * n, random);
+          for (int bits : {8, 4, 3, 2}) {
+            const Packed packed = pack(portable::quant, kTypes[type], x, rows * n, bits);
+            const auto wanted =
+                norm_grad(portable::quant_norm, kTypes[type], x, packed, rows, n, bits);
+            const auto found = norm_grad(kernels, kTypes[type], x, packed, rows, n, bits);
+            for (size_t i = 0; i < found.size(); ++i) {
+              CHECK(same_bytes(found[i], wanted[i]), "%s: norm %d, %s, [%ld, %ld], bits %d", isa,
+                    static_cast<int>(i), kTypeNames[type], static_cast<long>(rows),
+                    static_cast<long>(n), bits);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
   for (int64_t numel : kSizes) {
     const int64_t bytes = ceil_div(numel, 8);
@@ -248,13 +375,19 @@ int main() {
   test_formats();
   test_bits(portable::bits, "portable", random);
   test_quant(portable::quant, "portable", random);
+  test_fused(portable::quant_fused, "portable", random);
+  test_norm(portable::quant_norm, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
+    test_fused(avx2::quant_fused, "avx2", random);
+    test_norm(avx2::quant_norm, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
     test_quant(avx512::quant, "avx512", random);
+    test_fused(avx512::quant_fused, "avx512", random);
+    test_norm(avx512::quant_norm, "avx512", random);
   })
   return finish("test_kernels");
 }

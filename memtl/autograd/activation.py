@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Format, Packed, Quantized, pack
-from ..storage.rebuilt import rebuilt
+from ..storage.quantized import grouped
+from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Function, first_order, keep, kept, packed_once
+from .norm import Affine
 from .share import offer, shared
 
 aten = torch.ops.aten
@@ -175,6 +177,10 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
     "logsigmoid": lambda: Activation(_plain(F.logsigmoid), lambda x: torch.sigmoid(-x), 0.0, 1.0),
 }
 
+# What torch.ops.memtl.quant_activation_grad has of them: a tanh form as good as another.
+FUSED = {name: name for name in ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish")}
+FUSED |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_bloom"), "gelu_tanh")
+
 
 def activation(name: str, *parameters: float) -> Activation:
     """The named function with its parameters."""
@@ -206,6 +212,17 @@ class Applied:
 
     def __call__(self, x: Tensor) -> Tensor:
         return activation(self.name, *self.parameters).forward(x)
+
+    def decode(
+        self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor | None:
+        """In one pass where x is in groups with their own scale."""
+        x, name = grouped(parts[0]), FUSED.get(self.name)
+        if name is None or x is None or dtype == torch.float64:
+            return None
+        if x[-1] == 8 and name in ("gelu", "silu"):  # torch's are as fast
+            return None
+        return torch.ops.memtl.quant_unpack_activation(*x, name, shape, dtype)
 
 
 class ActivationFunction(Function):
@@ -243,6 +260,13 @@ class ActivationFunction(Function):
     @first_order
     def backward(ctx, grad_out):
         (saved,), _ = kept(ctx)
+        if saved.dtype == grad_out.dtype != torch.float64:
+            ops, x, name = torch.ops.memtl, grouped(saved), FUSED.get(ctx.name)
+            if ctx.derivative_kept:
+                code = (*saved.tensors, saved.format.bits, *saved.format.range)
+                return ops.quant_apply_range(grad_out, *code), *(None,) * 5
+            if x is not None and name is not None:
+                return ops.quant_activation_grad(grad_out, *x, name), *(None,) * 5
         value = saved.unpack()
         if not ctx.derivative_kept:
             value = activation(ctx.name, *ctx.parameters).derivative(value)
@@ -334,6 +358,20 @@ class Masked:
 
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
         return MASKS[self.name](*self.parameters).rebuild(x, mask)
+
+    def decode(
+        self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor | None:
+        """For a ReLU: in one pass where x is an affine map of x-hat in groups."""
+        x, bits = parts
+        if self.name != "relu" or x is None or bits is None:
+            return None
+        if isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
+            affine = x.format.split(x.tensors)
+            made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0])
+            if made is not None:
+                return made
+        return Bits().apply(bits.tensors, x.unpack(dtype))
 
 
 class MaskFunction(Function):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Format, Packed
+from ..storage.quantized import grouped
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
 from .share import offer
@@ -28,6 +31,24 @@ class Affine:
             return x_hat if bias is None else x_hat + bias
         weight = weight + 1 if self.one_more else weight
         return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+    def decode(
+        self,
+        parts: Sequence[Packed | None],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        mask: Tensor | None = None,
+    ) -> Tensor | None:
+        """In one pass where x-hat is in groups with their own scale; 0 where ``mask``, packed, is
+        clear."""
+        x_hat, (weight, bias) = grouped(parts[0]), parts[1:]
+        if x_hat is None or dtype == torch.float64:
+            return None
+        w, b = (None if p is None else p.unpack() for p in (weight, bias))
+        if w is not None and self.one_more:
+            w = w.float() + 1
+        inner = shape[2:].numel() if self.by_channel else 1
+        return torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, shape, dtype)
 
     def _laid(self, t: Tensor | None, like: Tensor) -> Tensor | None:
         if t is None or not self.by_channel:
@@ -79,6 +100,8 @@ class LayerNormFunction(Function):
     def backward(ctx, grad_out, _mean, _rstd):
         (x_hat,), (rstd, weight) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if (grads := _fused_grads(ctx, grad_out, x_hat, rstd, weight, len(ctx.shape))) is not None:
+            return *grads, *(None,) * 5
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         grad_x = grad_weight = grad_bias = None
@@ -110,6 +133,24 @@ class LayerNormFunction(Function):
             None if grad_bias is None else grad_bias.to(ctx.dtypes[2]),
             *(None,) * 5,
         )
+
+
+def _fused_grads(ctx, grad_out, x_hat, rstd, weight, dims, centered=True):
+    """The gradients of x, weight and bias in one pass; None where x-hat is not in groups with their
+    own scale, or the gradient of x is not asked for, or not in float32 or less."""
+    x_hat, shape = grouped(x_hat), grad_out.shape[grad_out.dim() - dims :]
+    features = math.prod(shape)
+    if x_hat is None or rstd is None or features == 0 or not ctx.needs_input_grad[0]:
+        return None
+    if grad_out.is_cuda:  # served by the definition, which torch's own kernels outrun
+        return None
+    if grad_out.dtype != ctx.dtypes[0] or grad_out.dtype == torch.float64:
+        return None
+    grad_x, *sums = torch.ops.memtl.quant_norm_grad(
+        grad_out, *x_hat, rstd, weight, features, centered
+    )
+    given = zip(sums, ctx.dtypes[1:], ctx.needs_input_grad[1:], strict=False)
+    return grad_x, *(s.view(shape).to(d) if need and d else None for s, d, need in given)
 
 
 def _sum_rows(x, rows):
@@ -169,6 +210,10 @@ class RMSNormFunction(Function):
     @first_order
     def backward(ctx, grad_out):
         (x_hat,), (rstd, weight) = kept(ctx)
+        factor = weight.float() + 1 if ctx.style == "gemma" and weight is not None else weight
+        grads = _fused_grads(ctx, grad_out, x_hat, rstd, factor, len(ctx.dims), False)
+        if grads is not None:
+            return *grads, *(None,) * 6
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         x_hat = x_hat.unpack(wide)

@@ -6,6 +6,13 @@ where no kernel was built. Optimised code never imports this package.
 
 from .attention import attention_grad
 from .bits import bits_apply, bits_pack, bits_pack_between
+from .fused import (
+    quant_activation_grad,
+    quant_apply_range,
+    quant_norm_grad,
+    quant_unpack_activation,
+    quant_unpack_affine,
+)
 from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
 from .topk import (
     topk_conv_weight_grad,
@@ -27,6 +34,11 @@ OPS = {
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,
+        quant_unpack_affine,
+        quant_unpack_activation,
+        quant_activation_grad,
+        quant_apply_range,
+        quant_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._ops import GROUP, ceil_div
-from .format import Format, check_rebuild
+from .format import Format, Packed, check_rebuild
 
 BITS = (8, 4, 3, 2)
 
@@ -75,3 +75,12 @@ class Quantized(Format):
     def __str__(self) -> str:
         once = " once" if self.rebuild else ""
         return f"{self.bits}-bit" + (" fixed range" if self.range else "") + once
+
+
+def grouped(packed: Packed | None) -> tuple[Tensor, Tensor, int] | None:
+    """Codes, params and bits, as the fused operators take them; None for what is kept otherwise
+    than in groups with a scale of their own."""
+    if packed is None or type(packed.format) is not Quantized or packed.format.range is not None:
+        return None
+    codes, params = packed.tensors
+    return codes, params, packed.format.bits

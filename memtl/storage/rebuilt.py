@@ -12,7 +12,11 @@ from .dense import Dense
 from .format import Format, Packed
 
 Recipe = Callable[..., Tensor]
-"""A frozen dataclass without tensors; called with the parts, dense, it gives the tensor."""
+"""A frozen dataclass without tensors; called with the parts, dense, it gives the tensor.
+
+It may have a method ``decode(parts, shape, dtype)`` that makes the tensor of the parts as they are
+packed, in one pass over memory, or returns None for parts it does not know so.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +45,29 @@ class Rebuilt(Format):
         raise TypeError("nothing is packed as Rebuilt: it is made from what a layer keeps")
 
     def unpack(self, packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        dense: list[Tensor | None] = []
-        start = 0
+        parts = self.split(packed)
+        decode = getattr(self.recipe, "decode", None)
+        if decode is not None and (made := decode(parts, shape, dtype)) is not None:
+            return made
         wide = torch.promote_types(dtype, torch.float32)
+        dense = (
+            None if p is None else p.unpack(wide if p.dtype.is_floating_point else None)
+            for p in parts
+        )
+        return self.recipe(*dense).to(dtype)
+
+    def split(self, packed: tuple[Tensor, ...]) -> list[Packed | None]:
+        """The parts, each with its tensors."""
+        parts: list[Packed | None] = []
+        start = 0
         for part in self.parts:
             if part is None:
-                dense.append(None)
+                parts.append(None)
                 continue
             tensors = packed[start : start + part.count]
             start += part.count
-            exact = not part.dtype.is_floating_point
-            dense.append(part.format.unpack(tensors, part.shape, part.dtype if exact else wide))
-        return self.recipe(*dense).to(dtype)
+            parts.append(Packed(part.format, tensors, part.shape, part.dtype))
+        return parts
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         return 0

@@ -103,6 +103,20 @@ def quant_unpack_range_cases():
         yield reference.quant_pack_range(x, *rest, seed), *rest, list(x.shape), dtype
 
 
+def quant_unpack_affine_cases():
+    for codes, params, bits, size, dtype in quant_unpack_cases():
+        channels = size[-1]
+        w, b = draw(channels, dtype=dtype), draw(channels, seed=1)
+        mask = reference.bits_pack(draw(*size, seed=2) > 0)
+        yield codes, params, bits, w, b, None, 1, size, dtype
+        yield codes, params, bits, w[:1], None, mask, 1, size, dtype
+
+
+def quant_apply_range_cases():
+    for codes, bits, lo, hi, size, dtype in quant_unpack_range_cases():
+        yield draw(*size, dtype=dtype, seed=1), codes, bits, lo, hi
+
+
 def bits_pack_cases():
     for n in SIZES:
         yield (draw(n) > 0,)
@@ -126,14 +140,17 @@ EXACT = {
     "quant_unpack": quant_unpack_cases,
     "quant_pack_range": quant_pack_range_cases,
     "quant_unpack_range": quant_unpack_range_cases,
+    "quant_unpack_affine": quant_unpack_affine_cases,
+    "quant_apply_range": quant_apply_range_cases,
     "bits_pack": bits_pack_cases,
     "bits_apply": bits_apply_cases,
 }
+CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
 
 def test_every_operator_is_tested():
-    products = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
-    assert {*EXACT, *products} == set(_ops.NAMES)
+    sums = {"topk_weight_grad", "topk_conv_weight_grad", "quant_norm_grad", "attention_grad"}
+    assert {*EXACT, *sums, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -163,6 +180,35 @@ def test_triton_gives_what_the_definition_gives(name):
 def test_opcheck(name):
     *_, arguments = EXACT[name]()
     torch.library.opcheck(getattr(torch.ops.memtl, name), tuple(to_device(arguments)))
+
+
+@pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
+def test_activations_are_those_of_the_cpu(activation):
+    """Up to what either may be off."""
+    for codes, params, bits, size, dtype in quant_unpack_cases():
+        g, u = draw(*size, dtype=dtype, seed=1), torch.finfo(dtype).eps
+        packed = codes, params, bits, activation
+        for op, arguments in zip(CURVES, ((*packed, size, dtype), (g, *packed)), strict=True):
+            expected = getattr(reference, op)(*arguments)
+            actual = getattr(torch.ops.memtl, op)(*to_device(arguments)).cpu()
+            assert (actual.isnan() == expected.isnan()).all()
+            finite = expected.isfinite()
+            size_of = expected[finite].double().abs()
+            bound = (4e-6 + u) * (1 + size_of + g[finite].double().abs())
+            assert_within(actual[finite], expected[finite], bound)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_norm_gradients_are_those_of_the_cpu(centered):
+    """In another order of summation."""
+    for bits, n in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+        packed = reference.quant_pack(draw(33, n), bits, 1)
+        g, rstd, weight = draw(33, n, seed=1), draw(33, seed=2), draw(n, seed=3)
+        arguments = g, *packed, bits, rstd, weight, n, centered
+        expected = reference.quant_norm_grad(*arguments)
+        actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
+        for a, e in zip(actual, expected, strict=True):
+            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
 
 
 @pytest.mark.slow

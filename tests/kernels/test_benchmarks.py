@@ -62,6 +62,10 @@ def test_plain_quantisation_is_off_by_less_than_a_step(bits, limits):
 EQUAL = {
     "topk_weight_grad": "topk_unpack, then the dense product",
     "topk_conv_weight_grad": "a few samples unpacked at a time, then torch's own",
+    "quant_unpack_activation": "quant_unpack, gelu",
+    "quant_activation_grad": "quant_unpack, gelu_backward",
+    "quant_norm_grad": "quant_unpack, native_layer_norm_backward",
+    "quant_apply_range": "quant_unpack_range, mul_",
     "bits_pack": "numpy.packbits",
     "bits_pack_between": "bits_pack(~(x <= 0))",
     "bits_apply": "torch.where(mask, x * scale, 0)",

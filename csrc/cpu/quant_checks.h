@@ -1,0 +1,57 @@
+// What the operators of quant ask of their arguments.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "quant.h"
+#include "tensor.h"
+
+namespace memtl {
+
+inline void check_bits(const char* op, int64_t bits) {
+  STD_TORCH_CHECK(bits == 8 || bits == 4 || bits == 3 || bits == 2, op,
+                  ": expected bits 8, 4, 3 or 2, got ", bits);
+}
+
+inline QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
+  const double levels = static_cast<double>((1 << bits) - 2);
+  const QuantRange range{static_cast<float>(lo), static_cast<float>(hi),
+                         static_cast<float>((hi - lo) / levels)};
+  STD_TORCH_CHECK(lo < hi, op, ": expected lo < hi, got ", lo, " and ", hi);
+  STD_TORCH_CHECK(
+      std::isfinite(range.lo) && std::isfinite(range.hi) && std::isnormal(range.step), op,
+      ": expected lo and hi, and the steps between them, to be numbers of float32, got ", lo,
+      " and ", hi);
+  return range;
+}
+
+inline int64_t numel_of(const std::vector<int64_t>& size) {
+  int64_t numel = 1;
+  for (int64_t each : size) numel *= each;
+  return numel;
+}
+
+// codes as a flat contiguous tensor that holds numel elements in so many bits.
+inline Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
+  const int64_t groups = ceil_div(numel, kGroup);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, op, ": expected codes of uint8, got ",
+                  describe(codes));
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(0) == groups && codes.size(1) == 8 * bits, op,
+                  ": ", numel, " elements in ", bits, " bits need codes [", groups, ", ", 8 * bits,
+                  "], got ", describe(codes));
+  return torch::stable::contiguous(codes);
+}
+
+inline Tensor checked_params(const char* op, const Tensor& params, const Tensor& codes) {
+  STD_TORCH_CHECK(params.scalar_type() == ScalarType::BFloat16 && params.dim() == 2 &&
+                      params.size(0) == codes.size(0) && params.size(1) == 2,
+                  op, ": expected params of bfloat16 [", codes.size(0), ", 2], got ",
+                  describe(params));
+  STD_TORCH_CHECK(params.is_cpu(), op, ": expected params on the CPU, as codes are");
+  return torch::stable::contiguous(params);
+}
+
+constexpr int64_t kGroupGrain = kGrain / kGroup;
+
+}  // namespace memtl

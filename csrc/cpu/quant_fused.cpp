@@ -1,0 +1,154 @@
+#include "quant_fused.h"
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "quant_checks.h"
+
+namespace memtl {
+namespace {
+
+Act act_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == kNames[i]) return static_cast<Act>(i);
+  }
+  STD_TORCH_CHECK(false, op,
+                  ": expected gelu, gelu_tanh, silu, quick_gelu, hardswish or mish, got ", name);
+  return Act::gelu;
+}
+
+// As Channels wants it; empty where there is none.
+std::vector<float> channel_table(const char* op, const char* what,
+                                 const std::optional<Tensor>& given) {
+  std::vector<float> table;
+  if (!given) return table;
+  const DType dtype = floating(op, what, given->scalar_type());
+  STD_TORCH_CHECK(given->is_cpu(), op, ": expected ", what, " on the CPU, as codes are");
+  const Tensor flat = torch::stable::contiguous(*given);
+  const int64_t channels = flat.numel();
+  STD_TORCH_CHECK(channels > 0, op, ": expected ", what, " of a channel at least, got ",
+                  describe(flat));
+  table.resize(static_cast<size_t>(channels + kGroup));
+  for (int64_t i = 0; i < channels + kGroup; ++i) {
+    table[static_cast<size_t>(i)] = load_float(dtype, flat.const_data_ptr(), i % channels);
+  }
+  return table;
+}
+
+Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
+                               const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                               int64_t inner, std::vector<int64_t> size, ScalarType dtype) {
+  const char* op = "quant_unpack_affine";
+  const DType out_dtype = floating(op, "a result", dtype);
+  check_bits(op, bits);
+  STD_TORCH_CHECK(inner > 0, op, ": expected inner > 0, got ", inner);
+  const int64_t numel = numel_of(size);
+  const Tensor packed = checked_codes(op, codes, bits, numel);
+  const Tensor flat_params = checked_params(op, params, packed);
+  Tensor result = torch::stable::new_empty(packed, size, dtype);
+  if (numel == 0) return result;
+  const std::vector<float> weights = channel_table(op, "weight", weight);
+  const std::vector<float> biases = channel_table(op, "bias", bias);
+  STD_TORCH_CHECK(!weight || !bias || weights.size() == biases.size(), op,
+                  ": expected weight and bias of one size, got ", weights.size() - kGroup, " and ",
+                  biases.size() - kGroup);
+  std::optional<Tensor> bytes;
+  if (mask) {
+    check_bits_of(op, result, *mask);
+    bytes = torch::stable::contiguous(*mask);
+  }
+  const size_t table = weight ? weights.size() : bias ? biases.size() : kGroup + 1;
+  const Channels channels{weight ? weights.data() : nullptr, bias ? biases.data() : nullptr,
+                          static_cast<int64_t>(table) - kGroup, inner};
+  STD_TORCH_CHECK(numel % (channels.channels * inner) == 0, op, ": ", channels.channels,
+                  " channels of ", inner, " do not divide ", numel, " elements");
+  const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());
+  const auto* in_mask = bytes ? static_cast<const uint8_t*>(bytes->const_data_ptr()) : nullptr;
+  void* out = result.mutable_data_ptr();
+  const QuantFusedKernels& kernels = quant_fused_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.unpack_affine(out_dtype, in_codes, in_params, static_cast<int>(bits), channels, in_mask,
+                          out, numel, first, last);
+  });
+  return result;
+}
+
+Tensor quant_unpack_activation_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
+                                   std::string activation, std::vector<int64_t> size,
+                                   ScalarType dtype) {
+  const char* op = "quant_unpack_activation";
+  const DType out_dtype = floating(op, "a result", dtype);
+  check_bits(op, bits);
+  const Act act = act_named(op, activation);
+  const int64_t numel = numel_of(size);
+  const Tensor packed = checked_codes(op, codes, bits, numel);
+  const Tensor flat_params = checked_params(op, params, packed);
+  Tensor result = torch::stable::new_empty(packed, size, dtype);
+  const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());
+  void* out = result.mutable_data_ptr();
+  const QuantFusedKernels& kernels = quant_fused_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.unpack_activation(out_dtype, in_codes, in_params, static_cast<int>(bits), act, out,
+                              numel, first, last);
+  });
+  return result;
+}
+
+Tensor quant_activation_grad_cpu(const Tensor& grad_out, const Tensor& codes, const Tensor& params,
+                                 int64_t bits, std::string activation) {
+  const char* op = "quant_activation_grad";
+  const DType dtype = floating(op, "grad_out", grad_out.scalar_type());
+  check_bits(op, bits);
+  const Act act = act_named(op, activation);
+  const Tensor flat = torch::stable::contiguous(grad_out);
+  const int64_t numel = flat.numel();
+  const Tensor packed = checked_codes(op, codes, bits, numel);
+  const Tensor flat_params = checked_params(op, params, packed);
+  Tensor result = torch::stable::new_empty(flat, flat.sizes());
+  const void* in = flat.const_data_ptr();
+  const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());
+  void* out = result.mutable_data_ptr();
+  const QuantFusedKernels& kernels = quant_fused_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.activation_grad(dtype, in, in_codes, in_params, static_cast<int>(bits), act, out, numel,
+                            first, last);
+  });
+  return result;
+}
+
+Tensor quant_apply_range_cpu(const Tensor& grad_out, const Tensor& codes, int64_t bits, double lo,
+                             double hi) {
+  const char* op = "quant_apply_range";
+  const DType dtype = floating(op, "grad_out", grad_out.scalar_type());
+  check_bits(op, bits);
+  const QuantRange range = range_of(op, bits, lo, hi);
+  const Tensor flat = torch::stable::contiguous(grad_out);
+  const int64_t numel = flat.numel();
+  const Tensor packed = checked_codes(op, codes, bits, numel);
+  Tensor result = torch::stable::new_empty(flat, flat.sizes());
+  const void* in = flat.const_data_ptr();
+  const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  void* out = result.mutable_data_ptr();
+  const QuantFusedKernels& kernels = quant_fused_kernels();
+  torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.apply_range(dtype, in, in_codes, static_cast<int>(bits), range, out, numel, first,
+                        last);
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace memtl
+
+STABLE_TORCH_LIBRARY_IMPL(memtl, CPU, m) {
+  m.impl("quant_unpack_affine", TORCH_BOX(&memtl::quant_unpack_affine_cpu));
+  m.impl("quant_unpack_activation", TORCH_BOX(&memtl::quant_unpack_activation_cpu));
+  m.impl("quant_activation_grad", TORCH_BOX(&memtl::quant_activation_grad_cpu));
+  m.impl("quant_apply_range", TORCH_BOX(&memtl::quant_apply_range_cpu));
+}

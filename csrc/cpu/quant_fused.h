@@ -1,0 +1,43 @@
+// quant, decoded and used in one pass over memory. The definitions are in memtl/reference/fused.py;
+// every instruction set gives the same results bit for bit, but for the sign of a NaN.
+#pragma once
+
+#include "common/isa.h"
+#include "common/layout.h"
+#include "quant.h"
+
+namespace memtl {
+
+enum class Act { gelu, gelu_tanh, silu, quick_gelu, hardswish, mish };
+
+// The factors and summands of channels, c = (i / inner) % channels for element i; either may be
+// null. They are followed by kGroup more, as if they began again.
+struct Channels {
+  const float* weight;
+  const float* bias;
+  int64_t channels;
+  int64_t inner;
+};
+
+struct QuantFusedKernels {
+  // All of them work on the groups [first, last) of a flat tensor of numel elements. bits is 8, 4,
+  // 3 or 2; codes and params as in QuantKernels.
+  //
+  // decoded * weight + bias, and 0 where a bit of mask (null: none) is clear.
+  void (*unpack_affine)(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
+                        const Channels& channels, const uint8_t* mask, void* out, int64_t numel,
+                        int64_t first, int64_t last);
+  // f(decoded).
+  void (*unpack_activation)(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
+                            Act act, void* out, int64_t numel, int64_t first, int64_t last);
+  // x * f'(decoded); x and out have the dtype.
+  void (*activation_grad)(DType dtype, const void* x, const uint8_t* codes, const uint16_t* params,
+                          int bits, Act act, void* out, int64_t numel, int64_t first, int64_t last);
+  // x * decoded, on a fixed range.
+  void (*apply_range)(DType dtype, const void* x, const uint8_t* codes, int bits, QuantRange range,
+                      void* out, int64_t numel, int64_t first, int64_t last);
+};
+
+MEMTL_DECLARE_KERNELS(QuantFusedKernels, quant_fused)
+
+}  // namespace memtl

@@ -1,0 +1,253 @@
+"""quant decoded and used at once, in C++: affine maps and fixed ranges against the reference bit
+for bit, activations against float64 within the bound that csrc/cpu/quant_math.h states."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import memtl  # noqa: F401  (defines and registers the operators)
+from memtl import reference
+from memtl._ops import ACTIVATIONS
+from memtl.reference.fused import ACTIVATIONS as DEFINITIONS
+from tests.csrc.test_quant import BITS, DTYPES, HI, KINDS, LO, SIZES, assert_identical, data
+from tests.helpers import assert_within, gamma, unit
+
+ops = torch.ops.memtl
+BOUND = 5e-7
+# (channels, inner): rows shorter and longer than a group, runs of one to more than a group.
+PLACES = [(1, 1), (7, 1), (64, 1), (96, 1), (1000, 1), (3, 2), (5, 9), (2, 64), (3, 100), (1, 333)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_affine(isa, bits, dtype):
+    for (channels, inner), times in itertools.product(PLACES, (0, 1, 3)):
+        n = channels * inner * times
+        packed = reference.quant_pack(data("wide", n), bits, 3)
+        w, b = data("normal", channels, dtype), data("normal", channels + 1)[1:]
+        mask = reference.bits_pack(data("normal", n) > 0)
+        for given in ((w, b, None), (w, None, mask), (None, b, mask), (None, None, None)):
+            arguments = (*packed, bits, *given, inner, [n], dtype)
+            assert_identical(
+                ops.quant_unpack_affine(*arguments), reference.quant_unpack_affine(*arguments)
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_affine_of_any_data(isa, kind):
+    packed = reference.quant_pack(data(kind, 600), 4, 3)
+    w, b = data(kind, 12), data(kind, 12)
+    arguments = (*packed, 4, w, b, None, 10, [5, 12, 10], torch.float32)
+    result = ops.quant_unpack_affine(*arguments)
+    assert_identical(result, reference.quant_unpack_affine(*arguments))
+
+
+def test_affine_of_strided_arguments(isa):
+    packed = reference.quant_pack(data("normal", 640), 4, 1)
+    w, b = data("normal", 20)[::2], data("normal", 10).view(2, 5).t()
+    arguments = (*packed, 4, w, b, None, 1, [64, 10], torch.float32)
+    result = ops.quant_unpack_affine(*arguments)
+    assert_identical(result, reference.quant_unpack_affine(*arguments))
+
+
+def exact(name, x):
+    """f and f' in float64; at what float64 cannot tell from infinity, the limits."""
+    f, derivative = DEFINITIONS[name]
+    x = x.double()
+    if name == "gelu":  # torch's cancels where x is far below zero
+        return x * torch.special.ndtr(x), derivative(x.clamp(-40, 40))
+    below, inside = x.clamp_min(-800), x.clamp(-800, 800)
+    return f(below), derivative(inside)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bits", BITS)
+def test_activations(isa, name, bits):
+    for kind, n in itertools.product(("normal", "relu", "offset", "tiny", "huge", "wide"), SIZES):
+        for scale in (1.0, 10.0):
+            codes, params = reference.quant_pack(data(kind, n) * scale, bits, 3)
+            x = reference.quant_unpack(codes, params, bits, [n], torch.float32)
+            y, slope = exact(name, x)
+            found = ops.quant_unpack_activation(codes, params, bits, name, [n], torch.float32)
+            grad = ops.quant_activation_grad(torch.ones(n), codes, params, bits, name)
+            assert found[x.isnan()].isnan().all() and grad[x.isnan()].isnan().all()
+            finite = x.isfinite()  # the rest: test_what_is_not_finite
+            size = x.double().abs().clamp_min(1)[finite]
+            assert_within(found[finite] / size, y[finite] / size, BOUND)
+            assert_within(grad[finite], slope[finite], BOUND)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_a_fine_grid(isa, name):
+    """Steps of 0.002, between them every float32 that is a code times a scale."""
+    x = torch.linspace(-30, 30, 30_000)
+    codes, params = ops.quant_pack(x, 8, 0)
+    x = ops.quant_unpack(codes, params, 8, [30_000], torch.float32)
+    y, slope = exact(name, x)
+    found = ops.quant_unpack_activation(codes, params, 8, name, [30_000], torch.float32)
+    size = x.double().abs().clamp_min(1)
+    assert_within(found / size, y / size, BOUND)
+    found = ops.quant_activation_grad(torch.ones(30_000), codes, params, 8, name)
+    assert_within(found, slope, BOUND)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite(isa, name, bits):
+    x = data("normal", 300)
+    x[70] = math.nan
+    codes, params = reference.quant_pack(x, bits, 3)
+    found = ops.quant_unpack_activation(codes, params, bits, name, [300], torch.float32)
+    grad = ops.quant_activation_grad(torch.ones(300), codes, params, bits, name)
+    for result in (found, grad):
+        assert result[64:128].isnan().all()
+        assert result[:64].isfinite().all() and result[128:].isfinite().all()
+    # Groups of one infinity: what decodes beyond float32 has the limits.
+    params = torch.tensor([[1.0, math.inf], [1.0, -math.inf]]).bfloat16()
+    codes = torch.zeros(2, 8 * bits, dtype=torch.uint8)
+    found = ops.quant_unpack_activation(codes, params, bits, name, [128], torch.float32)
+    assert (found[:64] == math.inf).all()
+    assert_within(found[64:], torch.zeros(64), BOUND)
+    grad = ops.quant_activation_grad(torch.ones(128), codes, params, bits, name)
+    assert_within(grad, torch.tensor([1.0, 0.0]).repeat_interleave(64), BOUND)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_are_roundings_of_float32(isa, dtype):
+    for n, bits in itertools.product(SIZES, BITS):
+        codes, params = reference.quant_pack(data("normal", n), bits, 3)
+        wide = ops.quant_unpack_activation(codes, params, bits, "gelu", [n], torch.float32)
+        found = ops.quant_unpack_activation(codes, params, bits, "gelu", [n], dtype)
+        assert_identical(found, wide.to(dtype))
+        g = data("normal", n + 1)[1:].to(dtype)
+        wide = ops.quant_activation_grad(g.float(), codes, params, bits, "gelu")
+        found = ops.quant_activation_grad(g, codes, params, bits, "gelu")
+        assert_identical(found, wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_apply_range(isa, bits, dtype):
+    codes = torch.arange(64 * bits * 33).remainder(256).to(torch.uint8).view(-1, 8 * bits)
+    n = codes.shape[0] * 64 - 5
+    for kind in KINDS:
+        g = data(kind, n).to(dtype)
+        assert_identical(
+            ops.quant_apply_range(g, codes, bits, LO, HI),
+            reference.quant_apply_range(g, codes, bits, LO, HI),
+        )
+
+
+def norm_grad_in_float64(g, x_hat, rstd, weight, centered):
+    g, x = g.double(), x_hat.double()
+    scaled = g if weight is None else g * weight.double()
+    own = scaled - x * (scaled * x).mean(1, keepdim=True)
+    own = own - scaled.mean(1, keepdim=True) if centered else own
+    return own * rstd.double().view(-1, 1), (g * x).sum(0), g.sum(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_norm_grad(isa, bits, dtype):
+    for rows, n in ((0, 5), (1, 1), (3, 7), (5, 64), (33, 43), (100, 130), (7, 1000)):
+        x, g = data("normal", rows * n).view(rows, n), torch.randn(rows, n).to(dtype)
+        packed = reference.quant_pack(x, bits, 3)
+        x_hat = reference.quant_unpack(*packed, bits, [rows, n], torch.float32)
+        rstd = torch.rand(rows, 1) + 0.5
+        for weight, centered in ((torch.randn(n).to(dtype), True), (None, True), (None, False)):
+            found = ops.quant_norm_grad(g, *packed, bits, rstd, weight, n, centered)
+            exact = norm_grad_in_float64(g, x_hat, rstd, weight, centered)
+            assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+            w = torch.ones(n) if weight is None else weight
+            size, width = (g * w).double().abs(), x_hat.double().abs()
+            terms = size + size.mean(1, keepdim=True) + width * (size * width).mean(1, keepdim=True)
+            u = unit(dtype) if dtype != torch.float64 else 0
+            bound = gamma(n + 6) * terms * rstd + u * exact[0].abs()
+            assert_within(found[0], exact[0], bound * (1 + 1e-6) + 1e-7 * (dtype == torch.float16))
+            assert_within(found[1], exact[1], gamma(rows + 2) * (g.double().abs() * width).sum(0))
+            assert_within(found[2], exact[2], gamma(rows + 2) * g.double().abs().sum(0))
+
+
+def test_norm_grad_of_what_is_not_finite(isa):
+    """A row with a broken group, and its columns; not the row that shares a group with it."""
+    x = data("normal", 3 * 100).view(3, 100).clone()
+    x[0, 10] = math.nan
+    packed, ones = reference.quant_pack(x, 4, 3), torch.ones(3, 100)
+    grad_x, grad_weight, _ = ops.quant_norm_grad(ones, *packed, 4, ones[:, 0], None, 100, True)
+    assert grad_x[0].isnan().all() and grad_x[1:].isfinite().all()
+    assert grad_weight[:64].isnan().all() and grad_weight[64:].isfinite().all()
+
+
+def test_strided_gradients(isa):
+    x = data("normal", 4 * 6 * 10).view(4, 6, 10)
+    for view in (x.transpose(0, 2), x[:, ::2], x[1:, :, 3:], x[:, :, :0], x.permute(1, 2, 0)[None]):
+        codes, params = reference.quant_pack(view, 4, 1)
+        ranged = reference.quant_pack_range(view, 4, LO, HI, 1)
+        for call in (
+            lambda g, c=codes, p=params: ops.quant_activation_grad(g, c, p, 4, "mish"),
+            lambda g, c=ranged: ops.quant_apply_range(g, c, 4, LO, HI),
+        ):
+            found = call(view)
+            assert found.is_contiguous()
+            assert_identical(found, call(view.contiguous()))
+
+
+def test_instruction_sets_and_threads_agree():
+    native = pytest.importorskip("memtl._C")
+    x, n = data("normal", 43 * 7001) * 4, 43 * 7001
+    codes, params = ops.quant_pack(x, 3, 9)
+    isa, threads = native.isa(), torch.get_num_threads()
+    results = []
+    try:
+        for torch_threads, name in itertools.product((1, 3), native.isas()):
+            torch.set_num_threads(torch_threads)
+            native.set_isa(name)
+            w = x[:n]
+            results.append(
+                (
+                    ops.quant_unpack_affine(codes, params, 3, w, w, None, 1, [n], torch.float32),
+                    *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
+                    *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
+                )
+            )
+    finally:
+        native.set_isa(isa)
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_errors_name_the_tensor():
+    pytest.importorskip("memtl._C")
+    x = torch.randn(100)
+    packed, size = ops.quant_pack(x, 4, 0), [100]
+    affine = ops.quant_unpack_affine
+    with pytest.raises(RuntimeError, match="7 channels of 1 do not divide 100 elements"):
+        affine(*packed, 4, x[:7], None, None, 1, size, torch.float32)
+    with pytest.raises(RuntimeError, match="weight and bias of one size, got 10 and 20"):
+        affine(*packed, 4, x[:10], x[:20], None, 1, size, torch.float32)
+    with pytest.raises(RuntimeError, match="inner > 0, got 0"):
+        affine(*packed, 4, x, None, None, 0, size, torch.float32)
+    with pytest.raises(RuntimeError, match="expected weight in float32, .*, got Long"):
+        affine(*packed, 4, x.long(), None, None, 1, size, torch.float32)
+    with pytest.raises(RuntimeError, match="needs 13 bytes of bits"):
+        affine(*packed, 4, x, None, torch.zeros(12).byte(), 1, size, torch.float32)
+    with pytest.raises(RuntimeError, match="expected gelu, .* or mish, got relu"):
+        ops.quant_activation_grad(x, *packed, 4, "relu")
+    with pytest.raises(RuntimeError, match=r"130 elements in 4 bits need codes \[3, 32\]"):
+        ops.quant_activation_grad(torch.randn(130), *packed, 4, "gelu")
+    with pytest.raises(RuntimeError, match="quant_apply_range: expected lo < hi, got 1 and 0"):
+        ops.quant_apply_range(x, packed[0], 4, 1.0, 0.0)
+
+
+def test_the_definitions_are_as_close():
+    """torch's own functions in float32, away from the infinities; its sigmoid is off by 1e-6."""
+    x = torch.linspace(-20, 20, 10_001)
+    for name, (f, derivative) in DEFINITIONS.items():
+        y, slope = exact(name, x)
+        size = x.double().abs().clamp_min(1)
+        assert_within(f(x) / size, y / size, BOUND)
+        assert_within(derivative(x), slope, 1e-6 + unit(torch.float32))
