@@ -1,4 +1,4 @@
-"""The ``memtl`` command: doctor, profile, demo."""
+"""The ``memtl`` command: doctor, profile, bench, demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import backends
+from . import backends, models
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .demo import main as demo
 
         return demo(arguments[1:])
+    if arguments[:2] == ["bench", "fidelity"]:  # and so is this
+        from .fidelity.command import main as fidelity
+
+        return fidelity(arguments[2:])
     parser = argparse.ArgumentParser(
         prog="memtl", description="Memory-efficient transfer learning."
     )
@@ -26,11 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "profile",
         help="bytes a timm or transformers model saves for backward, stock and converted",
     )
-    profile.add_argument(
-        "model",
-        help="a timm name (vit_base_patch16_224), hf:TYPE (hf:bert, hf:gpt2: the default "
-        "configuration of that type) or hf:PATH (a folder with a config.json); weights are random",
-    )
+    profile.add_argument("model", help=models.NAMES)
     profile.add_argument("--method", default="back-razor", choices=("back-razor", "low-bit"))
     profile.add_argument("--preset", choices=("fast", "small", "paper"), help="of back-razor")
     profile.add_argument("--keep", type=float, help="fraction kept by back-razor, (0, 1]: 0.1")
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
     profile.add_argument("--device", default="cpu")
     profile.add_argument("--coverage", action="store_true", help="print the coverage table too")
+    bench = commands.add_parser("bench", help="measurements on a model: fidelity")
+    bench.add_subparsers(dest="bench", metavar="measurement", required=True).add_parser(
+        "fidelity", help="how close gradients are to the exact ones, and at how many bytes"
+    )
     commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
     options = parser.parse_args(arguments)
     try:
@@ -58,9 +62,12 @@ def _profile(options: argparse.Namespace) -> int:
     from .methods import apply, unconvert
 
     torch.manual_seed(0)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    model, arguments = _build(options)
+    model, arguments = models.build(
+        options.model,
+        batch_size=options.batch_size,
+        tokens=options.tokens,
+        device=options.device,
+    )
     model.train()
     config = _config(options)
 
@@ -93,46 +100,3 @@ def _config(options: argparse.Namespace) -> Any:
     if options.method == "low-bit":
         return LowBitConfig(**given)
     return BackRazorConfig.preset(given.pop("preset", "fast"), **given)
-
-
-def _build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model, and the arguments of one forward."""
-    import torch
-
-    model: Any
-    name, batch = options.model, options.batch_size
-    if name.startswith("hf:"):
-        model = _transformers_model(name[3:]).to(options.device)
-        config = model.config
-        if hasattr(config, "vocab_size"):
-            ids = torch.randint(config.vocab_size, (batch, options.tokens), device=options.device)
-            return model, {"input_ids": ids}
-        size = config.image_size
-        pixels = torch.randn(batch, config.num_channels, size, size, device=options.device)
-        return model, {"pixel_values": pixels}
-    try:
-        import timm
-    except ModuleNotFoundError:
-        raise ImportError("timm is not installed: pip install memtl[models]") from None
-    try:
-        model = timm.create_model(name).to(options.device)
-    except RuntimeError as error:
-        raise ValueError(f"timm has no model {name!r}: {error}") from None
-    shape = model.default_cfg["input_size"]
-    return model, {"x": torch.randn(batch, *shape, device=options.device)}
-
-
-def _transformers_model(name: str) -> Any:
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ModuleNotFoundError:
-        raise ImportError("transformers is not installed: pip install memtl[models]") from None
-    from pathlib import Path
-
-    if Path(name).exists():
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    else:
-        config = AutoConfig.for_model(name)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    return AutoModel.from_config(config)

@@ -261,21 +261,22 @@ def _seconds(fn: Callable[[], None], device: torch.device) -> float:
 
 
 def _sum_outputs(output: Any) -> Tensor:
-    tensors = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
+    tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not tensors:
         raise ValueError("no output needs a gradient: does any parameter require one?")
     return torch.stack([t.sum(dtype=torch.float32) for t in tensors]).sum()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a model's output, however nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def comparison(stock: Profile, converted: Profile) -> str:

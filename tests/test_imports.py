@@ -14,8 +14,8 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo",
-    "report training tasks assets methods",
+    "demo fidelity",
+    "report training tasks assets methods models",
     "nn",
     "functional",
     "autograd",

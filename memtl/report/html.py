@@ -31,6 +31,8 @@ main { max-width: 56rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 44rem; }
+pre { margin: .75rem 0; padding: .7rem .9rem; background: var(--raised); border-radius: .6rem;
+  overflow-x: auto; font-size: .88rem; }
 .lead { color: var(--quiet); font-size: 1.1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
   margin: 1.75rem 0; padding: 0; list-style: none; }
@@ -74,6 +76,10 @@ class Page:
     def paragraph(self, text: str) -> None:
         """Add a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
+
+    def code(self, text: str) -> None:
+        """Add lines of code."""
+        self._parts.append(f"<pre>{escape(text)}</pre>")
 
     def tiles(self, figures: Mapping[str, str]) -> None:
         """Add figures to remember: what each is -> its value, written large."""

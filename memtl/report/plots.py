@@ -37,8 +37,11 @@ class Point:
     ys: tuple[float, ...]
 
 
-def tradeoff(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> str:
-    """Means of outcomes against a cost on a logarithmic axis, with standard deviations as bars.
+def tradeoff(
+    points: Sequence[Point], *, title: str, x_label: str, y_label: str, log_y: bool = False
+) -> str:
+    """Means of outcomes against a cost on a logarithmic axis, with standard deviations as bars;
+    with ``log_y`` the outcomes' axis is logarithmic too.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -46,6 +49,9 @@ def tradeoff(points: Sequence[Point], *, title: str, x_label: str, y_label: str)
     figure, axes = _figure(x_label, y_label)
     axes.set_xscale("log")
     _plain_log_ticks(axes.xaxis)
+    if log_y:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes.yaxis)
     axes.margins(x=0.12, y=0.25)
     means = []
     for i, point in enumerate(points):
@@ -61,8 +67,15 @@ def tradeoff(points: Sequence[Point], *, title: str, x_label: str, y_label: str)
     return _svg(figure, title, f"{y_label} against {x_label}. {outcomes}.")
 
 
-def curves(series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str) -> str:
-    """One smoothed curve a series over steps 1, 2, ..., on a logarithmic axis.
+def curves(
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    weight: float = 0.9,
+) -> str:
+    """One curve a series over steps 1, 2, ..., on a logarithmic axis, smoothed with ``weight``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -73,12 +86,12 @@ def curves(series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y
     axes.xaxis.get_major_locator().set_params(integer=True)
     for i, (label, values) in enumerate(series.items()):
         axes.plot(
-            range(1, len(values) + 1), smooth(values), label=label, color=_colour(i),
+            range(1, len(values) + 1), smooth(values, weight), label=label, color=_colour(i),
             linewidth=1.8, linestyle=("-", "-", (0, (2, 2)))[i % 3],
         )  # fmt: skip
     legend = axes.legend(frameon=False, labelcolor=COLOURS["ink"][0])
     legend.set_zorder(5)
-    ends = "; ".join(f"{label}: {smooth(values)[-1]:.3g}" for label, values in series.items())
+    ends = "; ".join(f"{label}: {smooth(v, weight)[-1]:.3g}" for label, v in series.items())
     return _svg(figure, title, f"{y_label} over {x_label}. At the end: {ends}.")
 
 

@@ -124,6 +124,12 @@ def bits_pack_cases():
     yield ((draw(31, 34) > 0)[:, ::2],)
 
 
+def bits_pack_between_cases():
+    bounds = ((0.0, None), (None, 0.1), (-0.3, 0.1))
+    for dtype, n, (lo, hi) in itertools.product(_ops.FLOATING, SIZES, bounds):
+        yield draw(n, dtype=dtype, special=True), lo, hi
+
+
 def bits_apply_cases():
     scales = (1.0, 1 / 0.9, -1e-3, 0.0)
     for dtype, n, scale in itertools.product(_ops.FLOATING, SIZES, scales):
@@ -143,6 +149,7 @@ EXACT = {
     "quant_unpack_affine": quant_unpack_affine_cases,
     "quant_apply_range": quant_apply_range_cases,
     "bits_pack": bits_pack_cases,
+    "bits_pack_between": bits_pack_between_cases,
     "bits_apply": bits_apply_cases,
 }
 CURVES = ("quant_unpack_activation", "quant_activation_grad")

@@ -37,6 +37,7 @@ def page() -> str:
     page.table(Table(("a", "b"), (("<4>", "1"),)), "caption <5>")
     page.figure(scatter(), "figure <6>")
     page.figure(losses(), "figure <7>")
+    page.code("code <10>")
     page.definitions({"term <8>": "value <9>", "number": 10})
     return str(page)
 
@@ -44,7 +45,7 @@ def page() -> str:
 def test_page_is_well_formed_and_escaped(page):
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
     text = "".join(root.itertext())
-    for n in range(1, 10):
+    for n in range(1, 11):
         assert f"<{n}>" in text, "text arrives as it was given"
     assert "<script>alert('no')</script>" in text
     assert not list(root.iter("script"))
@@ -110,6 +111,17 @@ def test_curves_name_and_describe_every_series():
     svg = losses()
     assert {"one", "<two>", "step", "loss"} <= set(texts(svg))
     assert "one: " in ElementTree.fromstring(svg).find(SVG + "desc").text
+
+
+def test_curves_as_they_are():
+    svg = curves({"one": [2.0, 1.0, 0.5]}, title="t", x_label="x", y_label="y", weight=0.0)
+    assert "one: 0.5." in ElementTree.fromstring(svg).find(SVG + "desc").text
+
+
+def test_tradeoff_on_two_logarithmic_axes():
+    points = [Point("near", 10.0, (1e-5,)), Point("far", 300.0, (0.3,))]
+    svg = tradeoff(points, title="t", x_label="x", y_label="y", log_y=True)
+    assert {"1e-05", "0.001", "0.1"} <= set(texts(svg))
 
 
 def test_smooth():

@@ -1,0 +1,68 @@
+"""Models by name for the commands, with random weights: timm's and transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMES = (
+    "a timm name (vit_base_patch16_224), hf:TYPE (hf:bert, hf:gpt2: the default configuration of "
+    "that type) or hf:PATH (a folder with a config.json); weights are random"
+)
+"""What :func:`build` takes, for a command's help."""
+
+
+def build(
+    name: str, *, batch_size: int = 1, tokens: int = 128, device: torch.device | str = "cpu"
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and the arguments of one forward.
+
+    Args:
+        name: as :data:`NAMES` says.
+        batch_size: samples of that forward.
+        tokens: their length, where the model takes token ids.
+        device: where model and arguments are.
+
+    Raises:
+        ImportError: timm or transformers is not installed.
+        ValueError: neither knows the name, or ``batch_size`` or ``tokens`` is less than 1.
+    """
+    for option, value in (("--batch-size", batch_size), ("--tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    model: Any
+    if name.startswith("hf:"):
+        model = _transformers_model(name[3:]).to(device)
+        config = model.config
+        if hasattr(config, "vocab_size"):
+            ids = torch.randint(config.vocab_size, (batch_size, tokens), device=device)
+            return model, {"input_ids": ids}
+        size = config.image_size
+        pixels = torch.randn(batch_size, config.num_channels, size, size, device=device)
+        return model, {"pixel_values": pixels}
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ImportError("timm is not installed: pip install memtl[models]") from None
+    try:
+        model = timm.create_model(name).to(device)
+    except RuntimeError as error:
+        raise ValueError(f"timm has no model {name!r}: {error}") from None
+    shape = model.default_cfg["input_size"]
+    return model, {"x": torch.randn(batch_size, *shape, device=device)}
+
+
+def _transformers_model(name: str) -> Any:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ModuleNotFoundError:
+        raise ImportError("transformers is not installed: pip install memtl[models]") from None
+    if Path(name).exists():
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    else:
+        config = AutoConfig.for_model(name)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    return AutoModel.from_config(config)
