@@ -36,7 +36,7 @@ class Format(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.kind:
+        if "kind" in vars(cls):  # its own: what derives from a format does not replace it
             _KINDS[cls.kind] = cls
 
     @abc.abstractmethod
