@@ -20,8 +20,11 @@ from .config import ConversionConfig
 class LowBitConfig(ConversionConfig):
     """Group-wise low-bit storage of every state, each kept once.
 
-    At 4 bits gradients are close to exact: on the shipped networks every one has a cosine of at
-    least 0.97 with the exact one. Forward and ``state_dict`` stay what they are.
+    At 4 bits gradients are close to the exact ones; ``memtl bench fidelity`` measures how close. On
+    the shipped ViT every one has a cosine of at least 0.97. On the shipped MobileNetV2 weights do
+    too, but not the scales of batch norms in front of a depthwise convolution and another batch
+    norm, which hardly change what comes out: their gradients are small differences of large sums.
+    ``norm=8`` brings those above 0.99. Forward and ``state_dict`` stay what they are.
 
     Args:
         bits: 8, 4, 3 or 2, of every role that has none of its own.
