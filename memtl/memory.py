@@ -96,6 +96,9 @@ class SavedTensors:
             self._storages.setdefault(storage.data_ptr(), (layer, storage))
         return t
 
+    # It changes nothing of what is saved: see autograd/share.py.
+    _pack.memtl_counts = True  # type: ignore[attr-defined]
+
     @property
     def by_layer(self) -> dict[str, int]:
         """Bytes by the innermost module that was running when a storage was first saved."""

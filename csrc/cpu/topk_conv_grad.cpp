@@ -235,7 +235,13 @@ void conv_weight_grad(const Reading& reading, const ConvPlan& plan, const ConvGr
         const auto cursors =
             std::make_unique_for_overwrite<uint32_t[]>(static_cast<size_t>(blocks * channels));
         for (int64_t i = next_chunk++; i < chunks; i = next_chunk++) {
-          transpose(i, cursors.get());
+          try {
+            transpose(i, cursors.get());
+          } catch (...) {  // nobody waits for it
+            ascending = false;
+            ++chunks_done;
+            throw;
+          }
           ++chunks_done;
         }
         while (chunks_done < chunks) std::this_thread::yield();

@@ -86,7 +86,13 @@ void sparse_weight_grad(const Reading& reading, DType dtype, const void* grad_ou
         const auto cursors =
             std::make_unique_for_overwrite<uint32_t[]>(static_cast<size_t>(features));
         for (int64_t i = next_block++; i < blocks; i = next_block++) {
-          transpose(i, cursors.get());
+          try {
+            transpose(i, cursors.get());
+          } catch (...) {  // nobody waits for it
+            ascending = false;
+            ++blocks_done;
+            throw;
+          }
           ++blocks_done;
         }
         while (blocks_done < blocks) std::this_thread::yield();

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..storage.quantized import grouped
 from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Function, first_order, keep, kept, packed_once
 from .norm import Affine
-from .share import offer, shared
+from .share import offer, shared, sharing
 
 aten = torch.ops.aten
 
@@ -192,15 +193,22 @@ def derivative_format(act: Activation, format: Quantized) -> Quantized:
     return Quantized(format.bits, (act.lo, act.hi), format.seed)
 
 
-def pack_activation(x: Tensor, act: Activation, format: Format) -> Packed:
+class Kept(NamedTuple):
+    """x, or the derivative at x."""
+
+    packed: Packed
+    is_derivative: bool
+
+
+def pack_activation(x: Tensor, act: Activation, format: Format) -> Kept:
     """What backward needs of x: what stands for it already; else under a ``Quantized`` format the
     derivative, or x where y is to be rebuilt from it too; under any other format x."""
     if (source := shared(x, format)) is not None:
-        return source
-    once = format.rebuild and act.hidden and not torch.compiler.is_compiling()
+        return Kept(source, False)
+    once = format.rebuild and act.hidden and sharing()
     if once or not isinstance(format, Quantized):
-        return packed_once(x, format)
-    return pack(act.derivative(x), derivative_format(act, format))
+        return Kept(packed_once(x, format), False)
+    return Kept(pack(act.derivative(x), derivative_format(act, format)), True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,26 +239,23 @@ class ActivationFunction(Function):
     Memory: nothing where x can be rebuilt. Else, under a ``Quantized`` format the derivative in a
     fixed-range code, numel * bits / 8 bytes, or, where y is to be rebuilt, ``format.nbytes(x)`` for
     both; under any other format x itself in that format, the derivative being taken in backward. In
-    place, ``packed`` is what :func:`pack_activation` made before.
+    place, ``made`` is what :func:`pack_activation` made before.
     """
 
     @staticmethod
-    def forward(x, name, parameters, format, inplace, packed):
+    def forward(x, name, parameters, format, inplace, made):
         y = activation(name, *parameters).forward(x, inplace)
         return x if inplace else y  # the very x: torch.compile wants to see it returned
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.name, ctx.parameters, format, inplace, packed = inputs
-        act = activation(ctx.name, *ctx.parameters)
+        x, ctx.name, ctx.parameters, format, inplace, made = inputs
         if inplace:
             ctx.mark_dirty(x)
         else:
-            packed = pack_activation(x, act, format)
+            made = pack_activation(x, activation(ctx.name, *ctx.parameters), format)
+        packed, ctx.derivative_kept = made
         keep(ctx, (packed, format))
-        ctx.derivative_kept = isinstance(format, Quantized) and (
-            packed.format == derivative_format(act, format)
-        )
         if format.rebuild and not ctx.derivative_kept:
             recipe = Applied(ctx.name, ctx.parameters)
             made = rebuilt(recipe, packed, shape=output.shape, dtype=output.dtype)

@@ -19,7 +19,7 @@ from ..storage.convolution import (
 )
 from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Function, first_order, keep, kept
-from .share import offer, shared
+from .share import offer_input, shared
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -113,7 +113,7 @@ class ConvolutionFunction(Function):
         elif need_weight and packed is None:
             packed = pack((x.movedim(1, -1) if ctx.channels_last else x).flatten(1), format)
             rows = Rows(x.shape, ctx.channels_last)
-            offer(x, rebuilt(rows, packed, shape=x.shape, dtype=x.dtype))
+            offer_input(x, rebuilt(rows, packed, shape=x.shape, dtype=x.dtype))
         keep(ctx, (packed, format), exact=(weight if need_x else None,))
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
-from .share import offer, shared
+from .share import offer_input, shared
 
 
 class Function(torch.autograd.Function):
@@ -60,7 +60,7 @@ def packed_once(x: Tensor, format: Format) -> Packed:
     packed = shared(x, format)
     if packed is None:
         packed = pack(x, format)
-        offer(x, packed)
+        offer_input(x, packed)
     return packed
 
 

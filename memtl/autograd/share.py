@@ -3,15 +3,21 @@
 A Function says with :func:`offer` how its output, or an input that it has just packed, can be made
 from what it keeps; whoever needs that tensor, or a view of it, finds it with :func:`shared` and
 keeps the same tensors again, at no cost, instead of a copy. What is offered is tied to the tensor
-object and to its version: a change in place ends it, and so does any operation memtl does not know.
+object, to its version and to those of what it is made from: a change in place ends it, and so does
+any operation memtl does not know.
 
-Under ``torch.compile`` nothing is offered: tensors of one traced Function cannot be handed to
-another by the side.
+Shared are results inside one graph alone, never leaves: parameters, inputs and buffers outlive a
+step, and may change unseen (through ``.data``, by a fused optimizer, a collective). Nothing is
+shared where saved-tensor hooks are at work, which account for every tensor one by one
+(checkpointing drops and repeats them), nor under ``torch.compile``, where the tensors of one traced
+Function cannot be handed to another by the side.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +26,16 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from ..storage import Format, Packed
 from ..storage.rebuilt import View, rebuilt
 
-_offers = WeakTensorKeyDictionary()  # tensor -> (its version, Packed)
+
+class _Offer(NamedTuple):
+    packed: Packed
+    version: int
+    versions: tuple[int, ...]  # of the packed tensors
+
+
+_offers = WeakTensorKeyDictionary()  # tensor -> _Offer
 _origins = WeakTensorKeyDictionary()  # what autocast made of a tensor -> that tensor
-_CODED = 8  # bits up to which the rounding of a cast is nothing beside that of the code
+_CODED = 8  # bits up to which the rounding to bfloat16 is nothing beside that of the code
 
 
 def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
@@ -30,51 +43,85 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
 
     ``dirty``: x is what a Function changes in place; autograd will count that change once more.
     """
-    if packed is None or torch.compiler.is_compiling():
+    if packed is None or not sharing() or x.is_inference():
         return
-    if any(t is x for t in packed.tensors):  # by reference: it would keep itself alive
-        return
-    _offers[x] = (x._version + dirty, packed)
+    storage = x.untyped_storage()._cdata
+    if any(t.untyped_storage()._cdata == storage for t in packed.tensors):
+        return  # by reference: it would keep itself alive
+    _offers[x] = _Offer(packed, x._version + dirty, _versions(packed.tensors))
     origin = _origins.get(x, lambda: None)()
     if origin is not None and packed.format.precision <= _CODED:
-        _offers[origin] = (origin._version, dataclasses.replace(packed, dtype=origin.dtype))
+        packed = dataclasses.replace(packed, dtype=origin.dtype)
+        _offers[origin] = _Offer(packed, origin._version, _versions(packed.tensors))
+
+
+def offer_input(x: Tensor, packed: Packed) -> None:
+    """:func:`offer` for what a Function is given, which may be a leaf."""
+    if not x.is_leaf:
+        offer(x, packed)
 
 
 def shared(x: Tensor, format: Format | None = None) -> Packed | None:
     """What stands for x, if ``format`` takes it: the very same format, or, where that is to be
-    rebuilt, anything as fine. Without a format, whatever there is."""
-    if torch.compiler.is_compiling():
+    rebuilt, anything in as many bits. Without a format, whatever there is."""
+    if x.is_leaf or not sharing():
         return None
     found = offered(x)
-    if found is None and x._base is not None:
-        base = offered(x._base)
-        if base is not None:
-            view = View(x.shape, x.stride(), int(x.storage_offset()), x._base.stride())
-            found = rebuilt(view, base, shape=x.shape, dtype=x.dtype)
+    if found is None and x._base is not None and not x._base.is_leaf:
+        found = _view(x, x._base)
     return found if found is None or format is None or _takes(format, found) else None
 
 
 def _takes(format: Format, found: Packed) -> bool:
     if found.format == format:
         return True
-    return format.rebuild and found.format.precision >= format.precision
+    return format.rebuild and found.format.precision >= max(1, format.precision)
 
 
 def offered(x: Tensor) -> Packed | None:
     """What stands for this very tensor."""
-    version, packed = _offers.get(x, (None, None))
-    return packed if version == x._version else None
+    found = _offers.get(x)
+    if found is None or found.version != x._version:
+        return None
+    return found.packed if found.versions == _versions(found.packed.tensors) else None
+
+
+def _view(x: Tensor, base: Tensor) -> Packed | None:
+    """What stands for a view of a tensor that something stands for."""
+    packed = offered(base)
+    offset = int(x.storage_offset() - base.storage_offset())
+    alike = x.dtype == base.dtype and x.is_neg() == base.is_neg()
+    if packed is None or not alike or offset < 0 or _overlaps(base):
+        return None
+    view = View(x.shape, x.stride(), offset, base.stride())
+    return rebuilt(view, packed, shape=x.shape, dtype=x.dtype)
+
+
+def _overlaps(x: Tensor) -> bool:
+    return any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(-1 if t.is_inference() else t._version for t in tensors)
+
+
+def sharing() -> bool:
+    """Whether anything is shared here and now."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or getattr(hooks[0], "memtl_counts", False)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, for which stands what stands for x, and the other way round: autocast casts
     a tensor anew for each of its readers."""
     y = x.to(dtype)
-    if y is x or torch.compiler.is_compiling():
+    if y is x or x.is_leaf or not sharing():
         return y
     packed = shared(x)
     if packed is not None:
         offer(y, dataclasses.replace(packed, dtype=dtype))
-    else:
+    elif dtype == torch.bfloat16:  # float16 may lose what float32 holds
         _origins[y] = TensorWeakRef(x)
     return y

@@ -235,7 +235,7 @@ def _elementwise(
     check_format(name, format)
     if not any(needs(x)):
         return activation(name, *parameters).forward(x, inplace)
-    packed = None
+    made = None
     if inplace and torch.compiler.is_compiling():
         # Compiled code keeps less so. What is kept must not be x itself: it is about to change.
         kept = x.clone() if isinstance(format, Dense) else x
@@ -243,8 +243,8 @@ def _elementwise(
     if inplace:
         with torch.no_grad():
             kept = x.clone() if isinstance(format, Dense) else x
-            packed = pack_activation(kept, activation(name, *parameters), format)
-    return ActivationFunction.apply(x, name, parameters, format, inplace, packed)
+            made = pack_activation(kept, activation(name, *parameters), format)
+    return ActivationFunction.apply(x, name, parameters, format, inplace, made)
 
 
 def _masked(name: str, x: Tensor, parameters: tuple[float, ...], inplace: bool) -> Tensor:

@@ -29,8 +29,8 @@ class LowBitConfig(ConversionConfig):
     Args:
         bits: 8, 4, 3 or 2, of every role that has none of its own.
         linear, convolution, attention, norm, activation: bits of what layers of that role keep;
-            None for ``bits``. A tensor is rebuilt only from what is kept in at least as many bits
-            as its own role asks for.
+            None for ``bits``. A tensor is rebuilt only from states kept in at least as many bits as
+            its own role asks for.
         target_modules, exclude_modules: as in :func:`memtl.nn.convert`.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops import ceil_div
-from .format import Format
+from .format import Format, check_rebuild
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Bits(Format):
     """
 
     kind: ClassVar[str] = "bits"
+
+    def __post_init__(self) -> None:
+        check_rebuild(self.rebuild)
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         return (torch.ops.memtl.bits_pack(x),)
@@ -40,4 +43,4 @@ class Bits(Format):
         return 64  # exact
 
     def __str__(self) -> str:
-        return "1 bit"
+        return f"1 bit{self._once}"

@@ -73,4 +73,4 @@ class CenteredTopK(Format):
         return self.topk.nbytes(shape, dtype) + 4 * (shape[-1] if len(shape) > 1 else 1)
 
     def __str__(self) -> str:
-        return f"centered {self.topk}"
+        return f"centered {self.topk}{self._once}"

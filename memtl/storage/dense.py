@@ -46,4 +46,4 @@ class Dense(Format):
         return 8 * DTYPES[self.dtype].itemsize if self.dtype else 64
 
     def __str__(self) -> str:
-        return f"dense {self.dtype}" if self.dtype else "dense"
+        return f"dense{' ' + self.dtype if self.dtype else ''}{self._once}"

@@ -25,10 +25,10 @@ class Format(abc.ABC):
     abstract methods; it can then be named in every configuration.
 
     Args:
-        rebuild: keep nothing where the tensor can be rebuilt from what another layer keeps, at
-            least as finely as this format would keep it; and let what is kept in this format be
-            rebuilt from. (A tensor that several layers keep in the same format is kept once in any
-            case.)
+        rebuild: keep nothing where the tensor can be rebuilt from what other layers keep in at
+            least as many bits (of each part, which bounds the error of the parts, not of what is
+            made of them); and let the layer's output be rebuilt from what it keeps. (A tensor that
+            several layers keep in the same format is kept once in any case.)
     """
 
     kind: ClassVar[str] = ""
@@ -79,8 +79,14 @@ class Format(abc.ABC):
 
     @property
     def precision(self) -> int:
-        """Bits by which a value is told from its neighbours; 0 where values are dropped."""
+        """Bits by which a value is told from its neighbours; 0 where values are dropped or
+        clamped, from which nothing is rebuilt."""
         return 0
+
+    @property
+    def _once(self) -> str:
+        """For the end of ``str``."""
+        return " once" if self.rebuild else ""
 
     def finer(self) -> Format:
         """A more faithful format, for a tensor that is small beside its neighbours; itself where

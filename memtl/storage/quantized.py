@@ -63,7 +63,7 @@ class Quantized(Format):
 
     @property
     def precision(self) -> int:
-        return self.bits
+        return 0 if self.range else self.bits
 
     def finer(self) -> Quantized:
         """Twice the bits or, from 3, the next that there are: 4 from 2, else 8."""
@@ -73,8 +73,7 @@ class Quantized(Format):
         return ceil_div(shape.numel(), GROUP) * (8 * self.bits + (0 if self.range else 4))
 
     def __str__(self) -> str:
-        once = " once" if self.rebuild else ""
-        return f"{self.bits}-bit" + (" fixed range" if self.range else "") + once
+        return f"{self.bits}-bit{' fixed range' if self.range else ''}{self._once}"
 
 
 def grouped(packed: Packed | None) -> tuple[Tensor, Tensor, int] | None:

@@ -77,7 +77,7 @@ class SignMean(Format):
         return self.topk.nbytes(shape, dtype) + signs + means
 
     def __str__(self) -> str:
-        return f"sign + {self.topk}"
+        return f"sign + {self.topk}{self._once}"
 
 
 def _groups(x: Tensor) -> Tensor:

@@ -170,11 +170,8 @@ class TopK(Format):
 
     def __str__(self) -> str:
         keep = "" if self.keep is None else f" {100 * self.keep:g}%"
-        return (
-            f"topk{keep} {self.values}"
-            + ("/sample" if self.scope == "sample" else "")
-            + (" once" if self.rebuild else "")
-        )
+        scope = "/sample" if self.scope == "sample" else ""
+        return f"topk{keep} {self.values}{scope}{self._once}"
 
 
 def _sparse_is_faster(

@@ -168,9 +168,9 @@ def build(chain: Chain) -> nn.Module:
 def test_bytes(chain):
     model = build(chain)
     x = torch.randn(chain.shape, requires_grad=True)
-    stock = saved_bytes(lambda: model(x))
+    stock = saved_bytes(lambda: model(x.clone()))
     memtl.apply(model, memtl.LowBitConfig())
-    assert saved_bytes(lambda: model(x)) == chain.kept < stock
+    assert saved_bytes(lambda: model(x.clone())) == chain.kept < stock  # a leaf is never shared
 
 
 @every_chain
@@ -423,11 +423,11 @@ def test_bits_by_role():
 
 @pytest.mark.parametrize("format", [TopK(0.1), Quantized(4), TopK(0.1, rebuild=True)], ids=str)
 def test_one_tensor_of_several_layers_is_kept_once_in_any_format(format):
-    x = torch.randn(TOKENS, requires_grad=True)
+    x = torch.randn(TOKENS, requires_grad=True).clone()
     weights = [nn.Parameter(torch.randn(5, C)) for _ in range(3)]
     kept = saved_bytes(lambda: sum(M.linear(x, w, format=format).sum() for w in weights))
     assert kept == format.nbytes(x.shape, x.dtype) + 3 * weights[0].nbytes
-    image, kernels = torch.randn(IMAGES, requires_grad=True), torch.randn(2, 8, 64, 3, 3)
+    image, kernels = torch.randn(IMAGES, requires_grad=True).clone(), torch.randn(2, 8, 64, 3, 3)
     kernels = [k.requires_grad_() for k in kernels.unbind()]
     outs = [M.conv2d(image, k, format=format) for k in kernels]
     sum(out.sum() for out in outs).backward()
@@ -455,7 +455,173 @@ def test_nothing_of_it_is_seen(tmp_path):
     assert len(share._offers) == before
 
 
+# ------------------------------------------------------- what may change without being counted
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_leaf_is_never_shared(rebuild):
+    """It outlives a step, and changes unseen: by `.data`, a fused optimizer, from numpy."""
+    format = Quantized(8, rebuild=rebuild)
+    array = torch.randn(32, 64).numpy()
+    x = torch.from_numpy(array)
+    weight = nn.Parameter(torch.randn(8, 64))
+    for _ in range(3):
+        array[:] = torch.randn(32, 64).numpy()
+        for y in (x, x.view(4, 8, 64)):
+            weight.grad = None
+            M.linear(y, weight, format=format).sum().backward()
+            expected = x.sum(0).expand(8, 64)
+            assert (weight.grad - expected).norm() < 0.02 * expected.norm()
+    assert share.shared(x) is None
+
+
+def test_a_learned_query_under_a_fused_optimizer():
+    query, weight = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.randn(8, 64))
+    optimizer = torch.optim.AdamW([query], lr=0.5, fused=True)
+    for _ in range(4):
+        query.grad = weight.grad = None
+        out = M.linear(query, weight, format=Quantized(8, rebuild=True))
+        out.square().sum().backward()
+        expected = 2 * out.detach().T @ query.detach()
+        assert (weight.grad - expected).norm() < 0.02 * expected.norm()
+        optimizer.step()
+
+
+def test_a_parameter_changed_between_producer_and_consumer_ends_it():
+    """Truncated backpropagation: a state is detached in place, after a step, and read again."""
+    x, scale = torch.randn(8, 64, requires_grad=True), nn.Parameter(torch.rand(64) + 0.5)
+    weight = nn.Parameter(torch.randn(5, 64))
+    format = Quantized(8, rebuild=True)
+    for make in (
+        lambda: M.layer_norm(x, (64,), scale, format=format),
+        lambda: M.mul(x * 1, scale, format=format),
+    ):
+        state = make()
+        state.sum().backward()
+        with torch.no_grad():
+            scale.mul_(3)
+        assert share.offered(state) is None
+        state.detach_()
+        weight.grad = None
+        M.linear(state, weight, format=format).sum().backward()
+        expected = state.sum(0).expand(5, 64)
+        assert (weight.grad - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_a_base_that_starts_inside_its_storage(offset):
+    source = torch.randn(40, 64, requires_grad=True)
+    base = torch.ops.aten.unsafe_split.Tensor(source * 1, 20)[1] if offset else source * 1
+    first, weight = nn.Parameter(torch.randn(3, 64)), nn.Parameter(torch.randn(8, 64))
+    M.linear(base, first, format=Quantized(8, rebuild=True))
+    part = base[4:12]
+    M.linear(part, weight, format=Quantized(8, rebuild=True)).sum().backward()
+    expected = part.detach().sum(0).expand(8, 64)
+    assert (weight.grad - expected).norm() < 0.02 * expected.norm()
+
+
+def test_nothing_dropped_or_clamped_stands_for_more():
+    x = 10 * torch.randn(32, 64, requires_grad=True)
+    fine = Quantized(8, rebuild=True)
+    M.linear(x, nn.Parameter(torch.randn(3, 64)), format=TopK(0.01))
+    assert share.shared(x, TopK(1.0, values="fp32", rebuild=True)) is None
+    x = x * 1
+    M.linear(x, nn.Parameter(torch.randn(3, 64)), format=Quantized(8, (-1.0, 1.0)))
+    assert share.shared(x, fine) is None
+    # A state on the very range of a derivative is no derivative.
+    x = torch.rand(32, 64, requires_grad=True) * 1
+    code = Quantized(8, (0.0, 1.0))
+    M.linear(x, nn.Parameter(torch.randn(3, 64)), format=code)
+    (grad,) = torch.autograd.grad(M.tanh(x, format=code).sum(), x)
+    assert (grad - (1 - x.tanh().square())).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("format", [Dense(), Dense("fp32"), TopK(0.1), ONCE], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_offer_outlives_its_tensor(format, layout):
+    gc.collect()
+    before = len(share._offers)
+    kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8, requires_grad=True).to(memory_format=layout) * 1
+        M.conv2d(x, kernel, padding=1, format=format).sum().backward()
+    del x
+    gc.collect()
+    assert len(share._offers) == before
+
+
+def test_inference_tensors_under_autocast():
+    with torch.inference_mode():
+        features = torch.randn(4, 64)
+    weight = nn.Parameter(torch.randn(8, 64))
+    bias = nn.Parameter(torch.zeros(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        M.linear(features, weight.detach(), bias, format=ONCE).float().sum().backward()
+    assert torch.equal(bias.grad, torch.full((8,), 4.0))
+
+
+def test_small_numbers_under_float16_autocast_keep_their_float32():
+    x = 1e-9 * torch.randn(64, 64, requires_grad=True)
+    b = torch.randn(64, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        M.linear(x, nn.Parameter(torch.randn(8, 64)), format=ONCE)
+    M.mul(x, b, format=Quantized(8, rebuild=True)).sum().backward()
+    assert (b.grad - x).norm() < 0.02 * x.norm()
+
+
 # ------------------------------------------------------------------------------ surroundings
+
+
+class Gate(nn.Module):
+    """One reader has packed x when the next one comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc(x))
+
+
+class Short(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.conv = nn.Conv2d(64, 64, 1, 2), nn.Conv2d(64, 64, 3, 2, 1)
+
+    def forward(self, x):
+        return self.down(x) + self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        memtl.BackRazorConfig(),
+        memtl.BackRazorConfig.preset("small"),
+        memtl.LowBitConfig(),
+        memtl.LowBitConfig(4, activation=8),
+    ],
+    ids=["fast", "small", "4 bits", "4 and 8 bits"],
+)
+@pytest.mark.parametrize("kind", [Gate, Short])
+def test_a_checkpointed_region_repeats_itself(kind, config):
+    model = kind()
+    memtl.apply(model, config)
+    x = torch.randn((8, 64) if kind is Gate else IMAGES, requires_grad=True) * 1
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_checkpointed_region_leaves_nothing_behind():
+    gc.collect()
+    before = len(share._offers)
+    blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(C), nn.Linear(C, C)) for _ in range(3)))
+    memtl.apply(blocks, memtl.LowBitConfig())
+    x = torch.randn(TOKENS, requires_grad=True)
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False)
+    assert len(share._offers) == before
+    x.sum().backward()
+    assert len(share._offers) == before
 
 
 @every_chain
@@ -467,7 +633,7 @@ def test_autocast_keeps_it(chain):
 
     def run():
         with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
+            return model(x.clone())
 
     assert saved_bytes(run) <= chain.kept
     run().float().sum().backward()
@@ -476,8 +642,9 @@ def test_autocast_keeps_it(chain):
 
 @every_chain
 def test_checkpointing_and_accumulation(chain):
+    """A checkpointed region shares nothing: what is rounded apart agrees within its rounding."""
     model = build(chain)
-    memtl.apply(model, memtl.LowBitConfig())
+    memtl.apply(model, memtl.LowBitConfig(8))
     x = torch.randn(chain.shape, requires_grad=True)
 
     def gradients(run):
@@ -491,13 +658,14 @@ def test_checkpointing_and_accumulation(chain):
 
     plain = gradients(model)
     again = gradients(lambda x: checkpoint(model, x, use_reentrant=False))
+    largest = max(a.norm() for a in plain)
     for a, b in zip(plain, again, strict=True):
-        torch.testing.assert_close(a, b)
+        assert (a - b).norm() < 0.02 * a.norm() + 1e-4 * largest
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_between_producer_and_consumer(reentrant):
-    """Each region takes in its recomputation what it took before."""
+    """A region takes in its recomputation what it took before: nothing of another one."""
     model = build(CHAINS["LayerNorm, GELU, Linear"])
     memtl.apply(model, memtl.LowBitConfig())
 
@@ -512,7 +680,7 @@ def test_checkpointing_between_producer_and_consumer(reentrant):
     plain = gradients(lambda layer, x: layer(x))
     again = gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
     for a, b in zip(plain, again, strict=True):
-        assert cosine(a, b) > 0.98  # a reentrant region keeps its input anew
+        assert cosine(a, b) > 0.98
 
 
 @pytest.mark.parametrize("name", ["LayerNorm, GELU, Linear", "BatchNorm, ReLU in place, Conv"])

@@ -251,3 +251,12 @@ def test_the_definitions_are_as_close():
         size = x.double().abs().clamp_min(1)
         assert_within(f(x) / size, y / size, BOUND)
         assert_within(derivative(x), slope, 1e-6 + unit(torch.float32))
+
+
+@pytest.mark.parametrize("inner", [2**62, 2**63 - 1, 3])
+def test_affine_refuses_channels_that_do_not_divide(inner):
+    codes, params = torch.ops.memtl.quant_pack(torch.randn(4, 64), 4, 0)
+    with pytest.raises(RuntimeError, match="do not divide 256 elements"):
+        torch.ops.memtl.quant_unpack_affine(
+            codes, params, 4, torch.ones(2), None, None, inner, [4, 64], torch.float32
+        )
