@@ -1,7 +1,7 @@
-"""Elementwise activations: what backward needs is the derivative, a number in a known range; where
-it takes two values only, one bit.
+"""Elementwise functions with a curve: backward needs the derivative, a number in a known range, or
+the input, which tells the output too.
 
-Everything works in place too: what backward needs is then packed before x is overwritten, and
+Everything works in place as well: what backward needs is then packed before x is overwritten, and
 handed to the Function.
 """
 
@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Bits, Format, Packed, Quantized, pack
+from ..storage import Format, Packed, Quantized, pack
 from ..storage.quantized import grouped
-from ..storage.rebuilt import Rebuilt, rebuilt
+from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept, packed_once
-from .norm import Affine
 from .share import offer, shared, sharing
 
 aten = torch.ops.aten
@@ -280,145 +279,6 @@ class ActivationFunction(Function):
         return grad_out * value, *(None,) * 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """An elementwise function whose derivative is ``on`` inside a mask, elsewhere ``off``.
-
-    ``mask(x)``: packed. ``of_output``: it can be read off y as well as off x.
-    ``rebuild(x, mask)``: y from an approximate x and the exact mask.
-    """
-
-    forward: Callable[..., Tensor]
-    mask: Callable[[Tensor], Tensor]
-    rebuild: Callable[[Tensor, Tensor], Tensor]
-    on: float = 1.0
-    off: float = 0.0
-    of_output: bool = True
-
-
-def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
-    """The mask of what is neither <= lo nor >= hi."""
-    return lambda x: torch.ops.memtl.bits_pack_between(x, lo, hi)
-
-
-def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """x where the mask is set, elsewhere the nearer one of two ends."""
-    middle = (lo + hi) / 2
-    return lambda x, mask: torch.where(mask, x, torch.where(x < middle, lo, hi).to(x.dtype))
-
-
-# Comparisons are torch's own, negated where it negates them: NaN lets its gradient through or not
-# as there.
-MASKS: dict[str, Callable[..., Mask]] = {
-    "relu": lambda: Mask(
-        lambda x, inplace=False: F.relu(x, inplace),
-        _inside(0.0, None),
-        lambda x, mask: torch.where(mask, x, 0),
-    ),
-    "relu6": lambda: Mask(
-        lambda x, inplace=False: F.relu6(x, inplace),
-        _inside(0.0, 6.0),
-        _nearest_end(0.0, 6.0),
-    ),
-    "hardtanh": lambda lo, hi: Mask(
-        lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
-        _inside(lo, hi),
-        _nearest_end(lo, hi),
-    ),
-    "hardsigmoid": lambda: Mask(
-        lambda x, inplace=False: F.hardsigmoid(x, inplace),
-        lambda x: torch.ops.memtl.bits_pack((x > -3) & (x < 3)),
-        lambda x, mask: _nearest_end(0.0, 1.0)(x / 6 + 0.5, mask),
-        on=1 / 6,
-        of_output=False,
-    ),
-    "leaky_relu": lambda slope: Mask(
-        lambda x, inplace=False: F.leaky_relu(x, slope, inplace),
-        lambda x: torch.ops.memtl.bits_pack(x > 0),
-        lambda x, mask: torch.where(mask, x, x * slope),
-        off=slope,
-        of_output=False,
-    ),
-    "threshold": lambda threshold, value: Mask(
-        lambda x, inplace=False: F.threshold(x, threshold, value, inplace),
-        _inside(threshold, None),
-        lambda x, mask: torch.where(mask, x, value),
-        of_output=False,
-    ),
-}
-
-
-def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | None:
-    """The mask as bits where only x, before it is overwritten, can tell it; else None."""
-    mask = MASKS[name](*parameters)
-    return None if mask.of_output else mask.mask(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Masked:
-    """f(x) for a row of :data:`MASKS`."""
-
-    name: str
-    parameters: tuple[float, ...]
-
-    def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
-        return MASKS[self.name](*self.parameters).rebuild(x, mask)
-
-    def decode(
-        self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
-    ) -> Tensor | None:
-        """For a ReLU: in one pass where x is an affine map of x-hat in groups."""
-        x, bits = parts
-        if self.name != "relu" or x is None or bits is None:
-            return None
-        if isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
-            affine = x.format.split(x.tensors)
-            made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0])
-            if made is not None:
-                return made
-        return Bits().apply(bits.tensors, x.unpack(dtype))
-
-
-class MaskFunction(Function):
-    """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
-
-    ``bits``: the packed mask, made before where y does not tell it and x is overwritten.
-    ``source``: what stood for x before, if anything; with the mask it then stands for y.
-    """
-
-    @staticmethod
-    def forward(x, name, parameters, inplace, bits, source):
-        y = MASKS[name](*parameters).forward(x, inplace)
-        return x if inplace else y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.name, ctx.parameters, inplace, bits, source = inputs
-        mask = MASKS[ctx.name](*ctx.parameters)
-        if inplace:
-            ctx.mark_dirty(x)
-        if bits is None:
-            bits = mask.mask(output if mask.of_output else x)
-        packed = Packed(Bits(), (bits,), x.shape, torch.bool)
-        keep(ctx, (packed, Bits()))
-        if source is not None:
-            recipe = Masked(ctx.name, ctx.parameters)
-            made = rebuilt(recipe, source, packed, shape=output.shape, dtype=output.dtype)
-            offer(output, made, dirty=inplace)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out):
-        (bits,), _ = kept(ctx)
-        mask = MASKS[ctx.name](*ctx.parameters)
-        if mask.off:
-            on, off = grad_out * mask.on, grad_out * mask.off
-            grad_x = torch.where(bits.unpack(), on, off)
-        else:
-            grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
-        return grad_x, *(None,) * 5
-
-
 class SquareFunction(Function):
     """y = x^2. Memory: ``format.nbytes(x)``."""
 
@@ -435,123 +295,3 @@ class SquareFunction(Function):
     def backward(ctx, grad_out):
         (x,), _ = kept(ctx)
         return grad_out * x.unpack() * 2, None
-
-
-class PReLUFunction(Function):
-    """y = max(x, 0) + w min(x, 0), w one number or one a channel (dimension 1).
-
-    The gradient of x is exact. Memory: one bit an element for it (and a reference to w), and
-    ``format.nbytes(x)`` for min(x, 0) where w trains.
-    """
-
-    @staticmethod
-    def forward(x, weight, format, need_x, need_weight):
-        return torch.prelu(x, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, format, need_x, need_weight = inputs
-        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
-        negative = x.clamp_max(0) if need_weight else None
-        pairs = ((x > 0 if need_x else None, Bits()), (negative, format))
-        keep(ctx, *pairs, exact=(weight if need_x else None,))
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out):
-        (positive, negative), (weight,) = kept(ctx)
-        grad_x = grad_weight = None
-        if positive is not None and ctx.needs_input_grad[0]:
-            scaled = grad_out * per_channel(weight, grad_out.dim())
-            grad_x = torch.where(positive.unpack(), grad_out, scaled)
-        if negative is not None and ctx.needs_input_grad[1]:
-            wide = torch.promote_types(grad_out.dtype, torch.float32)
-            product = grad_out.to(wide) * negative.unpack(wide)
-            grad_weight = product.sum_to_size(per_channel_size(ctx.weight_shape, grad_out.dim()))
-            grad_weight = grad_weight.reshape(ctx.weight_shape).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None
-
-
-def per_channel_size(shape: torch.Size, dim: int) -> tuple[int, ...]:
-    """The shape by which [C] is laid along dimension 1 of a tensor of ``dim`` dimensions."""
-    if dim < 2 or shape.numel() == 1:
-        return (1,) * dim
-    return (1, shape.numel(), *(1,) * (dim - 2))
-
-
-def per_channel(t: Tensor, dim: int) -> Tensor:
-    """[C] laid along dimension 1."""
-    return t.reshape(per_channel_size(t.shape, dim))
-
-
-class DropoutFunction(Function):
-    """y = x * mask / (1 - p), exact, drawing from torch's generator as F.dropout does.
-
-    Memory: one bit an element. Returns y and the packed mask.
-    """
-
-    @staticmethod
-    def forward(x, p):
-        if x.is_cuda:
-            y, mask = torch.native_dropout(x, p, True)
-        else:
-            # On a CPU F.dropout multiplies by noise that it draws like this.
-            noise = F.dropout(torch.ones_like(x), p, True)
-            y, mask = x * noise, noise != 0
-        return y, *Bits().pack(mask)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.p = inputs
-        y, bits = output
-        ctx.mark_non_differentiable(bits)
-        ctx.save_for_backward(bits)
-        offer_dropped(y, shared(x), bits, ctx.p, dirty=False)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out, _bits):
-        return dropped(grad_out, ctx.saved_tensors, ctx.p), None
-
-
-class InPlaceDropoutFunction(Function):
-    """x *= noise, the noise being mask / (1 - p), drawn before. Memory: one bit an element."""
-
-    @staticmethod
-    def forward(x, noise, bits, p, source):
-        x.mul_(noise)
-        return x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, bits, ctx.p, source = inputs
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(bits)
-        offer_dropped(x, source, bits, ctx.p, dirty=True)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_out):
-        return dropped(grad_out, ctx.saved_tensors, ctx.p), *(None,) * 4
-
-
-def dropped(x: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
-    """x, or the gradient, through dropout."""
-    return Bits().apply(bits, x, 1 / (1 - p) if p < 1 else 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropped:
-    """x through dropout of probability p; the mask is packed."""
-
-    p: float
-
-    def __call__(self, x: Tensor, bits: Tensor) -> Tensor:
-        return dropped(x, (bits,), self.p)
-
-
-def offer_dropped(y: Tensor, source: Packed | None, bits: Tensor, p: float, *, dirty: bool) -> None:
-    """y can be made from what stands for x, and the packed mask."""
-    if source is not None:
-        made = rebuilt(Dropped(p), source, bits, shape=y.shape, dtype=y.dtype)
-        offer(y, made, dirty=dirty)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
-from .activation import per_channel
 from .keep import Function, first_order, keep, kept
+from .mask import per_channel
 from .norm import Affine, offer_affine
 
 

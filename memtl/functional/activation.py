@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd.activation import (
-    MASKS,
     ActivationFunction,
-    DropoutFunction,
-    InPlaceDropoutFunction,
-    MaskFunction,
-    PReLUFunction,
     SquareFunction,
     activation,
     pack_activation,
-    pack_mask,
 )
+from ..autograd.dropout import DropoutFunction, InPlaceDropoutFunction
+from ..autograd.mask import MASKS, MaskFunction, PReLUFunction, pack_mask
 from ..autograd.share import shared
 from ..storage import Bits, Dense, Format
 from .common import (

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from memtl import functional as M
-from memtl.autograd.activation import ACTIVATIONS, MASKS, activation
+from memtl.autograd.activation import ACTIVATIONS, activation
+from memtl.autograd.mask import MASKS
 from memtl.memory import saved_bytes
 from memtl.storage import Dense, Quantized, TopK, pack
 from tests.helpers import assert_same, grad_like, leaves, run
