@@ -85,4 +85,4 @@ def test_the_demo_gets_the_rest_of_the_line(tmp_path, capsys):
     path = tmp_path / "figures.json"
     arguments = ["demo", "--quick", "--json", str(path), "--html", str(tmp_path / "page.html")]
     assert main(arguments) == 0
-    assert len(json.loads(path.read_text())["methods"]) == 5
+    assert len(json.loads(path.read_text())["methods"]) == 7

@@ -99,7 +99,7 @@ def test_page_shows_every_method(run):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("index", range(5), ids=NAMES)
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_seed_decides_the_weights_method_does_not(model, index):
     method, full = METHODS[model][index], METHODS[model][1]
     weights, plain = demo.build(method, 3).state_dict(), demo.build(full, 3).state_dict()
