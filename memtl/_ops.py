@@ -201,6 +201,25 @@ def _(x, bits, seed):
 
 
 @_define(
+    "quant_pack_normalized",
+    "(Tensor x, Tensor mean, Tensor rstd, int bits, SymInt inner, int seed) -> (Tensor, Tensor)",
+)
+def _(x, mean, rstd, bits, inner, seed):
+    """What quant_pack gives of (x - mean[c]) * rstd[c], float32, flat element i being of channel
+    c = (i // inner) % C (a whole number of C * inner)."""
+    name = "quant_pack_normalized"
+    for t in (x, mean, rstd):
+        _check_floating(name, t)
+    _check_bits(name, bits)
+    torch._check_value(inner > 0, lambda: f"{name}: expected inner > 0, got {inner}")
+    groups = ceil_div(x.numel(), GROUP)
+    return (
+        x.new_empty((groups, 8 * bits), dtype=torch.uint8),
+        x.new_empty((groups, 2), dtype=torch.bfloat16),
+    )
+
+
+@_define(
     "quant_unpack",
     "(Tensor codes, Tensor params, int bits, SymInt[] size, ScalarType dtype) -> Tensor",
 )

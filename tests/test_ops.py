@@ -100,6 +100,14 @@ def quant_pack():
     yield torch.randn(30, 4).T, 4, -1
 
 
+def quant_pack_normalized():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        rows, n = x.numel() // x.shape[-1], x.shape[-1]
+        mean, rstd = torch.randn(rows).to(FLOATING[i % 4]), torch.rand(rows) + 0.5
+        yield x, mean, rstd, bits, n, seed
+        yield x, torch.randn(n), torch.rand(n).to(FLOATING[i % 4]), bits, 1, seed
+
+
 def quant_unpack():
     for i, (x, bits, seed) in enumerate(quant_pack()):
         yield *OPS.quant_pack(x, bits, seed), bits, list(x.shape), FLOATING[i % 4]
@@ -202,6 +210,7 @@ SAMPLES = {
         topk_weight_grad,
         topk_conv_weight_grad,
         quant_pack,
+        quant_pack_normalized,
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,

@@ -174,6 +174,43 @@ void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
   }
 }
 
+// Packed as rows of channels, beside what packs the same numbers, normalised here.
+void test_normalized(const QuantKernels& kernels, const char* isa, Random& random) {
+  constexpr std::pair<int64_t, int64_t> kPlaces[] = {{1, 1}, {7, 1}, {100, 1}, {5, 9}, {3, 200}};
+  for (const auto& [channels, inner] : kPlaces) {
+    std::vector<float> mean(static_cast<size_t>(channels + kGroup)), rstd(mean.size());
+    for (size_t i = 0; i < mean.size(); ++i) {
+      rstd[i] = 0.5f + 0.1f * static_cast<float>(i % static_cast<size_t>(channels));
+      mean[i] = -rstd[i] * rstd[i];
+    }
+    const Channels all{rstd.data(), mean.data(), channels, inner};
+    for (int64_t times : {1, 2, 3}) {
+      const int64_t numel = channels * inner * times, groups = ceil_div(numel, kGroup);
+      for (int type = 0; type < 4; ++type) {
+        const std::vector<uint8_t> x = data(kTypes[type], Kind::broken, numel, random);
+        std::vector<uint8_t> x_hat = buffer(4 * numel);
+        for (int64_t i = 0; i < numel; ++i) {
+          const auto c = static_cast<size_t>(i / inner % channels);
+          const float centred = load_float(kTypes[type], x.data(), i) - mean[c];
+          store_float(DType::f32, x_hat.data(), i, centred * rstd[c]);
+        }
+        for (int bits : {8, 4, 3, 2}) {
+          const Packed wanted = pack(portable::quant, DType::f32, x_hat, numel, bits);
+          Packed packed{buffer(groups * 8 * bits), std::vector<uint16_t>(wanted.params.size())};
+          in_parts(groups, [&](int64_t first, int64_t last) {
+            kernels.pack_normalized(kTypes[type], x.data(), numel, all, bits, 12345,
+                                    packed.codes.data(), packed.params.data(), first, last);
+          });
+          CHECK(same_bytes(packed.codes, wanted.codes) && same_bytes(packed.params, wanted.params),
+                "%s: normalized, %s, %ld channels of %ld, %ld times, bits %d", isa,
+                kTypeNames[type], static_cast<long>(channels), static_cast<long>(inner),
+                static_cast<long>(times), bits);
+        }
+      }
+    }
+  }
+}
+
 // One NaN for all: of two a vector instruction and a scalar one may hand on different ones.
 std::vector<uint8_t> with_one_nan(DType dtype, std::vector<uint8_t> x, int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
@@ -375,17 +412,20 @@ int main() {
   test_formats();
   test_bits(portable::bits, "portable", random);
   test_quant(portable::quant, "portable", random);
+  test_normalized(portable::quant, "portable", random);
   test_fused(portable::quant_fused, "portable", random);
   test_norm(portable::quant_norm, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
+    test_normalized(avx2::quant, "avx2", random);
     test_fused(avx2::quant_fused, "avx2", random);
     test_norm(avx2::quant_norm, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
     test_quant(avx512::quant, "avx512", random);
+    test_normalized(avx512::quant, "avx512", random);
     test_fused(avx512::quant_fused, "avx512", random);
     test_norm(avx512::quant_norm, "avx512", random);
   })

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
+from ..storage import Format, Packed
+from ..storage.quantized import pack_normalized
 from .activation import per_channel
 from .keep import Function, first_order, keep, kept
 from .norm import Affine, offer_affine
@@ -46,7 +48,7 @@ class BatchNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_weight or (need_x and ctx.training):
-            x_hat = _by_channel(x, mean, rstd)
+            x_hat = _by_channel(x, mean, rstd, format)
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 
@@ -120,7 +122,7 @@ class SyncBatchNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            x_hat = _by_channel(x, mean, rstd)
+            x_hat = _by_channel(x, mean, rstd, format)
         exact = (rstd, weight, total) if need_x else (None, None, None)
         (packed,) = keep(ctx, (x_hat, format), exact=exact)
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
@@ -146,8 +148,11 @@ class SyncBatchNormFunction(Function):
         return *cast_needed(ctx, (grad_x, grad_weight, grad_bias)), *(None,) * 8
 
 
-def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """x-hat, in float32 at least."""
+def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor, format: Format) -> Tensor | Packed:
+    """x-hat, in float32 at least, or packed already."""
+    packed = pack_normalized(x, mean, rstd, x.shape[2:].numel(), format)
+    if packed is not None:
+        return packed
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
 
@@ -190,9 +195,11 @@ class GroupNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
-            x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
+            x_hat = pack_normalized(x, mean, rstd, x.shape[1:].numel() // ctx.groups, format)
+            if x_hat is None:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
+                x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 

@@ -13,7 +13,13 @@ from .fused import (
     quant_unpack_activation,
     quant_unpack_affine,
 )
-from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
+from .quant import (
+    quant_pack,
+    quant_pack_normalized,
+    quant_pack_range,
+    quant_unpack,
+    quant_unpack_range,
+)
 from .topk import (
     topk_conv_weight_grad,
     topk_pack,
@@ -31,6 +37,7 @@ OPS = {
         topk_weight_grad,
         topk_conv_weight_grad,
         quant_pack,
+        quant_pack_normalized,
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,

@@ -52,6 +52,39 @@ def test_affine_of_strided_arguments(isa):
     assert_identical(result, reference.quant_unpack_affine(*arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_normalized(isa, bits, dtype):
+    for (channels, inner), times, seed in itertools.product(PLACES, (0, 1, 3), (0, -7)):
+        x = data("normal", channels * inner * times, dtype) * 3
+        mean, rstd = data("normal", channels, dtype), data("normal", channels + 1)[1:].abs()
+        found = ops.quant_pack_normalized(x, mean, rstd, bits, inner, seed)
+        x_hat = x.float().view(times, channels, inner) - mean.float().view(-1, 1)
+        expected = ops.quant_pack(x_hat * rstd.view(-1, 1), bits, seed)
+        definition = reference.quant_pack_normalized(x, mean, rstd, bits, inner, seed)
+        for a, b, c in zip(found, expected, definition, strict=True):
+            assert_identical(a, b)
+            assert_identical(a, c)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_normalized_of_any_data(isa, kind):
+    mean, rstd = data(kind, 12), data(kind, 12)
+    for inner, shape in ((10, (5, 12, 10)), (50, (12, 50)), (1, (50, 12))):
+        arguments = (data(kind, 600).view(shape), mean, rstd, 4, inner, 3)
+        result = ops.quant_pack_normalized(*arguments)
+        for a, b in zip(result, reference.quant_pack_normalized(*arguments), strict=True):
+            assert_identical(a, b)
+
+
+def test_pack_normalized_of_strided_arguments(isa):
+    mean, rstd = data("normal", 20)[::2], data("normal", 10).view(2, 5).t()
+    arguments = (data("normal", 640).view(10, 64).t(), mean, rstd, 4, 1, 3)
+    result = ops.quant_pack_normalized(*arguments)
+    for a, b in zip(result, reference.quant_pack_normalized(*arguments), strict=True):
+        assert_identical(a, b)
+
+
 def exact(name, x):
     """f and f' in float64; at what float64 cannot tell from infinity, the limits."""
     f, derivative = DEFINITIONS[name]
@@ -208,6 +241,7 @@ def test_instruction_sets_and_threads_agree():
             results.append(
                 (
                     ops.quant_unpack_affine(codes, params, 3, w, w, None, 1, [n], torch.float32),
+                    *ops.quant_pack_normalized(x, w[:7001], w[7001:14002], 3, 43, 1),
                     *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
                     *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
                 )
@@ -229,6 +263,15 @@ def test_errors_name_the_tensor():
         affine(*packed, 4, x[:7], None, None, 1, size, torch.float32)
     with pytest.raises(RuntimeError, match="weight and bias of one size, got 10 and 20"):
         affine(*packed, 4, x[:10], x[:20], None, 1, size, torch.float32)
+    pack = ops.quant_pack_normalized
+    with pytest.raises(RuntimeError, match="7 channels of 1 do not divide 100 elements"):
+        pack(x, x[:7], x[:7], 4, 1, 0)
+    with pytest.raises(RuntimeError, match=r"of one size, got Float \[10\] and Float \[20\]"):
+        pack(x, x[:10], x[:20], 4, 1, 0)
+    with pytest.raises(RuntimeError, match="quant_pack_normalized: expected inner > 0, got 0"):
+        pack(x, x, x, 4, 0, 0)
+    with pytest.raises(RuntimeError, match="expected mean in float32, .*, got Long"):
+        pack(x, x.long(), x, 4, 1, 0)
     with pytest.raises(RuntimeError, match="inner > 0, got 0"):
         affine(*packed, 4, x, None, None, 0, size, torch.float32)
     with pytest.raises(RuntimeError, match="expected weight in float32, .*, got Long"):

@@ -88,6 +88,13 @@ def quant_pack_cases():
         yield draw(37, 40).t(), bits, 0
 
 
+def quant_pack_normalized_cases():
+    for x, bits, seed in quant_pack_cases():
+        rows, n = x.numel() // x.shape[-1], x.shape[-1]
+        for size, inner in ((rows, n), (n, 1)):
+            yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
+
+
 def quant_unpack_cases():
     for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
         yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
@@ -143,6 +150,7 @@ EXACT = {
     "topk_pack_sample": topk_pack_sample_cases,
     "topk_unpack": topk_unpack_cases,
     "quant_pack": quant_pack_cases,
+    "quant_pack_normalized": quant_pack_normalized_cases,
     "quant_unpack": quant_unpack_cases,
     "quant_pack_range": quant_pack_range_cases,
     "quant_unpack_range": quant_unpack_range_cases,

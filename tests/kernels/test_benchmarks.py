@@ -64,6 +64,7 @@ EQUAL = {
     "topk_conv_weight_grad": "a few samples unpacked at a time, then torch's own",
     "quant_unpack_activation": "quant_unpack, gelu",
     "quant_activation_grad": "quant_unpack, gelu_backward",
+    "quant_pack_normalized": "(x - mean).mul_(rstd), quant_pack",
     "quant_norm_grad": "quant_unpack, native_layer_norm_backward",
     "quant_apply_range": "quant_unpack_range, mul_",
     "bits_pack": "numpy.packbits",
