@@ -328,6 +328,20 @@ def _(grad_out, codes, params, bits, rstd, weight, features, centered):
     return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
 
 
+@_define(
+    "quant_channel_norm_grad",
+    "(Tensor grad_out, Tensor codes, Tensor params, int bits, Tensor rstd, Tensor? weight, "
+    "SymInt inner) -> (Tensor, Tensor, Tensor)",
+)
+def _(grad_out, codes, params, bits, rstd, weight, inner):
+    """Batch norm in training, [B, C, inner] normalised by channel to x-hat, packed. The gradients
+    of x, contiguous, and of weight and bias [C] in float32; ``rstd`` [C]."""
+    _check_floating("quant_channel_norm_grad", grad_out)
+    _check_bits("quant_channel_norm_grad", bits)
+    sums = (grad_out.new_empty((rstd.numel(),), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
+
+
 # ------------------------------------------------------------------------------------------- bits
 
 

@@ -165,6 +165,16 @@ def quant_norm_grad():
         yield g, *packed, bits, rstd, None, n, False
 
 
+def quant_channel_norm_grad():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        if x.dim() < 2:
+            continue
+        g, packed, channels = torch.randn(x.shape), OPS.quant_pack(x, bits, seed), x.shape[1]
+        rstd, weight = torch.rand(channels), torch.randn(channels).to(FLOATING[i % 4])
+        yield g.to(x.dtype), *packed, bits, rstd, weight, x.shape[2:].numel()
+        yield g, *packed, bits, rstd, None, x.shape[2:].numel()
+
+
 def bits_pack():
     for shape in ((600,), (3, 7), (1,), (0, 5), ()):
         yield (torch.rand(shape) < 0.5,)
@@ -219,6 +229,7 @@ SAMPLES = {
         quant_activation_grad,
         quant_apply_range,
         quant_norm_grad,
+        quant_channel_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,
@@ -307,7 +318,7 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
                 terms = g.numel() // max(1, g.shape[1])
                 assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
-            elif name == "quant_norm_grad":
+            elif name in ("quant_norm_grad", "quant_channel_norm_grad"):
                 # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
                 assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
             elif name in ("quant_unpack_activation", "quant_activation_grad"):

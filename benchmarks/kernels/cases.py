@@ -398,6 +398,23 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "quant_unpack, native_layer_norm_backward": plain,
         }
 
+    def channel_norm_grad(bits: int) -> Calls:
+        packed, grad_out = OPS.quant_pack(draw(*maps), bits, 1), draw(*maps)
+        rstd, weight = torch.rand_like(grad_out[0, :, 0, 0]) + 0.5, draw(maps[1])
+
+        def plain() -> tuple[Tensor, ...]:
+            x_hat = OPS.quant_unpack(*packed, bits, maps, dtype)
+            zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
+            return torch.ops.aten.native_batch_norm_backward(
+                grad_out, x_hat, rstd * weight, zeros, ones, zeros, ones, True, 0.0, [True] * 3
+            )
+
+        arguments = (grad_out, *packed, bits, rstd, weight, maps[2] * maps[3])
+        return {
+            "memtl": partial(OPS.quant_channel_norm_grad, *arguments),
+            "quant_unpack, native_batch_norm_backward": plain,
+        }
+
     def case(op: str, what: str, size: tuple[int, ...], make: Callable[..., Calls], bits: int):
         words = "x".join(map(str, size))
         return Case(op, f"{bits} bits{what}", words, math.prod(size), partial(make, bits))
@@ -411,6 +428,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_pack_normalized", "", (rows[0], WIDTHS[0]), pack_rows, bits)
         yield case("quant_pack_normalized", " maps", maps, pack_maps, bits)
         yield case("quant_norm_grad", "", (rows[0], WIDTHS[0]), norm_grad, bits)
+        yield case("quant_channel_norm_grad", "", maps, channel_norm_grad, bits)
 
 
 def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from ..storage import Format, Packed
-from ..storage.quantized import pack_normalized
+from ..storage.quantized import grouped, pack_normalized
 from .activation import per_channel
 from .keep import Function, first_order, keep, kept
 from .norm import Affine, offer_affine
@@ -57,6 +57,8 @@ class BatchNormFunction(Function):
     def backward(ctx, grad_out, _mean, _rstd):
         (x_hat,), (rstd, weight) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if ctx.training and (fused := _fused_grads(grad_out, x_hat, rstd, weight)) is not None:
+            return *cast_needed(ctx, fused), *(None,) * 8
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         grads: tuple[Tensor | None, ...]
@@ -78,6 +80,22 @@ class BatchNormFunction(Function):
                 [need_x, need_weight, need_bias],
             )  # fmt: skip
         return *cast_needed(ctx, grads), *(None,) * 8
+
+
+FUSED_INNER = 256  # elements of a plane from which the fused gradients are faster
+
+
+def _fused_grads(
+    grad_out: Tensor, x_hat: Packed | None, rstd: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of x, weight and bias from codes; None where x-hat is not in groups with their
+    own scale, or no gradient of x is asked for, or the plain way is faster or of another dtype."""
+    codes, inner = grouped(x_hat), grad_out.shape[2:].numel()
+    if codes is None or rstd is None or inner < FUSED_INNER or not grad_out.is_contiguous():
+        return None
+    if grad_out.is_cuda or grad_out.dtype == torch.float64:
+        return None
+    return torch.ops.memtl.quant_channel_norm_grad(grad_out, *codes, rstd, weight, inner)
 
 
 class SyncBatchNormFunction(Function):

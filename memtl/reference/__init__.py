@@ -9,6 +9,7 @@ from .bits import bits_apply, bits_pack, bits_pack_between
 from .fused import (
     quant_activation_grad,
     quant_apply_range,
+    quant_channel_norm_grad,
     quant_norm_grad,
     quant_unpack_activation,
     quant_unpack_affine,
@@ -46,6 +47,7 @@ OPS = {
         quant_activation_grad,
         quant_apply_range,
         quant_norm_grad,
+        quant_channel_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,

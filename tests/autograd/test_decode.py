@@ -213,6 +213,29 @@ def test_what_norms_keep_is_what_the_plain_way_keeps(format, dtype, name, monkey
             assert_same(a, b)
 
 
+@EVERY_FORMAT
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_batch_norm_gradients_are_those_of_the_plain_way(format, dtype, monkeypatch, called):
+    def gradients(weighted):
+        torch.manual_seed(1)
+        x = torch.randn(3, 5, 16, 17).to(dtype).requires_grad_()
+        w, b = parameters(5, dtype) if weighted else (None, None)
+        y = M.batch_norm(x, None, None, w, b, training=True, format=format)
+        called.clear()
+        y.backward(grad_like(y))
+        return [t.grad for t in (x, w, b) if t is not None]
+
+    for weighted in (True, False):
+        fused = gradients(weighted)
+        assert called == ["quant_channel_norm_grad"]
+        with monkeypatch.context() as patch:
+            patch.setattr(channel_norm, "_fused_grads", lambda *_: None)
+            expected = gradients(weighted)
+        for a, b in zip(fused, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert_within(a, b, 2 * torch.finfo(dtype).eps * b.double().abs().max() + 1e-5)
+
+
 def test_a_network_gets_the_gradients_of_the_plain_way(monkeypatch):
     """With every decode switched off they are the same up to rounding."""
 

@@ -213,6 +213,43 @@ def test_norm_grad_of_what_is_not_finite(isa):
     assert grad_weight[:64].isnan().all() and grad_weight[64:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_channel_norm_grad(isa, bits, dtype):
+    places = [(0, 3, 5), (1, 1, 1), (9, 7, 1), (3, 5, 9), (5, 3, 49), (2, 3, 1100), (3, 2, 64)]
+    for batch, channels, inner in places:
+        n = batch * channels * inner
+        g = torch.randn(batch, channels, inner).to(dtype)
+        packed = reference.quant_pack(data("normal", n), bits, 3)
+        x = reference.quant_unpack(*packed, bits, list(g.shape), torch.float32).double()
+        rstd = torch.rand(channels) + 0.5
+        for weight in (torch.randn(channels).to(dtype), None):
+            found = ops.quant_channel_norm_grad(g, *packed, bits, rstd, weight, inner)
+            assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+            wide, slope = g.double(), rstd.double().view(-1, 1)
+            slope = slope if weight is None else slope * weight.double().view(-1, 1)
+            mean, along = (t.mean((0, 2)).view(-1, 1) for t in (wide, wide * x))
+            exact = (wide - mean - x * along) * slope
+            size, width, u = wide.abs(), x.abs(), unit(dtype) if dtype != torch.float64 else 0
+            terms = size + size.mean((0, 2)).view(-1, 1)
+            terms = terms + width * (size * width).mean((0, 2)).view(-1, 1)
+            # A float32 sum is of 64 terms at most, and of 16 lanes.
+            bound = gamma(80) * terms * slope.abs() + u * exact.abs()
+            assert_within(found[0], exact, bound * (1 + 1e-6) + 1e-7 * (dtype == torch.float16))
+            assert_within(found[1], (wide * x).sum((0, 2)), gamma(80) * (size * width).sum((0, 2)))
+            assert_within(found[2], wide.sum((0, 2)), gamma(80) * size.sum((0, 2)))
+
+
+def test_channel_norm_grad_of_what_is_not_finite(isa):
+    """A channel with a broken group; not the one that shares the group with it."""
+    x = data("normal", 3 * 100).view(1, 3, 100).clone()
+    x[0, 0, 10] = math.nan
+    packed, ones = reference.quant_pack(x, 4, 3), torch.ones(1, 3, 100)
+    grads = ops.quant_channel_norm_grad(ones, *packed, 4, torch.ones(3), None, 100)
+    assert grads[0][0, 0].isnan().all() and grads[0][0, 1:].isfinite().all()
+    assert grads[1][0].isnan() and grads[1][1:].isfinite().all() and grads[2].isfinite().all()
+
+
 def test_strided_gradients(isa):
     x = data("normal", 4 * 6 * 10).view(4, 6, 10)
     for view in (x.transpose(0, 2), x[:, ::2], x[1:, :, 3:], x[:, :, :0], x.permute(1, 2, 0)[None]):
@@ -244,6 +281,8 @@ def test_instruction_sets_and_threads_agree():
                     *ops.quant_pack_normalized(x, w[:7001], w[7001:14002], 3, 43, 1),
                     *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
                     *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
+                    *ops.quant_channel_norm_grad(x, codes, params, 3, w[:7001], w[:7001], 43),
+                    *ops.quant_channel_norm_grad(x, codes, params, 3, w[:43], None, 7001),
                 )
             )
     finally:

@@ -164,8 +164,9 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
 
 def test_every_operator_is_tested():
-    sums = {"topk_weight_grad", "topk_conv_weight_grad", "quant_norm_grad", "attention_grad"}
-    assert {*EXACT, *sums, *CURVES} == set(_ops.NAMES)
+    sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
+    norms = {"quant_norm_grad", "quant_channel_norm_grad"}
+    assert {*EXACT, *sums, *norms, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -222,6 +223,17 @@ def test_norm_gradients_are_those_of_the_cpu(centered):
         arguments = g, *packed, bits, rstd, weight, n, centered
         expected = reference.quant_norm_grad(*arguments)
         actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
+        for a, e in zip(actual, expected, strict=True):
+            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+
+
+def test_channel_norm_gradients_are_those_of_the_cpu():
+    """In another order of summation."""
+    for bits, inner in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+        packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
+        arguments = draw(3, 5, inner, seed=1), *packed, bits, draw(5, seed=2), draw(5, seed=3)
+        expected = reference.quant_channel_norm_grad(*arguments, inner)
+        actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
         for a, e in zip(actual, expected, strict=True):
             assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
 

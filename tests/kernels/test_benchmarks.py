@@ -66,6 +66,7 @@ EQUAL = {
     "quant_activation_grad": "quant_unpack, gelu_backward",
     "quant_pack_normalized": "(x - mean).mul_(rstd), quant_pack",
     "quant_norm_grad": "quant_unpack, native_layer_norm_backward",
+    "quant_channel_norm_grad": "quant_unpack, native_batch_norm_backward",
     "quant_apply_range": "quant_unpack_range, mul_",
     "bits_pack": "numpy.packbits",
     "bits_pack_between": "bits_pack(~(x <= 0))",
