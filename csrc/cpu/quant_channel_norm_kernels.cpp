@@ -57,7 +57,7 @@ MEMTL_INLINE void keep_lanes(int64_t count, Lanes& v) {
 template <DType kType, int kBits>
 void sum_planes(const void* grad_out, const uint8_t* codes, const uint16_t* params, int64_t numel,
                 int64_t inner, double* sums, int64_t first, int64_t last) {
-  float x_hat[kBatch + kNormLanes] = {};
+  alignas(64) float x_hat[kBatch + kNormLanes] = {};
   const auto batch = [&](int64_t start, int64_t stop) {
     decode_all<kBits>(codes, params, start, stop, x_hat);
   };
@@ -90,7 +90,8 @@ template <DType kType, int kBits>
 void grad_groups(const void* grad_out, const uint8_t* codes, const uint16_t* params, int64_t numel,
                  int64_t inner, const ChannelGrad* channels, int64_t count, void* grad_x,
                  int64_t first, int64_t last) {
-  float x_hat[kBatch + kNormLanes] = {}, own[kBatch + kNormLanes];
+  alignas(64) float x_hat[kBatch + kNormLanes] = {};
+  alignas(64) float own[kBatch + kNormLanes];
   const int64_t end = last * kGroup < numel ? last * kGroup : numel;
   int64_t channel = first * kGroup / inner % count, current = first * kGroup / inner;
   const auto batch = [&](int64_t start, int64_t stop) {
