@@ -201,6 +201,25 @@ def _(x, bits, seed):
 
 
 @_define(
+    "quant_pack_normalized",
+    "(Tensor x, Tensor mean, Tensor rstd, int bits, SymInt inner, int seed) -> (Tensor, Tensor)",
+)
+def _(x, mean, rstd, bits, inner, seed):
+    """What quant_pack gives of (x - mean[c]) * rstd[c], float32, flat element i being of channel
+    c = (i // inner) % C (a whole number of C * inner)."""
+    name = "quant_pack_normalized"
+    for t in (x, mean, rstd):
+        _check_floating(name, t)
+    _check_bits(name, bits)
+    torch._check_value(inner > 0, lambda: f"{name}: expected inner > 0, got {inner}")
+    groups = ceil_div(x.numel(), GROUP)
+    return (
+        x.new_empty((groups, 8 * bits), dtype=torch.uint8),
+        x.new_empty((groups, 2), dtype=torch.bfloat16),
+    )
+
+
+@_define(
     "quant_unpack",
     "(Tensor codes, Tensor params, int bits, SymInt[] size, ScalarType dtype) -> Tensor",
 )
@@ -306,6 +325,20 @@ def _(grad_out, codes, params, bits, rstd, weight, features, centered):
     _check_floating("quant_norm_grad", grad_out)
     _check_bits("quant_norm_grad", bits)
     sums = (grad_out.new_empty((features,), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
+
+
+@_define(
+    "quant_channel_norm_grad",
+    "(Tensor grad_out, Tensor codes, Tensor params, int bits, Tensor rstd, Tensor? weight, "
+    "SymInt inner) -> (Tensor, Tensor, Tensor)",
+)
+def _(grad_out, codes, params, bits, rstd, weight, inner):
+    """Batch norm in training, [B, C, inner] normalised by channel to x-hat, packed. The gradients
+    of x, contiguous, and of weight and bias [C] in float32; ``rstd`` [C]."""
+    _check_floating("quant_channel_norm_grad", grad_out)
+    _check_bits("quant_channel_norm_grad", bits)
+    sums = (grad_out.new_empty((rstd.numel(),), dtype=torch.float32) for _ in range(2))
     return torch.empty_like(grad_out, memory_format=torch.contiguous_format), *sums
 
 

@@ -100,6 +100,14 @@ def quant_pack():
     yield torch.randn(30, 4).T, 4, -1
 
 
+def quant_pack_normalized():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        rows, n = x.numel() // x.shape[-1], x.shape[-1]
+        mean, rstd = torch.randn(rows).to(FLOATING[i % 4]), torch.rand(rows) + 0.5
+        yield x, mean, rstd, bits, n, seed
+        yield x, torch.randn(n), torch.rand(n).to(FLOATING[i % 4]), bits, 1, seed
+
+
 def quant_unpack():
     for i, (x, bits, seed) in enumerate(quant_pack()):
         yield *OPS.quant_pack(x, bits, seed), bits, list(x.shape), FLOATING[i % 4]
@@ -157,6 +165,16 @@ def quant_norm_grad():
         yield g, *packed, bits, rstd, None, n, False
 
 
+def quant_channel_norm_grad():
+    for i, (x, bits, seed) in enumerate(quant_pack()):
+        if x.dim() < 2:
+            continue
+        g, packed, channels = torch.randn(x.shape), OPS.quant_pack(x, bits, seed), x.shape[1]
+        rstd, weight = torch.rand(channels), torch.randn(channels).to(FLOATING[i % 4])
+        yield g.to(x.dtype), *packed, bits, rstd, weight, x.shape[2:].numel()
+        yield g, *packed, bits, rstd, None, x.shape[2:].numel()
+
+
 def bits_pack():
     for shape in ((600,), (3, 7), (1,), (0, 5), ()):
         yield (torch.rand(shape) < 0.5,)
@@ -202,6 +220,7 @@ SAMPLES = {
         topk_weight_grad,
         topk_conv_weight_grad,
         quant_pack,
+        quant_pack_normalized,
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,
@@ -210,6 +229,7 @@ SAMPLES = {
         quant_activation_grad,
         quant_apply_range,
         quant_norm_grad,
+        quant_channel_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,
@@ -298,7 +318,7 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
                 terms = g.numel() // max(1, g.shape[1])
                 assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
-            elif name == "quant_norm_grad":
+            elif name in ("quant_norm_grad", "quant_channel_norm_grad"):
                 # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
                 assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
             elif name in ("quant_unpack_activation", "quant_activation_grad"):

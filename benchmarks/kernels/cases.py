@@ -359,6 +359,26 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "quant_unpack_range, mul_": plain,
         }
 
+    def pack_rows(bits: int) -> Calls:
+        x = draw(batch * TOKENS, WIDTHS[0])
+        mean, rstd = draw(len(x), 1), torch.rand_like(x[:, :1]) + 0.5
+        return {
+            "memtl": partial(OPS.quant_pack_normalized, x, mean, rstd, bits, WIDTHS[0], 1),
+            "(x - mean).mul_(rstd), quant_pack": lambda: OPS.quant_pack(
+                (x.float() - mean).mul_(rstd), bits, 1
+            ),
+        }
+
+    def pack_maps(bits: int) -> Calls:
+        x, (mean, rstd) = draw(*maps), draw(2, maps[1])
+        laid, inner = (mean.view(-1, 1, 1), rstd.view(-1, 1, 1)), maps[2] * maps[3]
+        return {
+            "memtl": partial(OPS.quant_pack_normalized, x, mean, rstd, bits, inner, 1),
+            "(x - mean).mul_(rstd), quant_pack": lambda: OPS.quant_pack(
+                (x.float() - laid[0]).mul_(laid[1]), bits, 1
+            ),
+        }
+
     def norm_grad(bits: int) -> Calls:
         n = WIDTHS[0]
         packed, grad_out = OPS.quant_pack(draw(batch * TOKENS, n), bits, 1), draw(batch * TOKENS, n)
@@ -378,6 +398,23 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "quant_unpack, native_layer_norm_backward": plain,
         }
 
+    def channel_norm_grad(bits: int) -> Calls:
+        packed, grad_out = OPS.quant_pack(draw(*maps), bits, 1), draw(*maps)
+        rstd, weight = torch.rand_like(grad_out[0, :, 0, 0]) + 0.5, draw(maps[1])
+
+        def plain() -> tuple[Tensor, ...]:
+            x_hat = OPS.quant_unpack(*packed, bits, maps, dtype)
+            zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
+            return torch.ops.aten.native_batch_norm_backward(
+                grad_out, x_hat, rstd * weight, zeros, ones, zeros, ones, True, 0.0, [True] * 3
+            )
+
+        arguments = (grad_out, *packed, bits, rstd, weight, maps[2] * maps[3])
+        return {
+            "memtl": partial(OPS.quant_channel_norm_grad, *arguments),
+            "quant_unpack, native_batch_norm_backward": plain,
+        }
+
     def case(op: str, what: str, size: tuple[int, ...], make: Callable[..., Calls], bits: int):
         words = "x".join(map(str, size))
         return Case(op, f"{bits} bits{what}", words, math.prod(size), partial(make, bits))
@@ -388,7 +425,10 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_unpack_activation", "", rows, values, bits)
         yield case("quant_activation_grad", "", rows, slopes, bits)
         yield case("quant_apply_range", "", rows, apply_range, bits)
+        yield case("quant_pack_normalized", "", (rows[0], WIDTHS[0]), pack_rows, bits)
+        yield case("quant_pack_normalized", " maps", maps, pack_maps, bits)
         yield case("quant_norm_grad", "", (rows[0], WIDTHS[0]), norm_grad, bits)
+        yield case("quant_channel_norm_grad", "", maps, channel_norm_grad, bits)
 
 
 def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -34,6 +34,39 @@ std::tuple<Tensor, Tensor> quant_pack_cpu(const Tensor& x, int64_t bits, int64_t
   return {codes, params};
 }
 
+std::tuple<Tensor, Tensor> quant_pack_normalized_cpu(const Tensor& x, const Tensor& mean,
+                                                     const Tensor& rstd, int64_t bits,
+                                                     int64_t inner, int64_t seed) {
+  const char* op = "quant_pack_normalized";
+  const DType dtype = floating(op, "x", x.scalar_type());
+  check_bits(op, bits);
+  STD_TORCH_CHECK(inner > 0, op, ": expected inner > 0, got ", inner);
+  const Tensor flat = torch::stable::contiguous(x);
+  const int64_t numel = flat.numel(), groups = ceil_div(numel, kGroup);
+  const int64_t codes_size[] = {groups, 8 * bits};
+  const int64_t params_size[] = {groups, 2};
+  Tensor codes = torch::stable::new_empty(flat, codes_size, ScalarType::Byte);
+  Tensor params = torch::stable::new_empty(flat, params_size, ScalarType::BFloat16);
+  if (numel == 0) return {codes, params};
+  const std::vector<float> means = channel_table(op, "mean", mean);
+  const std::vector<float> scales = channel_table(op, "rstd", rstd);
+  STD_TORCH_CHECK(means.size() == scales.size(), op, ": expected mean and rstd of one size, got ",
+                  describe(mean), " and ", describe(rstd));
+  const Channels channels{scales.data(), means.data(), static_cast<int64_t>(means.size()) - kGroup,
+                          inner};
+  STD_TORCH_CHECK(numel % (channels.channels * inner) == 0, op, ": ", channels.channels,
+                  " channels of ", inner, " do not divide ", numel, " elements");
+  const void* in = flat.const_data_ptr();
+  auto* out_codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* out_params = static_cast<uint16_t*>(params.mutable_data_ptr());
+  const QuantKernels& kernels = quant_kernels();
+  torch::stable::parallel_for(0, groups, kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.pack_normalized(dtype, in, numel, channels, static_cast<int>(bits), fold(seed),
+                            out_codes, out_params, first, last);
+  });
+  return {codes, params};
+}
+
 Tensor quant_unpack_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
                         std::vector<int64_t> size, ScalarType dtype) {
   const DType out_dtype = floating("quant_unpack", "a result", dtype);
@@ -92,6 +125,7 @@ Tensor quant_unpack_range_cpu(const Tensor& codes, int64_t bits, double lo, doub
 
 STABLE_TORCH_LIBRARY_IMPL(memtl, CPU, m) {
   m.impl("quant_pack", TORCH_BOX(&memtl::quant_pack_cpu));
+  m.impl("quant_pack_normalized", TORCH_BOX(&memtl::quant_pack_normalized_cpu));
   m.impl("quant_unpack", TORCH_BOX(&memtl::quant_unpack_cpu));
   m.impl("quant_pack_range", TORCH_BOX(&memtl::quant_pack_range_cpu));
   m.impl("quant_unpack_range", TORCH_BOX(&memtl::quant_unpack_range_cpu));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "quant.h"
@@ -50,6 +51,39 @@ inline Tensor checked_params(const char* op, const Tensor& params, const Tensor&
                   describe(params));
   STD_TORCH_CHECK(params.is_cpu(), op, ": expected params on the CPU, as codes are");
   return torch::stable::contiguous(params);
+}
+
+// numel numbers of any floating dtype, and room for some more.
+inline std::vector<float> as_floats(const char* op, const char* what, const Tensor& x,
+                                    int64_t numel, int64_t room) {
+  const DType dtype = floating(op, what, x.scalar_type());
+  STD_TORCH_CHECK(x.is_cpu(), op, ": expected ", what, " on the CPU, as codes are");
+  STD_TORCH_CHECK(x.numel() == numel, op, ": expected ", what, " of ", numel, " elements, got ",
+                  describe(x));
+  const Tensor flat = torch::stable::contiguous(x);
+  std::vector<float> floats(static_cast<size_t>(numel + room));
+  for (int64_t i = 0; i < numel; ++i) {
+    floats[static_cast<size_t>(i)] = load_float(dtype, flat.const_data_ptr(), i);
+  }
+  return floats;
+}
+
+// As Channels wants it; empty where there is none.
+inline std::vector<float> channel_table(const char* op, const char* what,
+                                        const std::optional<Tensor>& given) {
+  std::vector<float> table;
+  if (!given) return table;
+  const DType dtype = floating(op, what, given->scalar_type());
+  STD_TORCH_CHECK(given->is_cpu(), op, ": expected ", what, " on the CPU, as codes are");
+  const Tensor flat = torch::stable::contiguous(*given);
+  const int64_t channels = flat.numel();
+  STD_TORCH_CHECK(channels > 0, op, ": expected ", what, " of a channel at least, got ",
+                  describe(flat));
+  table.resize(static_cast<size_t>(channels + kGroup));
+  for (int64_t i = 0; i < channels + kGroup; ++i) {
+    table[static_cast<size_t>(i)] = load_float(dtype, flat.const_data_ptr(), i % channels);
+  }
+  return table;
 }
 
 constexpr int64_t kGroupGrain = kGrain / kGroup;

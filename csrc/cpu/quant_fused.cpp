@@ -19,24 +19,6 @@ Act act_named(const char* op, const std::string& name) {
   return Act::gelu;
 }
 
-// As Channels wants it; empty where there is none.
-std::vector<float> channel_table(const char* op, const char* what,
-                                 const std::optional<Tensor>& given) {
-  std::vector<float> table;
-  if (!given) return table;
-  const DType dtype = floating(op, what, given->scalar_type());
-  STD_TORCH_CHECK(given->is_cpu(), op, ": expected ", what, " on the CPU, as codes are");
-  const Tensor flat = torch::stable::contiguous(*given);
-  const int64_t channels = flat.numel();
-  STD_TORCH_CHECK(channels > 0, op, ": expected ", what, " of a channel at least, got ",
-                  describe(flat));
-  table.resize(static_cast<size_t>(channels + kGroup));
-  for (int64_t i = 0; i < channels + kGroup; ++i) {
-    table[static_cast<size_t>(i)] = load_float(dtype, flat.const_data_ptr(), i % channels);
-  }
-  return table;
-}
-
 Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
                                const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,

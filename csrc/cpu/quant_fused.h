@@ -10,15 +10,6 @@ namespace memtl {
 
 enum class Act { gelu, gelu_tanh, silu, quick_gelu, hardswish, mish };
 
-// The factors and summands of channels, c = (i / inner) % channels for element i; either may be
-// null. They are followed by kGroup more, as if they began again.
-struct Channels {
-  const float* weight;
-  const float* bias;
-  int64_t channels;
-  int64_t inner;
-};
-
 struct QuantFusedKernels {
   // All of them work on the groups [first, last) of a flat tensor of numel elements. bits is 8, 4,
   // 3 or 2; codes and params as in QuantKernels.

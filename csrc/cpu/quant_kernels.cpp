@@ -7,6 +7,7 @@ namespace {
 constexpr uint16_t kNaN = 0x7fc0;  // bfloat16
 constexpr float kSmallestScale = 0x1p-126f;
 constexpr uint32_t kInfinityBits = 0x7f800000;
+constexpr int64_t kBatch = 16;  // groups that are normalised at a time
 
 // (h + 0.5) / 2^16 for 16 bits h that stand in the upper part of a mantissa, the rest zero.
 MEMTL_INLINE Floats uniform(Ints mantissa) {
@@ -70,15 +71,16 @@ struct Measures {
   Floats low, high;
 };
 
-template <DType kType, bool kLimits>
-MEMTL_INLINE Measures measure(const void* x, int64_t numel, int64_t first, int count) {
+// load(g, v) gives group g.
+template <bool kLimits, class Load>
+MEMTL_INLINE Measures measure(const Load& load, int64_t first, int count) {
   const auto add_bits = [](Floats a, Floats b) { return as_floats(add(as_ints(a), as_ints(b))); };
   const auto less = [](Floats a, Floats b) { return min(a, b); };
   const auto more = [](Floats a, Floats b) { return max(a, b); };
   Floats sum[kWidth], low[kWidth], high[kWidth];
   for (int g = 0; g < kWidth; ++g) {
     Floats v[kVectors];
-    load_group<kType>(x, numel, first + (g < count ? g : 0), v);
+    load(first + (g < count ? g : 0), v);
     if constexpr (kLimits) {
       low[g] = over_vectors(v, less);
       high[g] = over_vectors(v, more);
@@ -109,12 +111,12 @@ MEMTL_INLINE Floats negated(Floats x) { return as_floats(bit_xor(as_ints(x), int
 MEMTL_INLINE Floats bfloat16_up(Floats x) { return negated(bfloat16_down(negated(x))); }
 
 // Up to kWidth groups from `first` on.
-template <DType kType, int kBits>
-MEMTL_INLINE void pack_groups(const void* x, int64_t numel, uint32_t seed, int64_t first, int count,
+template <int kBits, class Load>
+MEMTL_INLINE void pack_groups(const Load& load, uint32_t seed, int64_t first, int count,
                               uint8_t* codes, uint16_t* params) {
   constexpr uint32_t kTop = (1u << kBits) - 1;
   const Floats top = floats(static_cast<float>(kTop));
-  const Measures measures = measure<kType, true>(x, numel, first, count);
+  const Measures measures = measure<true>(load, first, count);
   // + 0 makes one zero of the two, whichever the minimum came upon.
   const Floats offset = add(bfloat16_down(measures.low), floats(0));
   const Floats step = bfloat16_up(div(sub(measures.high, offset), top));
@@ -131,7 +133,7 @@ MEMTL_INLINE void pack_groups(const void* x, int64_t numel, uint32_t seed, int64
   for (int g = 0; g < count; ++g, codes += 8 * kBits) {
     const int64_t group = first + g;
     Floats v[kVectors];
-    load_group<kType>(x, numel, group, v);
+    load(group, v);
     if (any_nan(v) || reaches[g] >= kInfinityBits) {
       std::memset(codes, 0, 8 * kBits);
       pairs[g] = uint32_t{kNaN} << 16 | kNaN;
@@ -144,17 +146,17 @@ MEMTL_INLINE void pack_groups(const void* x, int64_t numel, uint32_t seed, int64
   std::memcpy(params, pairs, static_cast<size_t>(count) * sizeof *pairs);
 }
 
-template <DType kType, int kBits>
-MEMTL_INLINE void pack_range_groups(const void* x, int64_t numel, QuantRange range, uint32_t seed,
+template <int kBits, class Load>
+MEMTL_INLINE void pack_range_groups(const Load& load, QuantRange range, uint32_t seed,
                                     int64_t first, int count, uint8_t* codes) {
   constexpr uint32_t kForNaN = (1u << kBits) - 1;
   alignas(64) uint32_t keys[kWidth];
-  store(keys, add(measure<kType, false>(x, numel, first, count).sum, ints(seed)));
+  store(keys, add(measure<false>(load, first, count).sum, ints(seed)));
   const float inverse = 1.0f / range.step;
   for (int g = 0; g < count; ++g, codes += 8 * kBits) {
     const int64_t group = first + g;
     Floats v[kVectors], clamped[kVectors];
-    load_group<kType>(x, numel, group, v);
+    load(group, v);
     MEMTL_UNROLL
     for (int i = 0; i < kVectors; ++i) {
       clamped[i] = min(max(v[i], floats(range.lo)), floats(range.hi));
@@ -170,12 +172,102 @@ MEMTL_INLINE void pack_range_groups(const void* x, int64_t numel, QuantRange ran
   }
 }
 
+template <DType kType>
+struct LoadTensor {
+  const void* x;
+  int64_t numel;
+  inline __attribute__((always_inline)) void operator()(int64_t group,
+                                                        Floats (&v)[kVectors]) const {
+    load_group<kType>(x, numel, group, v);
+  }
+};
+
+// Groups that stand in floats, from `first` on.
+struct LoadFloats {
+  const float* x;
+  int64_t first;
+  inline __attribute__((always_inline)) void operator()(int64_t group,
+                                                        Floats (&v)[kVectors]) const {
+    MEMTL_UNROLL
+    for (int i = 0; i < kVectors; ++i) v[i] = load(x + (group - first) * kGroup + i * kWidth);
+  }
+};
+
 void pack(DType dtype, const void* x, int64_t numel, int bits, uint32_t seed, uint8_t* codes,
           uint16_t* params, int64_t first, int64_t last) {
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
     for (int64_t g = first; g < last; g += kWidth) {
       const auto count = static_cast<int>(last - g < kWidth ? last - g : kWidth);
-      pack_groups<kType, kBits>(x, numel, seed, g, count, codes + g * 8 * kBits, params + 2 * g);
+      pack_groups<kBits>(LoadTensor<kType>{x, numel}, seed, g, count, codes + g * 8 * kBits,
+                         params + 2 * g);
+    }
+  });
+}
+
+constexpr int64_t kLongRun =
+    16;  // a channel's elements in a row that are worth a loop of their own
+
+// (x - bias) * weight on the elements [begin, end), one channel's run after the other; a vector
+// more is written. `inner` is kLongRun at least.
+template <DType kType>
+MEMTL_INLINE void normalize_runs(const void* x, int64_t numel, const Channels& all, int64_t begin,
+                                 int64_t end, float* out) {
+  int64_t channel = begin / all.inner % all.channels, stop = (begin / all.inner + 1) * all.inner;
+  for (int64_t i = begin; i < end; stop += all.inner) {
+    if (stop > end) stop = end;
+    const Floats mean = floats(all.bias[channel]), scale = floats(all.weight[channel]);
+    // A whole vector at a time: what comes beyond the run is written next.
+    const int64_t whole = stop + kWidth <= numel ? stop : stop - kWidth + 1;
+    for (; i < whole; i += kWidth) {
+      store(out + (i - begin), mul(sub(load<kType>(x, i), mean), scale));
+    }
+    for (; i < stop; ++i) {
+      out[i - begin] = (load_float(kType, x, i) - all.bias[channel]) * all.weight[channel];
+    }
+    i = stop;
+    channel = channel + 1 < all.channels ? channel + 1 : 0;
+  }
+}
+
+// The same where `inner` is 1, on the groups [first, last).
+template <DType kType>
+MEMTL_INLINE void normalize_rows(const void* x, int64_t numel, const Channels& all, int64_t first,
+                                 int64_t last, float* out) {
+  int64_t channel = first * kGroup % all.channels;
+  const int64_t step = kGroup % all.channels;
+  for (int64_t g = first; g < last; ++g, out += kGroup) {
+    const float *mean = all.bias + channel, *scale = all.weight + channel;
+    Floats v[kVectors];
+    load_group<kType>(x, numel, g, v);
+    MEMTL_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = mul(sub(v[i], load(mean + i * kWidth)), load(scale + i * kWidth));
+      store(out + i * kWidth, v[i]);
+    }
+    channel += step;
+    if (channel >= all.channels) channel -= all.channels;
+  }
+}
+
+void pack_normalized(DType dtype, const void* x, int64_t numel, const Channels& all, int bits,
+                     uint32_t seed, uint8_t* codes, uint16_t* params, int64_t first, int64_t last) {
+  dispatch(dtype, bits, [&]<DType kType, int kBits>() {
+    alignas(64) float x_hat[kBatch * kGroup + kWidth];
+    for (int64_t g = first; g < last; g += kBatch) {
+      const int64_t stop = g + kBatch < last ? g + kBatch : last, begin = g * kGroup;
+      const int64_t end = stop * kGroup < numel ? stop * kGroup : numel;
+      if (all.inner == 1) {
+        normalize_rows<kType>(x, numel, all, g, stop, x_hat);
+      } else {
+        normalize_runs<kType>(x, numel, all, begin, end, x_hat);
+      }
+      // The last group is padded with its last element.
+      for (int64_t i = end; i < stop * kGroup; ++i) x_hat[i - begin] = x_hat[end - 1 - begin];
+      for (int64_t h = g; h < stop; h += kWidth) {
+        const auto count = static_cast<int>(stop - h < kWidth ? stop - h : kWidth);
+        pack_groups<kBits>(LoadFloats{x_hat, g}, seed, h, count, codes + h * 8 * kBits,
+                           params + 2 * h);
+      }
     }
   });
 }
@@ -196,7 +288,8 @@ void pack_range(DType dtype, const void* x, int64_t numel, int bits, QuantRange 
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
     for (int64_t g = first; g < last; g += kWidth) {
       const auto count = static_cast<int>(last - g < kWidth ? last - g : kWidth);
-      pack_range_groups<kType, kBits>(x, numel, range, seed, g, count, codes + g * 8 * kBits);
+      pack_range_groups<kBits>(LoadTensor<kType>{x, numel}, range, seed, g, count,
+                               codes + g * 8 * kBits);
     }
   });
 }
@@ -214,6 +307,6 @@ void unpack_range(DType dtype, const uint8_t* codes, int bits, QuantRange range,
 
 }  // namespace
 
-const QuantKernels quant = {pack, unpack, pack_range, unpack_range};
+const QuantKernels quant = {pack, pack_normalized, unpack, pack_range, unpack_range};
 
 }  // namespace memtl::MEMTL_ISA_NS

@@ -13,20 +13,6 @@ namespace {
 // they are the same for any.
 constexpr int64_t kTasks = 64, kLeastRows = 16;
 
-std::vector<float> as_floats(const char* op, const char* what, const Tensor& x, int64_t numel,
-                             int64_t room) {
-  const DType dtype = floating(op, what, x.scalar_type());
-  STD_TORCH_CHECK(x.is_cpu(), op, ": expected ", what, " on the CPU, as codes are");
-  STD_TORCH_CHECK(x.numel() == numel, op, ": expected ", what, " of ", numel, " elements, got ",
-                  describe(x));
-  const Tensor flat = torch::stable::contiguous(x);
-  std::vector<float> floats(static_cast<size_t>(numel + room));
-  for (int64_t i = 0; i < numel; ++i) {
-    floats[static_cast<size_t>(i)] = load_float(dtype, flat.const_data_ptr(), i);
-  }
-  return floats;
-}
-
 std::tuple<Tensor, Tensor, Tensor> quant_norm_grad_cpu(const Tensor& grad_out, const Tensor& codes,
                                                        const Tensor& params, int64_t bits,
                                                        const Tensor& rstd,

@@ -9,6 +9,7 @@
 #include "common/layout.h"
 #include "cpu/bits.h"
 #include "cpu/quant.h"
+#include "cpu/quant_channel_norm.h"
 #include "cpu/quant_fused.h"
 #include "cpu/quant_norm.h"
 #include "tests/check.h"
@@ -174,6 +175,43 @@ void test_quant(const QuantKernels& kernels, const char* isa, Random& random) {
   }
 }
 
+// Packed as rows of channels, beside what packs the same numbers, normalised here.
+void test_normalized(const QuantKernels& kernels, const char* isa, Random& random) {
+  constexpr std::pair<int64_t, int64_t> kPlaces[] = {{1, 1}, {7, 1}, {100, 1}, {5, 9}, {3, 200}};
+  for (const auto& [channels, inner] : kPlaces) {
+    std::vector<float> mean(static_cast<size_t>(channels + kGroup)), rstd(mean.size());
+    for (size_t i = 0; i < mean.size(); ++i) {
+      rstd[i] = 0.5f + 0.1f * static_cast<float>(i % static_cast<size_t>(channels));
+      mean[i] = -rstd[i] * rstd[i];
+    }
+    const Channels all{rstd.data(), mean.data(), channels, inner};
+    for (int64_t times : {1, 2, 3}) {
+      const int64_t numel = channels * inner * times, groups = ceil_div(numel, kGroup);
+      for (int type = 0; type < 4; ++type) {
+        const std::vector<uint8_t> x = data(kTypes[type], Kind::broken, numel, random);
+        std::vector<uint8_t> x_hat = buffer(4 * numel);
+        for (int64_t i = 0; i < numel; ++i) {
+          const auto c = static_cast<size_t>(i / inner % channels);
+          const float centred = load_float(kTypes[type], x.data(), i) - mean[c];
+          store_float(DType::f32, x_hat.data(), i, centred * rstd[c]);
+        }
+        for (int bits : {8, 4, 3, 2}) {
+          const Packed wanted = pack(portable::quant, DType::f32, x_hat, numel, bits);
+          Packed packed{buffer(groups * 8 * bits), std::vector<uint16_t>(wanted.params.size())};
+          in_parts(groups, [&](int64_t first, int64_t last) {
+            kernels.pack_normalized(kTypes[type], x.data(), numel, all, bits, 12345,
+                                    packed.codes.data(), packed.params.data(), first, last);
+          });
+          CHECK(same_bytes(packed.codes, wanted.codes) && same_bytes(packed.params, wanted.params),
+                "%s: normalized, %s, %ld channels of %ld, %ld times, bits %d", isa,
+                kTypeNames[type], static_cast<long>(channels), static_cast<long>(inner),
+                static_cast<long>(times), bits);
+        }
+      }
+    }
+  }
+}
+
 // One NaN for all: of two a vector instruction and a scalar one may hand on different ones.
 std::vector<uint8_t> with_one_nan(DType dtype, std::vector<uint8_t> x, int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
@@ -297,6 +335,51 @@ void test_norm(const QuantNormKernels& kernels, const char* isa, Random& random)
   }
 }
 
+std::vector<std::vector<uint8_t>> channel_norm_grad(const QuantChannelNormKernels& kernels,
+                                                    DType dtype, const std::vector<uint8_t>& x,
+                                                    const Packed& packed, int64_t planes,
+                                                    int64_t inner, int bits) {
+  const int64_t numel = planes * inner;
+  std::vector<double> sums(static_cast<size_t>(2 * planes));
+  in_parts(planes, [&](int64_t first, int64_t last) {
+    kernels.sums(dtype, x.data(), packed.codes.data(), packed.params.data(), bits, numel, inner,
+                 sums.data(), first, last);
+  });
+  const std::vector<ChannelGrad> channels = {{0.1f, 0.2f, 1.3f}, {-0.4f, 0.7f, 0.9f}};
+  std::vector<uint8_t> out = buffer(numel * size_of(dtype));
+  in_parts(ceil_div(numel, kGroup), [&](int64_t first, int64_t last) {
+    kernels.grad(dtype, x.data(), packed.codes.data(), packed.params.data(), bits, numel, inner,
+                 channels.data(), 2, out.data(), first, last);
+  });
+  const auto* bytes = reinterpret_cast<const uint8_t*>(sums.data());
+  const std::vector<uint8_t> both(bytes, bytes + 16 * planes);
+  return {with_one_nan(dtype, out, numel), with_one_nan(DType::f64, both, 2 * planes)};
+}
+
+void test_channel_norm(const QuantChannelNormKernels& kernels, const char* isa, Random& random) {
+  for (Kind kind : {Kind::normal, Kind::broken}) {
+    for (int64_t inner : {1, 15, 16, 49, 64, 1100}) {
+      for (int64_t planes : {0, 2, 6}) {
+        for (int type = 0; type < 4; ++type) {
+          const std::vector<uint8_t> x = data(kTypes[type], kind, planes * inner, random);
+          for (int bits : {8, 4, 3, 2}) {
+            const Packed packed = pack(portable::quant, kTypes[type], x, planes * inner, bits);
+            const auto wanted = channel_norm_grad(portable::quant_channel_norm, kTypes[type], x,
+                                                  packed, planes, inner, bits);
+            const auto found =
+                channel_norm_grad(kernels, kTypes[type], x, packed, planes, inner, bits);
+            for (size_t i = 0; i < found.size(); ++i) {
+              CHECK(same_bytes(found[i], wanted[i]), "%s: channel norm %d, %s, [%ld, %ld], bits %d",
+                    isa, static_cast<int>(i), kTypeNames[type], static_cast<long>(planes),
+                    static_cast<long>(inner), bits);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
   for (int64_t numel : kSizes) {
     const int64_t bytes = ceil_div(numel, 8);
@@ -375,19 +458,25 @@ int main() {
   test_formats();
   test_bits(portable::bits, "portable", random);
   test_quant(portable::quant, "portable", random);
+  test_normalized(portable::quant, "portable", random);
   test_fused(portable::quant_fused, "portable", random);
   test_norm(portable::quant_norm, "portable", random);
+  test_channel_norm(portable::quant_channel_norm, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
+    test_normalized(avx2::quant, "avx2", random);
     test_fused(avx2::quant_fused, "avx2", random);
     test_norm(avx2::quant_norm, "avx2", random);
+    test_channel_norm(avx2::quant_channel_norm, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
     test_quant(avx512::quant, "avx512", random);
+    test_normalized(avx512::quant, "avx512", random);
     test_fused(avx512::quant_fused, "avx512", random);
     test_norm(avx512::quant_norm, "avx512", random);
+    test_channel_norm(avx512::quant_channel_norm, "avx512", random);
   })
   return finish("test_kernels");
 }

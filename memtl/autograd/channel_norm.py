@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
+from ..storage import Format, Packed
+from ..storage.quantized import grouped, pack_normalized
 from .keep import Function, first_order, keep, kept
 from .mask import per_channel
 from .norm import Affine, offer_affine
@@ -46,7 +48,7 @@ class BatchNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_weight or (need_x and ctx.training):
-            x_hat = _by_channel(x, mean, rstd)
+            x_hat = _by_channel(x, mean, rstd, format)
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 
@@ -55,6 +57,8 @@ class BatchNormFunction(Function):
     def backward(ctx, grad_out, _mean, _rstd):
         (x_hat,), (rstd, weight) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if ctx.training and (fused := _fused_grads(grad_out, x_hat, rstd, weight)) is not None:
+            return *cast_needed(ctx, fused), *(None,) * 8
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         grads: tuple[Tensor | None, ...]
@@ -76,6 +80,22 @@ class BatchNormFunction(Function):
                 [need_x, need_weight, need_bias],
             )  # fmt: skip
         return *cast_needed(ctx, grads), *(None,) * 8
+
+
+FUSED_INNER = 256  # elements of a plane from which the fused gradients are faster
+
+
+def _fused_grads(
+    grad_out: Tensor, x_hat: Packed | None, rstd: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of x, weight and bias from codes; None where x-hat is not in groups with their
+    own scale, or no gradient of x is asked for, or the plain way is faster or of another dtype."""
+    codes, inner = grouped(x_hat), grad_out.shape[2:].numel()
+    if codes is None or rstd is None or inner < FUSED_INNER or not grad_out.is_contiguous():
+        return None
+    if grad_out.is_cuda or grad_out.dtype == torch.float64:
+        return None
+    return torch.ops.memtl.quant_channel_norm_grad(grad_out, *codes, rstd, weight, inner)
 
 
 class SyncBatchNormFunction(Function):
@@ -120,7 +140,7 @@ class SyncBatchNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            x_hat = _by_channel(x, mean, rstd)
+            x_hat = _by_channel(x, mean, rstd, format)
         exact = (rstd, weight, total) if need_x else (None, None, None)
         (packed,) = keep(ctx, (x_hat, format), exact=exact)
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
@@ -146,8 +166,11 @@ class SyncBatchNormFunction(Function):
         return *cast_needed(ctx, (grad_x, grad_weight, grad_bias)), *(None,) * 8
 
 
-def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """x-hat, in float32 at least."""
+def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor, format: Format) -> Tensor | Packed:
+    """x-hat, in float32 at least, or packed already."""
+    packed = pack_normalized(x, mean, rstd, x.shape[2:].numel(), format)
+    if packed is not None:
+        return packed
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
 
@@ -190,9 +213,11 @@ class GroupNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
-            x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
+            x_hat = pack_normalized(x, mean, rstd, x.shape[1:].numel() // ctx.groups, format)
+            if x_hat is None:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
+                x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))
 

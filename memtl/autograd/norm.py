@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Format, Packed
-from ..storage.quantized import grouped
+from ..storage.quantized import grouped, pack_normalized
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
 from .share import offer
@@ -89,8 +89,10 @@ class LayerNormFunction(Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x_hat = (x.to(wide) - mean).mul_(rstd)
+            x_hat = pack_normalized(x, mean, rstd, math.prod(shape), format)
+            if x_hat is None:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                x_hat = (x.to(wide) - mean).mul_(rstd)
         exact = (rstd, weight) if need_x else (None, None)
         (packed,) = keep(ctx, (x_hat, format), exact=exact)
         offer_affine(y, packed, weight, bias, format, Affine())
@@ -201,7 +203,9 @@ class RMSNormFunction(Function):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             eps = torch.finfo(wide.dtype).eps if eps is None else eps
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
-            x_hat = wide * rstd
+            x_hat = pack_normalized(x, torch.zeros_like(rstd), rstd, math.prod(shape), format)
+            if x_hat is None:
+                x_hat = wide * rstd
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         recipe = Affine(one_more=ctx.style == "gemma")
         offer_affine(output, packed, weight, None, format, recipe)

@@ -9,11 +9,18 @@ from .bits import bits_apply, bits_pack, bits_pack_between
 from .fused import (
     quant_activation_grad,
     quant_apply_range,
+    quant_channel_norm_grad,
     quant_norm_grad,
     quant_unpack_activation,
     quant_unpack_affine,
 )
-from .quant import quant_pack, quant_pack_range, quant_unpack, quant_unpack_range
+from .quant import (
+    quant_pack,
+    quant_pack_normalized,
+    quant_pack_range,
+    quant_unpack,
+    quant_unpack_range,
+)
 from .topk import (
     topk_conv_weight_grad,
     topk_pack,
@@ -31,6 +38,7 @@ OPS = {
         topk_weight_grad,
         topk_conv_weight_grad,
         quant_pack,
+        quant_pack_normalized,
         quant_unpack,
         quant_pack_range,
         quant_unpack_range,
@@ -39,6 +47,7 @@ OPS = {
         quant_activation_grad,
         quant_apply_range,
         quant_norm_grad,
+        quant_channel_norm_grad,
         bits_pack,
         bits_pack_between,
         bits_apply,

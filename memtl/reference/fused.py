@@ -105,3 +105,25 @@ def quant_norm_grad(
         own -= scaled.mean(1, keepdim=True)
     grad_x = (own * rstd.float().reshape(-1, 1)).view(grad_out.shape)
     return grad_x.to(grad_out.dtype), (grad * x_hat).sum(0), grad.sum(0)
+
+
+def quant_channel_norm_grad(
+    grad_out: Tensor,
+    codes: Tensor,
+    params: Tensor,
+    bits: int,
+    rstd: Tensor,
+    weight: Tensor | None,
+    inner: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of batch norm in training from its x-hat [B, C, inner]."""
+    size = [grad_out.numel() // (rstd.numel() * inner), rstd.numel(), inner]
+    grad = grad_out.reshape(size).float()
+    x_hat = quant_unpack(codes, params, bits, size, torch.float32)
+    slope = rstd.float().reshape(-1, 1)
+    if weight is not None:
+        slope = slope * weight.float().reshape(-1, 1)
+    product = grad * x_hat
+    mean, projection = (t.mean((0, 2)).unsqueeze(1) for t in (grad, product))
+    grad_x = ((grad - mean - x_hat * projection) * slope).view(grad_out.shape)
+    return grad_x.to(grad_out.dtype), product.sum((0, 2)), grad.sum((0, 2))

@@ -97,6 +97,18 @@ def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
     return _pack_codes(codes, bits), params.to(torch.bfloat16)
 
 
+def quant_pack_normalized(
+    x: Tensor, mean: Tensor, rstd: Tensor, bits: int, inner: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """quant_pack of (x - mean[c]) * rstd[c]; flat element i is of channel c = (i // inner) % C, and
+    there is a whole number of C * inner."""
+    x_hat = x.reshape(-1).float()
+    if x_hat.numel():
+        mean, rstd = mean.float().reshape(-1, 1), rstd.float().reshape(-1, 1)
+        x_hat = (x_hat.view(-1, len(mean), inner) - mean) * rstd
+    return quant_pack(x_hat, bits, seed)
+
+
 def quant_unpack(
     codes: Tensor, params: Tensor, bits: int, size: list[int], dtype: torch.dtype
 ) -> Tensor:

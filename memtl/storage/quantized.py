@@ -76,6 +76,19 @@ class Quantized(Format):
         return f"{self.bits}-bit{' fixed range' if self.range else ''}{self._once}"
 
 
+def pack_normalized(
+    x: Tensor, mean: Tensor, rstd: Tensor, inner: int, format: Format
+) -> Packed | None:
+    """(x - mean) * rstd in ``format``, packed in one pass over memory; flat element i has the
+    mean (i // inner) % C of C. None where that is not what the format or the dtype asks for."""
+    if type(format) is not Quantized or format.range is not None or inner == 0:
+        return None
+    if x.is_cuda or torch.float64 in (x.dtype, mean.dtype, rstd.dtype):
+        return None
+    packed = torch.ops.memtl.quant_pack_normalized(x, mean, rstd, format.bits, inner, format.seed)
+    return Packed(format, packed, x.shape, torch.float32)
+
+
 def grouped(packed: Packed | None) -> tuple[Tensor, Tensor, int] | None:
     """Codes, params and bits, as the fused operators take them; None for what is kept otherwise
     than in groups with a scale of their own."""

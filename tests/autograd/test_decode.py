@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memtl import functional as M
-from memtl.autograd import activation, norm
+from memtl.autograd import activation, channel_norm, norm
 from memtl.autograd.share import offered
 from memtl.methods import LowBitConfig
 from memtl.storage import Quantized
@@ -168,6 +168,68 @@ def test_norm_gradients_are_those_of_the_plain_way(format, dtype, style, monkeyp
         assert called == ["quant_norm_grad"]
         with monkeypatch.context() as patch:
             patch.setattr(norm, "_fused_grads", lambda *_: None)
+            expected = gradients(weighted)
+        for a, b in zip(fused, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert_within(a, b, 2 * torch.finfo(dtype).eps * b.double().abs().max() + 1e-5)
+
+
+NORMS = {
+    "layer": lambda x, format: M.layer_norm(x, x.shape[2:], format=format),
+    "rms": lambda x, format: M.rms_norm(x, x.shape[3:], format=format),
+    "group": lambda x, format: M.group_norm(x, 3, format=format),
+    "batch": lambda x, format: M.batch_norm(x, None, None, training=True, format=format),
+    "batch of rows": lambda x, format: M.batch_norm(
+        x.flatten(1), None, None, training=True, format=format
+    ),
+}
+
+
+def saved_by(layer, x, format):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        layer(x, format)
+    return saved
+
+
+@EVERY_FORMAT
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", NORMS)
+def test_what_norms_keep_is_what_the_plain_way_keeps(format, dtype, name, monkeypatch, called):
+    normal = (torch.randn(4, 6, 5, 11) * 3 + 1).to(dtype)
+    strided = normal.contiguous(memory_format=torch.channels_last)
+    for x in (normal, strided, normal[:, :, :, :0]):
+        if x.numel() == 0 and name != "layer" and name != "batch":
+            continue
+        x = x.detach().requires_grad_()
+        called.clear()
+        kept = saved_by(NORMS[name], x, format)
+        assert ("quant_pack_normalized" in called) == (dtype != torch.float64 and x.numel() > 0)
+        with monkeypatch.context() as patch:
+            for module in (norm, channel_norm):
+                patch.setattr(module, "pack_normalized", lambda *_: None)
+            expected = saved_by(NORMS[name], x, format)
+        for a, b in zip(kept, expected, strict=True):
+            assert_same(a, b)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_batch_norm_gradients_are_those_of_the_plain_way(format, dtype, monkeypatch, called):
+    def gradients(weighted):
+        torch.manual_seed(1)
+        x = torch.randn(3, 5, 16, 17).to(dtype).requires_grad_()
+        w, b = parameters(5, dtype) if weighted else (None, None)
+        y = M.batch_norm(x, None, None, w, b, training=True, format=format)
+        called.clear()
+        y.backward(grad_like(y))
+        return [t.grad for t in (x, w, b) if t is not None]
+
+    for weighted in (True, False):
+        fused = gradients(weighted)
+        assert called == ["quant_channel_norm_grad"]
+        with monkeypatch.context() as patch:
+            patch.setattr(channel_norm, "_fused_grads", lambda *_: None)
             expected = gradients(weighted)
         for a, b in zip(fused, expected, strict=True):
             assert a.dtype == b.dtype

@@ -52,6 +52,39 @@ def test_affine_of_strided_arguments(isa):
     assert_identical(result, reference.quant_unpack_affine(*arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_normalized(isa, bits, dtype):
+    for (channels, inner), times, seed in itertools.product(PLACES, (0, 1, 3), (0, -7)):
+        x = data("normal", channels * inner * times, dtype) * 3
+        mean, rstd = data("normal", channels, dtype), data("normal", channels + 1)[1:].abs()
+        found = ops.quant_pack_normalized(x, mean, rstd, bits, inner, seed)
+        x_hat = x.float().view(times, channels, inner) - mean.float().view(-1, 1)
+        expected = ops.quant_pack(x_hat * rstd.view(-1, 1), bits, seed)
+        definition = reference.quant_pack_normalized(x, mean, rstd, bits, inner, seed)
+        for a, b, c in zip(found, expected, definition, strict=True):
+            assert_identical(a, b)
+            assert_identical(a, c)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_normalized_of_any_data(isa, kind):
+    mean, rstd = data(kind, 12), data(kind, 12)
+    for inner, shape in ((10, (5, 12, 10)), (50, (12, 50)), (1, (50, 12))):
+        arguments = (data(kind, 600).view(shape), mean, rstd, 4, inner, 3)
+        result = ops.quant_pack_normalized(*arguments)
+        for a, b in zip(result, reference.quant_pack_normalized(*arguments), strict=True):
+            assert_identical(a, b)
+
+
+def test_pack_normalized_of_strided_arguments(isa):
+    mean, rstd = data("normal", 20)[::2], data("normal", 10).view(2, 5).t()
+    arguments = (data("normal", 640).view(10, 64).t(), mean, rstd, 4, 1, 3)
+    result = ops.quant_pack_normalized(*arguments)
+    for a, b in zip(result, reference.quant_pack_normalized(*arguments), strict=True):
+        assert_identical(a, b)
+
+
 def exact(name, x):
     """f and f' in float64; at what float64 cannot tell from infinity, the limits."""
     f, derivative = DEFINITIONS[name]
@@ -180,6 +213,43 @@ def test_norm_grad_of_what_is_not_finite(isa):
     assert grad_weight[:64].isnan().all() and grad_weight[64:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_channel_norm_grad(isa, bits, dtype):
+    places = [(0, 3, 5), (1, 1, 1), (9, 7, 1), (3, 5, 9), (5, 3, 49), (2, 3, 1100), (3, 2, 64)]
+    for batch, channels, inner in places:
+        n = batch * channels * inner
+        g = torch.randn(batch, channels, inner).to(dtype)
+        packed = reference.quant_pack(data("normal", n), bits, 3)
+        x = reference.quant_unpack(*packed, bits, list(g.shape), torch.float32).double()
+        rstd = torch.rand(channels) + 0.5
+        for weight in (torch.randn(channels).to(dtype), None):
+            found = ops.quant_channel_norm_grad(g, *packed, bits, rstd, weight, inner)
+            assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+            wide, slope = g.double(), rstd.double().view(-1, 1)
+            slope = slope if weight is None else slope * weight.double().view(-1, 1)
+            mean, along = (t.mean((0, 2)).view(-1, 1) for t in (wide, wide * x))
+            exact = (wide - mean - x * along) * slope
+            size, width, u = wide.abs(), x.abs(), unit(dtype) if dtype != torch.float64 else 0
+            terms = size + size.mean((0, 2)).view(-1, 1)
+            terms = terms + width * (size * width).mean((0, 2)).view(-1, 1)
+            # A float32 sum is of 64 terms at most, and of 16 lanes.
+            bound = gamma(80) * terms * slope.abs() + u * exact.abs()
+            assert_within(found[0], exact, bound * (1 + 1e-6) + 1e-7 * (dtype == torch.float16))
+            assert_within(found[1], (wide * x).sum((0, 2)), gamma(80) * (size * width).sum((0, 2)))
+            assert_within(found[2], wide.sum((0, 2)), gamma(80) * size.sum((0, 2)))
+
+
+def test_channel_norm_grad_of_what_is_not_finite(isa):
+    """A channel with a broken group; not the one that shares the group with it."""
+    x = data("normal", 3 * 100).view(1, 3, 100).clone()
+    x[0, 0, 10] = math.nan
+    packed, ones = reference.quant_pack(x, 4, 3), torch.ones(1, 3, 100)
+    grads = ops.quant_channel_norm_grad(ones, *packed, 4, torch.ones(3), None, 100)
+    assert grads[0][0, 0].isnan().all() and grads[0][0, 1:].isfinite().all()
+    assert grads[1][0].isnan() and grads[1][1:].isfinite().all() and grads[2].isfinite().all()
+
+
 def test_strided_gradients(isa):
     x = data("normal", 4 * 6 * 10).view(4, 6, 10)
     for view in (x.transpose(0, 2), x[:, ::2], x[1:, :, 3:], x[:, :, :0], x.permute(1, 2, 0)[None]):
@@ -208,8 +278,11 @@ def test_instruction_sets_and_threads_agree():
             results.append(
                 (
                     ops.quant_unpack_affine(codes, params, 3, w, w, None, 1, [n], torch.float32),
+                    *ops.quant_pack_normalized(x, w[:7001], w[7001:14002], 3, 43, 1),
                     *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
                     *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
+                    *ops.quant_channel_norm_grad(x, codes, params, 3, w[:7001], w[:7001], 43),
+                    *ops.quant_channel_norm_grad(x, codes, params, 3, w[:43], None, 7001),
                 )
             )
     finally:
@@ -229,6 +302,15 @@ def test_errors_name_the_tensor():
         affine(*packed, 4, x[:7], None, None, 1, size, torch.float32)
     with pytest.raises(RuntimeError, match="weight and bias of one size, got 10 and 20"):
         affine(*packed, 4, x[:10], x[:20], None, 1, size, torch.float32)
+    pack = ops.quant_pack_normalized
+    with pytest.raises(RuntimeError, match="7 channels of 1 do not divide 100 elements"):
+        pack(x, x[:7], x[:7], 4, 1, 0)
+    with pytest.raises(RuntimeError, match=r"of one size, got Float \[10\] and Float \[20\]"):
+        pack(x, x[:10], x[:20], 4, 1, 0)
+    with pytest.raises(RuntimeError, match="quant_pack_normalized: expected inner > 0, got 0"):
+        pack(x, x, x, 4, 0, 0)
+    with pytest.raises(RuntimeError, match="expected mean in float32, .*, got Long"):
+        pack(x, x.long(), x, 4, 1, 0)
     with pytest.raises(RuntimeError, match="inner > 0, got 0"):
         affine(*packed, 4, x, None, None, 0, size, torch.float32)
     with pytest.raises(RuntimeError, match="expected weight in float32, .*, got Long"):

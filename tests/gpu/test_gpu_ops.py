@@ -88,6 +88,13 @@ def quant_pack_cases():
         yield draw(37, 40).t(), bits, 0
 
 
+def quant_pack_normalized_cases():
+    for x, bits, seed in quant_pack_cases():
+        rows, n = x.numel() // x.shape[-1], x.shape[-1]
+        for size, inner in ((rows, n), (n, 1)):
+            yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
+
+
 def quant_unpack_cases():
     for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
         yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
@@ -143,6 +150,7 @@ EXACT = {
     "topk_pack_sample": topk_pack_sample_cases,
     "topk_unpack": topk_unpack_cases,
     "quant_pack": quant_pack_cases,
+    "quant_pack_normalized": quant_pack_normalized_cases,
     "quant_unpack": quant_unpack_cases,
     "quant_pack_range": quant_pack_range_cases,
     "quant_unpack_range": quant_unpack_range_cases,
@@ -156,8 +164,9 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
 
 def test_every_operator_is_tested():
-    sums = {"topk_weight_grad", "topk_conv_weight_grad", "quant_norm_grad", "attention_grad"}
-    assert {*EXACT, *sums, *CURVES} == set(_ops.NAMES)
+    sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
+    norms = {"quant_norm_grad", "quant_channel_norm_grad"}
+    assert {*EXACT, *sums, *norms, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -214,6 +223,17 @@ def test_norm_gradients_are_those_of_the_cpu(centered):
         arguments = g, *packed, bits, rstd, weight, n, centered
         expected = reference.quant_norm_grad(*arguments)
         actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
+        for a, e in zip(actual, expected, strict=True):
+            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+
+
+def test_channel_norm_gradients_are_those_of_the_cpu():
+    """In another order of summation."""
+    for bits, inner in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+        packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
+        arguments = draw(3, 5, inner, seed=1), *packed, bits, draw(5, seed=2), draw(5, seed=3)
+        expected = reference.quant_channel_norm_grad(*arguments, inner)
+        actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
         for a, e in zip(actual, expected, strict=True):
             assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
 
