@@ -138,7 +138,7 @@ def test_bytes(format):
 
 
 def test_a_mask_is_kept_by_reference_once():
-    inputs = leaves(operands(2, 3, 10, 64))
+    inputs = [t * 1 for t in leaves(operands(2, 3, 10, 64))]
     kept = 3 * FOUR.nbytes(inputs[0].shape, torch.float32)
     mask = torch.randn(10, 10)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memtl import functional as M
-from memtl.autograd import activation, channel_norm, norm
+from memtl.autograd import activation, channel_norm, mask, norm
 from memtl.autograd.share import offered
 from memtl.methods import LowBitConfig
 from memtl.storage import Quantized
@@ -140,7 +140,7 @@ def test_a_kept_derivative(bits, called):
         assert ("quant_apply_range" in called) == fused
         assert ("quant_unpack_range" in called) != fused
         act = activation.activation("gelu")
-        packed = activation.pack_activation(x.detach(), act, Quantized(bits))
+        packed, _ = activation.pack_activation(x.detach(), act, Quantized(bits))
         expected = packed.unpack(torch.float32).double() * g
         assert_within(x.grad, expected, 2 * torch.finfo(dtype).eps * (g.double().abs() + 0.1))
         called.clear()
@@ -250,7 +250,7 @@ def test_a_network_gets_the_gradients_of_the_plain_way(monkeypatch):
         return [p.grad for p in net.parameters()]
 
     fused = gradients()
-    for recipe in (norm.Affine, activation.Applied, activation.Masked):
+    for recipe in (norm.Affine, activation.Applied, mask.Masked):
         monkeypatch.setattr(recipe, "decode", lambda *_: None)
     monkeypatch.setattr(activation, "FUSED", {})
     monkeypatch.setattr(norm, "_fused_grads", lambda *_: None)
