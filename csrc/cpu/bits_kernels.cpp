@@ -77,6 +77,11 @@ void pack_between_typed(const void* x, double lo, double hi, int64_t i, int64_t 
     }
   }
 #endif
+  for (; i + 64 <= end; i += 64) {  // a byte an element first: the compiler vectorises that
+    uint8_t inside[64];
+    for (int64_t j = 0; j < 64; ++j) inside[j] = is_between<kType>(x, i + j, lo, hi);
+    for (int64_t j = 0; j < 64; j += 8) bits[(i + j) / 8] = pack_byte(inside + j);
+  }
   for (; i < end; i += 8) {
     unsigned byte = 0;
     const int64_t count = end - i < 8 ? end - i : 8;
