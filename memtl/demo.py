@@ -118,7 +118,8 @@ turns.
 
 Every method starts from the same weights and sees the same batches in the same order. Learning
 rates were chosen on the validation split, among as many candidates for each method that trains the
-whole network; the preset small and four bits take that of full fine-tuning. Accuracy is on the test split, after the last step.
+whole network; the preset small and four bits take that of full fine-tuning. Accuracy is on the test
+split, after the last step.
 """
 """What a reader must know to read the figures rightly."""
 
