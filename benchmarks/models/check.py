@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import memtl
+from memtl.fidelity.compare import cosine
 from memtl.nn import Report
 
 SEED = 0
@@ -294,8 +295,7 @@ def _agreement(exact: Mapping[str, Tensor], found: Mapping[str, Tensor], floor: 
         if name not in found or gradient.norm() <= floor:
             continue
         a, b = gradient.double().flatten(), found[name].double().flatten()
-        # A gradient that came out as zero has no direction, and none of the exact one's.
-        cosines[name] = (a @ b / (a.norm() * b.norm()).clamp_min(1e-300)).item()
+        cosines[name] = cosine(a, b)
         slopes[name] = (a @ b / (a @ a)).item()
     negligible = sum(gradient.norm().item() <= floor for gradient in exact.values())
     if not cosines:

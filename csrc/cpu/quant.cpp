@@ -54,8 +54,7 @@ std::tuple<Tensor, Tensor> quant_pack_normalized_cpu(const Tensor& x, const Tens
                   describe(mean), " and ", describe(rstd));
   const Channels channels{scales.data(), means.data(), static_cast<int64_t>(means.size()) - kGroup,
                           inner};
-  STD_TORCH_CHECK(numel % (channels.channels * inner) == 0, op, ": ", channels.channels,
-                  " channels of ", inner, " do not divide ", numel, " elements");
+  check_channels(op, channels.channels, inner, numel);
   const void* in = flat.const_data_ptr();
   auto* out_codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* out_params = static_cast<uint16_t*>(params.mutable_data_ptr());

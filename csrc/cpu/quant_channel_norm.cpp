@@ -18,8 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_channel_norm_grad_cpu(
   STD_TORCH_CHECK(inner > 0, op, ": expected inner > 0, got ", inner);
   const Tensor flat = torch::stable::contiguous(grad_out);
   const int64_t numel = flat.numel(), count = rstd.numel(), planes = numel / inner;
-  STD_TORCH_CHECK(count > 0 && numel % (count * inner) == 0, op, ": ", count, " channels of ",
-                  inner, " do not divide ", numel, " elements");
+  check_channels(op, count, inner, numel);
   const Tensor packed = checked_codes(op, codes, bits, numel);
   const Tensor flat_params = checked_params(op, params, packed);
   const std::vector<float> scales = as_floats(op, "rstd", rstd, count, 0);

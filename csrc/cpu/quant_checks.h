@@ -33,6 +33,12 @@ inline int64_t numel_of(const std::vector<int64_t>& size) {
   return numel;
 }
 
+// Element i is of channel (i / inner) % channels. Not by their product: that may overflow.
+inline void check_channels(const char* op, int64_t channels, int64_t inner, int64_t numel) {
+  STD_TORCH_CHECK(channels > 0 && numel % inner == 0 && numel / inner % channels == 0, op, ": ",
+                  channels, " channels of ", inner, " do not divide ", numel, " elements");
+}
+
 // codes as a flat contiguous tensor that holds numel elements in so many bits.
 inline Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
   const int64_t groups = ceil_div(numel, kGroup);

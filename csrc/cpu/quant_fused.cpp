@@ -45,8 +45,7 @@ Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_
   const size_t table = weight ? weights.size() : bias ? biases.size() : kGroup + 1;
   const Channels channels{weight ? weights.data() : nullptr, bias ? biases.data() : nullptr,
                           static_cast<int64_t>(table) - kGroup, inner};
-  STD_TORCH_CHECK(numel % inner == 0 && numel / inner % channels.channels == 0, op, ": ",
-                  channels.channels, " channels of ", inner, " do not divide ", numel, " elements");
+  check_channels(op, channels.channels, inner, numel);
   const auto* in_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
   const auto* in_params = static_cast<const uint16_t*>(flat_params.const_data_ptr());
   const auto* in_mask = bytes ? static_cast<const uint8_t*>(bytes->const_data_ptr()) : nullptr;

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .format import Format, check_rebuild
-from .topk import TopK
+from .topk import WithTopK
 
 
 @dataclasses.dataclass(frozen=True)
-class CenteredTopK(Format):
+class CenteredTopK(WithTopK):
     """Keep the mean of every column, and a fraction of the deviations from it, the largest ones;
     the rest reads back as the mean.
 
@@ -33,20 +31,6 @@ class CenteredTopK(Format):
     """
 
     kind: ClassVar[str] = "centered"
-    keep: float | None = None
-    values: str = "int8"
-
-    def __post_init__(self) -> None:
-        check_rebuild(self.rebuild)
-        self.topk  # noqa: B018  (made here: torch.compile does not trace its checks)
-
-    @functools.cached_property
-    def topk(self) -> TopK:
-        """How the deviations are kept."""
-        return TopK(self.keep, values=self.values)
-
-    def resolve(self, keep: float) -> CenteredTopK:
-        return self if self.keep is not None else dataclasses.replace(self, keep=keep)
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x.contiguous()  # the order of the sum is then its shape's alone

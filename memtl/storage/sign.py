@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -12,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._ops import GROUP, ceil_div
-from .format import Format, check_rebuild
-from .topk import TopK
+from .topk import WithTopK
 
 
 @dataclasses.dataclass(frozen=True)
-class SignMean(Format):
+class SignMean(WithTopK):
     """Keep the largest magnitudes as :class:`TopK` does, and of the rest the sign and the mean
     magnitude of every group.
 
@@ -37,19 +35,6 @@ class SignMean(Format):
 
     kind: ClassVar[str] = "sign"
     keep: float | None = 0.03
-    values: str = "int8"
-
-    def __post_init__(self) -> None:
-        check_rebuild(self.rebuild)
-        self.topk  # noqa: B018  (made here: torch.compile does not trace its checks)
-
-    @functools.cached_property
-    def topk(self) -> TopK:
-        """How the largest are kept."""
-        return TopK(self.keep, values=self.values)
-
-    def resolve(self, keep: float) -> SignMean:
-        return self if self.keep is not None else dataclasses.replace(self, keep=keep)
 
     def _is_kept(self, largest: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
         """Which elements are among the largest, whatever their stored value."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .._ops import BLOCK, ceil_div
 from .convolution import ConvGeometry
 from .dense import DTYPES
 from .format import Format, check_fraction, check_rebuild
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 VALUES = {**DTYPES, "int8": torch.int8}
 SCOPES = ("block", "sample")
@@ -172,6 +176,26 @@ class TopK(Format):
         keep = "" if self.keep is None else f" {100 * self.keep:g}%"
         scope = "/sample" if self.scope == "sample" else ""
         return f"topk{keep} {self.values}{scope}{self._once}"
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTopK(Format):
+    """The base of formats that keep a :class:`TopK` and something beside it."""
+
+    keep: float | None = None
+    values: str = "int8"
+
+    def __post_init__(self) -> None:
+        check_rebuild(self.rebuild)
+        self.topk  # noqa: B018  (made here: torch.compile does not trace its checks)
+
+    @functools.cached_property
+    def topk(self) -> TopK:
+        """Blocks of 256, ``keep`` of each."""
+        return TopK(self.keep, values=self.values)
+
+    def resolve(self, keep: float) -> Self:
+        return self if self.keep is not None else dataclasses.replace(self, keep=keep)
 
 
 def _sparse_is_faster(

@@ -336,9 +336,17 @@ def test_the_definitions_are_as_close():
 
 
 @pytest.mark.parametrize("inner", [2**62, 2**63 - 1, 3])
-def test_affine_refuses_channels_that_do_not_divide(inner):
-    codes, params = torch.ops.memtl.quant_pack(torch.randn(4, 64), 4, 0)
-    with pytest.raises(RuntimeError, match="do not divide 256 elements"):
-        torch.ops.memtl.quant_unpack_affine(
-            codes, params, 4, torch.ones(2), None, None, inner, [4, 64], torch.float32
-        )
+def test_channels_that_do_not_divide_are_refused(isa, inner):
+    """By the exact quotient: the product of channels and inner may overflow, to 0 even."""
+    x, number = torch.randn(4, 64), torch.ones(4)
+    codes = torch.ops.memtl.quant_pack(x, 4, 0)
+    calls = (
+        lambda: ops.quant_unpack_affine(
+            *codes, 4, number, None, None, inner, [4, 64], torch.float32
+        ),
+        lambda: ops.quant_pack_normalized(x, number, number, 4, inner, 0),
+        lambda: ops.quant_channel_norm_grad(x, *codes, 4, number, None, inner),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="do not divide 256 elements"):
+            call()
