@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -74,12 +75,15 @@ def _profile(options: argparse.Namespace) -> int:
     def measure() -> memory.Profile:
         return memory.profile(model, batch_size=options.batch_size, **arguments)
 
-    stock = measure()
-    report = apply(model, config)
-    converted = measure()
+    with memory.freed_memory_returned():  # memory first: see there
+        stock = measure()
+        report = apply(model, config)
+        converted = measure()
+    converted = dataclasses.replace(converted, seconds=memory.step_seconds(model, **arguments))
     if options.coverage:
         print(report.measure(model, **arguments), end="\n\n")
     unconvert(model)
+    stock = dataclasses.replace(stock, seconds=memory.step_seconds(model, **arguments))
     print(memory.comparison(stock, converted))
     return 0
 

@@ -32,6 +32,7 @@ __all__ = [
     "peak_bytes",
     "profile",
     "saved_bytes",
+    "step_seconds",
 ]
 
 MIB = 2**20
@@ -220,7 +221,7 @@ class Profile:
     peak: int | None
     by_layer: dict[str, int]
     batch_size: int
-    seconds: float
+    seconds: float | None
 
     @property
     def saved_per_sample(self) -> float:
@@ -232,8 +233,11 @@ def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) ->
     """Run forward and backward of ``model(*args, **kwargs)`` and measure them.
 
     The loss is the sum of every floating-point output. The peak is that of a step whose parameter
-    gradients are already there, so what it shows is activations and temporaries. The time is the
-    median of three steps. Gradients are None afterwards.
+    gradients are already there, so what it shows is activations and temporaries. The time is that
+    of :func:`step_seconds`. Gradients are None afterwards.
+
+    To compare peaks on a CPU, profile both inside :func:`freed_memory_returned`, before anything
+    runs outside of it; there the time is None, for it would be that of page faults.
 
     Raises:
         ValueError: nothing in the output depends on a parameter or input that needs a gradient.
@@ -243,6 +247,7 @@ def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) ->
         _sum_outputs(model(*args, **kwargs)).backward()
 
     device = next(model.parameters(), torch.empty(0)).device
+    timed = not _returning
     with freed_memory_returned():
         step()
         with SavedTensors(model) as saved:
@@ -250,9 +255,22 @@ def profile(model: nn.Module, *args: Any, batch_size: int = 1, **kwargs: Any) ->
         by_layer = saved.by_layer
         del saved, total
         peak = peak_bytes(step, device)
+    model.zero_grad(set_to_none=True)
+    seconds = step_seconds(model, *args, **kwargs) if timed else None
+    return Profile(sum(by_layer.values()), peak, by_layer, batch_size, seconds)
+
+
+def step_seconds(model: nn.Module, *args: Any, **kwargs: Any) -> float:
+    """Median seconds of three steps as :func:`profile` takes them, after one to warm up."""
+
+    def step() -> None:
+        _sum_outputs(model(*args, **kwargs)).backward()
+
+    device = next(model.parameters(), torch.empty(0)).device
+    step()
     seconds = statistics.median(_seconds(step, device) for _ in range(3))
     model.zero_grad(set_to_none=True)
-    return Profile(sum(by_layer.values()), peak, by_layer, batch_size, seconds)
+    return seconds
 
 
 def _seconds(fn: Callable[[], None], device: torch.device) -> float:
@@ -309,6 +327,8 @@ def comparison(stock: Profile, converted: Profile) -> str:
     peaks = mib(stock.peak), mib(converted.peak), ratio(stock.peak, converted.peak)
     lines.append(" ".join((f"{label:{width}}", *peaks)))
     label = f"seconds of a step, batch {stock.batch_size}"
-    times = f"{stock.seconds:10.3f}", f"{converted.seconds:10.3f}"
-    lines.append(" ".join((f"{label:{width}}", *times, ratio(stock.seconds, converted.seconds))))
+    if stock.seconds is not None and converted.seconds is not None:
+        times = f"{stock.seconds:10.3f}", f"{converted.seconds:10.3f}"
+        ends = ratio(stock.seconds, converted.seconds)
+        lines.append(" ".join((f"{label:{width}}", *times, ends)))
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from memtl.memory import (
     peak_bytes,
     profile,
     saved_bytes,
+    step_seconds,
 )
 
 
@@ -123,6 +124,17 @@ def test_a_profile():
     text = comparison(found, Profile(found.saved // 2, None, {"0": found.saved // 2}, 32, 0.5))
     assert "2.0x" in text and "n/a" in text and "0.500" in text
     assert found.seconds > 0
+
+
+def test_a_profile_takes_no_times_where_they_would_be_of_page_faults():
+    model, x = nn.Linear(64, 8), torch.randn(32, 64)
+    with freed_memory_returned():
+        stock, other = profile(model, x), profile(model, x)
+    if peak_bytes(lambda: None) is not None:  # where there is a resident set to measure
+        assert stock.seconds is None and other.seconds is None
+        assert "seconds" not in comparison(stock, other)
+    assert step_seconds(model, x) > 0
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_profile_of_a_frozen_model():
