@@ -71,9 +71,11 @@ def test_exact_formats_are_found_exact(model, step):
     assert result.absent == ("attention",)
     for role, row in rows.items():
         assert row.error == ""
-        if role in ("linear", "convolution"):  # the same products, of the same numbers
-            assert row.weights.mean_error == row.vectors.mean_error == 0
+        if role in ("linear", "convolution"):
             assert row.bits == 32
+            # The same products, of the same numbers; how a library orders a sum is its own affair
+            # (a convolution's bias, on some machines).
+            assert max(row.weights.mean_error, row.vectors.mean_error) < 1e-6
         for group in (row.weights, row.vectors):
             assert group.worst_cosine == pytest.approx(1, abs=1e-6)
             assert group.largest_error < 1e-3
