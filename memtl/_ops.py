@@ -21,6 +21,8 @@ Families and the layouts they share
            a pure function of the seed and the data (see :func:`memtl.reference.quant.dither`), so
            no random-number state is read.
 ``bits``   One bit an element of the flat tensor, least significant bit first.
+``query_attention``  A few queries read keys and values that do not train. With the output comes,
+           on request, its Jacobian, after which keys and values are not needed again.
 """
 
 import torch
@@ -398,3 +400,79 @@ def _(grad_out, q, k, v, mask, dropout_p, rng_state, is_causal, scale, enable_gq
         torch.empty_like(v, memory_format=contiguous),
         torch.empty_like(mask, memory_format=contiguous) if mask_grad else q.new_empty((0,)),
     )
+
+
+@_define(
+    "query_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, ScalarType? jacobian) "
+    "-> (Tensor, Tensor)",
+)
+def _(q, k, v, mask, scale, jacobian):
+    """q [B or 1, H, T, d], k [B, H, N, d], v [B, H, N, e] of one dtype; ``mask``, added to the
+    scores, [B or 1, H or 1, N], -inf leaving a key out.
+
+    p = softmax(scale q k^T + mask) by row, in float32 (float64 for float64); a row without keys has
+    p = 0. -> out [B, H, T, e] = p v, and d out / d q, [B, H, T, d, e] in the dtype ``jacobian``:
+    J[i, j] = scale * (sum_n p_n k_ni v_nj - out_j sum_n p_n k_ni). Empty [0] for None. Both are
+    contiguous."""
+    _check_query_attention("query_attention", q, k, v, mask)
+    if jacobian is not None:
+        torch._check_type(
+            jacobian in FLOATING,
+            lambda: f"query_attention: jacobian must be floating point, got {jacobian}",
+        )
+    batch, heads, _, width = k.shape
+    out = q.new_empty((batch, heads, q.shape[2], v.shape[3]))
+    shape = (0,) if jacobian is None else (*out.shape[:3], width, v.shape[3])
+    return out, q.new_empty(shape, dtype=jacobian or q.dtype)
+
+
+@_define(
+    "query_attention_grad",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
+)
+def _(grad_out, q, k, v, mask, scale):
+    """The gradient of query_attention's q, one for each sample, [B, H, T, d], contiguous, in the
+    dtype of q: scale * sum_n p_n (grad_out . (v_n - out)) k_n; p and out are computed again."""
+    _check_query_attention("query_attention_grad", q, k, v, mask)
+    batch, heads, _, width = k.shape
+    wanted = (batch, heads, q.shape[2], v.shape[3])
+    torch._check(
+        tuple(grad_out.shape) == wanted and grad_out.dtype == q.dtype,
+        lambda: (
+            f"query_attention_grad: expected grad_out {wanted} {q.dtype}, got "
+            f"{tuple(grad_out.shape)} {grad_out.dtype}"
+        ),
+    )
+    return q.new_empty((*wanted[:3], width))
+
+
+def _check_query_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    _check_floating(name, q)
+    torch._check_type(
+        q.dtype == k.dtype == v.dtype,
+        lambda: f"{name}: expected q, k, v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}",
+    )
+    torch._check(
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[0] in (1, k.shape[0])
+        and q.shape[1] == k.shape[1]
+        and q.shape[3] == k.shape[3]
+        and k.shape[:3] == v.shape[:3],
+        lambda: (
+            f"{name}: expected q [B or 1, H, T, d], k [B, H, N, d], v [B, H, N, e], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        ),
+    )
+    if mask is not None:
+        _check_floating(name, mask)
+        torch._check(
+            mask.dim() == 3
+            and mask.shape[0] in (1, k.shape[0])
+            and mask.shape[1] in (1, k.shape[1])
+            and mask.shape[2] == k.shape[2],
+            lambda: (
+                f"{name}: expected mask [B or 1, H or 1, N] for k {tuple(k.shape)}, got "
+                f"{tuple(mask.shape)}"
+            ),
+        )

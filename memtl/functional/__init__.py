@@ -70,6 +70,7 @@ from .pooling import (
     pad,
 )
 from .product import addcmul, baddbmm, einsum, matmul, mul
+from .query_attention import query_attention
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -118,6 +119,7 @@ __all__ = [
     "normalize",
     "pad",
     "prelu",
+    "query_attention",
     "quick_gelu",
     "relu",
     "relu6",

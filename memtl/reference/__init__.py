@@ -21,6 +21,7 @@ from .quant import (
     quant_unpack,
     quant_unpack_range,
 )
+from .query_attention import query_attention, query_attention_grad
 from .topk import (
     topk_conv_weight_grad,
     topk_pack,
@@ -52,5 +53,7 @@ OPS = {
         bits_pack_between,
         bits_apply,
         attention_grad,
+        query_attention,
+        query_attention_grad,
     )
 }
