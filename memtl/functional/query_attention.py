@@ -24,7 +24,7 @@ def query_attention(
     keep: Literal["auto", "jacobian", "kv"] = "auto",
     jacobian_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` of a few queries that train to keys and values that do not.
+    """``F.scaled_dot_product_attention`` of queries that train to keys and values that do not.
 
     The gradient has a closed form: dq = J d(out), J = scale * (K^T diag(p) V - (K^T p)(V^T p)^T),
     the scaled covariance of keys and values under the attention p, a d x e matrix for each query
