@@ -17,7 +17,7 @@ backends.load()
 
 from . import functional, memory, nn, storage  # noqa: E402
 from .backends import BackendUnavailable  # noqa: E402
-from .methods import BackRazorConfig, LowBitConfig, apply, unconvert  # noqa: E402
+from .methods import BackRazorConfig, LowBitConfig, VQTConfig, apply, unconvert  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "BackRazorConfig",
     "BackendUnavailable",
     "LowBitConfig",
+    "VQTConfig",
     "apply",
     "functional",
     "memory",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import assets, memory
-from .methods import BackRazorConfig, LowBitConfig, MethodConfig, apply
+from .methods import BackRazorConfig, Config, LowBitConfig, apply
 from .report import Page, Point, Table, curves, environment, mean_std, ratio, tradeoff
 from .tasks import Task, load_digits
 from .training import Settings, Step, evaluate, fit, track
@@ -165,7 +165,7 @@ def _train_head_only(model: Any) -> None:
     model.get_classifier().requires_grad_(True)
 
 
-def _conversion(config: MethodConfig) -> Callable[[nn.Module], object]:
+def _conversion(config: Config) -> Callable[[nn.Module], object]:
     return lambda model: apply(model, config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..methods import BackRazorConfig, LowBitConfig, MethodConfig, apply, unconvert
+from ..methods import BackRazorConfig, Config, LowBitConfig, apply, unconvert
 from ..nn import ROLES, convert
 from ..nn.swap import is_swapped
 from ..storage import Format
@@ -34,9 +34,9 @@ class _Way:
     role: str = ""
 
 
-def configurations() -> dict[str, MethodConfig]:
+def configurations() -> dict[str, Config]:
     """What is measured with everything converted, unless told otherwise."""
-    low: dict[str, MethodConfig] = {f"low-bit {bits}": LowBitConfig(bits=bits) for bits in BITS}
+    low: dict[str, Config] = {f"low-bit {bits}": LowBitConfig(bits=bits) for bits in BITS}
     return low | {
         f"{preset} {keep:g}": BackRazorConfig.preset(preset, keep=keep)
         for preset in PRESETS
@@ -49,7 +49,7 @@ def measure(
     step: Step,
     *,
     formats: Mapping[str, Format] | Sequence[str | Format] = DEFAULT,
-    configurations: Mapping[str, MethodConfig] | None = None,
+    configurations: Mapping[str, Config] | None = None,
     batch_size: int = 1,
     seed: int = 0,
     thresholds: Thresholds = Thresholds(),  # noqa: B008 (frozen)
@@ -176,12 +176,12 @@ class _Bench:
         )
 
 
-def _globals(given: Mapping[str, MethodConfig] | None) -> list[_Way]:
+def _globals(given: Mapping[str, Config] | None) -> list[_Way]:
     chosen = configurations() if given is None else given
     return [_Way(label, _shortest(config), _all(config)) for label, config in chosen.items()]
 
 
-def _shortest(config: MethodConfig) -> str:
+def _shortest(config: Config) -> str:
     """A preset by its name, anything else field by field."""
     for preset in PRESETS:
         for keep in KEEPS:
@@ -190,7 +190,7 @@ def _shortest(config: MethodConfig) -> str:
     return code(config)
 
 
-def _all(config: MethodConfig) -> Callable[[nn.Module], Any]:
+def _all(config: Config) -> Callable[[nn.Module], Any]:
     return lambda model: apply(model, config)
 
 

@@ -1,27 +1,31 @@
-"""Transfer methods, one file each: a configuration that knows how to apply itself."""
+"""Transfer methods, one file or folder each: a configuration that knows how to apply itself."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from torch import nn
 
-from ..nn import Report, unconvert
+from .. import nn as layers
 from .back_razor import BackRazorConfig
+from .config import Config, ConversionConfig
 from .low_bit import LowBitConfig
+from .transfer import Trained
+from .vqt import VQTConfig
 
-__all__ = ["BackRazorConfig", "LowBitConfig", "MethodConfig", "apply", "unconvert"]
+__all__ = [
+    "BackRazorConfig",
+    "Config",
+    "LowBitConfig",
+    "Trained",
+    "VQTConfig",
+    "applied",
+    "apply",
+    "unconvert",
+]
 
 
-class MethodConfig(Protocol):
-    """What a method brings."""
-
-    def apply(self, model: nn.Module) -> Report:
-        """Change ``model`` in place and say what was done."""
-        ...
-
-
-def apply(model: nn.Module, config: MethodConfig) -> Report:
+def apply(model: nn.Module, config: Config) -> Any:
     """Apply a method to ``model``, in place; the one entry point for every method.
 
     Args:
@@ -29,14 +33,39 @@ def apply(model: nn.Module, config: MethodConfig) -> Report:
         config: a method's configuration, such as :class:`BackRazorConfig`.
 
     Returns:
-        A report; ``print`` it for the coverage table.
+        The method's report, to be printed: :class:`memtl.nn.Report` of a conversion, else
+        :class:`Trained`.
 
     Raises:
         TypeError: ``config`` is no method's configuration.
         ValueError: the method finds nothing to change in this model.
     """
-    if not callable(getattr(config, "apply", None)) or isinstance(config, type):
+    if not isinstance(config, Config):
         raise TypeError(
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
-    return config.apply(model)
+    report = config.apply(model)
+    _record(model, (*applied(model), config))
+    return report
+
+
+def unconvert(model: nn.Module) -> int:
+    """Give every converted module its own class back; returns how many there were.
+
+    Raises:
+        ValueError: as :func:`memtl.nn.unconvert`.
+    """
+    count = layers.unconvert(model)
+    _record(model, tuple(c for c in applied(model) if not isinstance(c, ConversionConfig)))
+    return count
+
+
+def applied(model: nn.Module) -> tuple[Config, ...]:
+    """What :func:`apply` was given for this model, in that order."""
+    return model.__dict__.get("memtl_applied", ())
+
+
+def _record(model: nn.Module, configs: tuple[Config, ...]) -> None:
+    model.__dict__.pop("memtl_applied", None)
+    if configs:
+        model.__dict__["memtl_applied"] = configs

@@ -1,4 +1,4 @@
-"""What the methods that convert a model share: which modules, and JSON."""
+"""What a method's configuration is: a frozen dataclass that applies itself and reads as JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,78 @@ if TYPE_CHECKING:
 
 Patterns = str | tuple[str, ...] | None
 
+METHODS: dict[str, type[Config]] = {}
+"""Name -> configuration of every method."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConversionConfig(abc.ABC):
+class Config(abc.ABC):
+    """The base of every method's configuration. ``method`` is its name, in JSON and in commands."""
+
+    method: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            METHODS[cls.method] = cls
+
+    @abc.abstractmethod
+    def apply(self, model: nn.Module) -> Any:
+        """Change ``model`` in place and return a report of what was done."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; :func:`config_from_dict` reads it back."""
+        data: dict[str, Any] = {"method": self.method}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            data[field.name] = value.to_dict() if isinstance(value, Format) else value
+        return data
+
+    def to_json(self) -> str:
+        """The configuration as JSON; :meth:`from_json` reads it back to an equal one."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, another method's configuration, or unknown fields.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("method") != cls.method:
+            raise ValueError(f'expected a JSON object with "method": "{cls.method}"')
+        return config_from_dict(data)  # type: ignore[return-value]
+
+
+def config_from_dict(data: dict[str, Any]) -> Config:
+    """The configuration that :meth:`Config.to_dict` described, of whichever method.
+
+    Raises:
+        ValueError: ``method`` is missing or unknown, or a field is not one of that method's.
+    """
+    fields = dict(data)
+    name = fields.pop("method", None)
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {name!r}")
+    cls = METHODS[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"unknown fields {unknown}; {name!r} has {sorted(known)}")
+    for field, value in fields.items():
+        if isinstance(value, dict):
+            fields[field] = format_from_dict(value)
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionConfig(Config):
     """The base of configurations that are a format for each role of layers.
 
     Args:
         target_modules, exclude_modules: as in :func:`memtl.nn.convert`.
     """
 
-    method: ClassVar[str]
     target_modules: Patterns = None
     exclude_modules: Patterns = None
 
@@ -51,29 +113,3 @@ class ConversionConfig(abc.ABC):
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
         )
-
-    def to_json(self) -> str:
-        """The configuration as JSON; :meth:`from_json` reads it back to an equal one."""
-        data: dict[str, Any] = {"method": self.method}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            data[field.name] = value.to_dict() if isinstance(value, Format) else value
-        return json.dumps(data, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, another method's configuration, or unknown fields.
-        """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("method", None) != cls.method:
-            raise ValueError(f'expected a JSON object with "method": "{cls.method}"')
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown fields {unknown}; a configuration has {sorted(known)}")
-        for name, value in data.items():
-            if isinstance(value, dict):
-                data[name] = format_from_dict(value)
-        return cls(**data)

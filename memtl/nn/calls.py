@@ -9,6 +9,7 @@ calls to :mod:`memtl.functional`. No global name is touched, and other modules a
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,42 @@ def _without_dispatch(function: Any) -> Callable:
 _multi_head_attention_forward = _without_dispatch(F.multi_head_attention_forward)
 
 
+class Tap(TorchFunctionMode):
+    """While active, every call of ``F.scaled_dot_product_attention``, of converted modules too, is
+    offered to :meth:`attention` first: what a method that reads a model's attention derives from.
+    """
+
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        """The result, or NotImplemented for that of the call itself."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        _taps.active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _taps.active.pop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            result = self.attention(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+class _Taps(threading.local):
+    """The active taps, the innermost last."""
+
+    def __init__(self) -> None:
+        self.active: list[Tap] = []
+
+
+_taps = _Taps()
+
+
 class FunctionFormats(TorchFunctionMode):
     """While active, calls in ``calls`` keep what they keep in the formats given by role."""
 
@@ -54,6 +91,12 @@ class FunctionFormats(TorchFunctionMode):
             if func is F.multi_head_attention_forward:
                 with self:
                     return _multi_head_attention_forward(*args, **kwargs)
+            if func is F.scaled_dot_product_attention:
+                # Served here, it would not reach the modes outside this one.
+                for tap in reversed(_taps.active):
+                    result = tap.attention(*args, **kwargs)
+                    if result is not NotImplemented:
+                        return result
             call = CALLS[func]
             if call.role in self.formats and _served(*args, *kwargs.values()):
                 result = call.serve(self.formats[call.role], *args, **kwargs)

@@ -12,9 +12,9 @@ from ..storage import Format
 from . import sync  # noqa: F401 (registers its layer)
 from .bytecode import calls_of
 from .calls import CallsLayer
-from .layers import LAYERS, ROLES, forward_owner, layer_for
+from .layers import LAYERS, ROLES, Layer, forward_owner, layer_for
 from .report import Report, Row, plain_name
-from .swap import is_swapped, swap, unswap
+from .swap import swap, unswap
 from .table import CALLS
 
 Patterns = str | Sequence[str] | None
@@ -52,7 +52,7 @@ def convert(
     if unknown := sorted(set(formats) - set(ROLES)):
         raise ValueError(f"roles must be among {ROLES}, got {unknown}")
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
-    if done := sum(is_swapped(module) for _, module in modules):
+    if done := sum(isinstance(module, Layer) for _, module in modules):
         raise ValueError(
             f"this model is already converted ({done} modules): memtl.unconvert(model) first"
         )
@@ -174,11 +174,16 @@ def unconvert(model: nn.Module) -> int:
     """Give every converted module its own class back; returns how many there were.
 
     Raises:
-        ValueError: nothing in ``model`` is converted.
+        ValueError: nothing in ``model`` is converted, or a method that changes the model was
+            applied after the conversion.
     """
-    swapped = [module for module in model.modules() if is_swapped(module)]
-    if not swapped:
+    modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
+    converted = [(name, m) for name, m in modules if issubclass(type(m), Layer)]
+    if not converted:
         raise ValueError(f"nothing in this {type(model).__name__} is converted")
-    for module in swapped:
+    for name, module in converted:
+        if not issubclass(type(module).memtl_layer, Layer):  # type: ignore[attr-defined]
+            raise ValueError(f"{name!r} was changed by a method after the conversion")
+    for _, module in converted:
         unswap(module)
-    return len(swapped)
+    return len(converted)

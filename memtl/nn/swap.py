@@ -14,10 +14,10 @@ def swapped_class(mixin: type, original: type) -> type:
     """``original`` with ``mixin`` in front: same name, same module, one class per pair."""
 
     def reduce(self: nn.Module, protocol: Any) -> tuple:
-        # A class made at run time cannot be found by its name: copying and pickling go through the
-        # pair that made it.
+        # A class made at run time cannot be found by its name: copying and pickling go through what
+        # made it.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # 3.10
-        return _rebuild, (mixin, original), state
+        return _rebuild, _made_of(type(self)), state
 
     namespace = {
         "__module__": original.__module__,
@@ -29,13 +29,21 @@ def swapped_class(mixin: type, original: type) -> type:
     return type(original.__name__, (mixin, original), namespace)
 
 
-def _rebuild(mixin: type, original: type) -> nn.Module:
-    cls = swapped_class(mixin, original)
+def _made_of(cls: Any) -> tuple[type, ...]:
+    """The original class, and the mixins in front of it in the order in which they came."""
+    if "memtl_original" not in vars(cls):
+        return (cls,)
+    return (*_made_of(cls.memtl_original), cls.memtl_layer)
+
+
+def _rebuild(original: type, *mixins: type) -> nn.Module:
+    cls = functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, original)
     return copyreg.__newobj__(cls)  # type: ignore[attr-defined]
 
 
 def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
-    """Make ``module`` run ``mixin.forward``; the attributes are set on the instance."""
+    """Make ``module`` run ``mixin.forward``; the attributes, which the mixin annotates, are set on
+    the instance."""
     original: type = type(module)
     module.__class__ = swapped_class(mixin, original)
     for name, value in attributes.items():
@@ -48,7 +56,9 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def unswap(module: nn.Module) -> None:
-    """Give ``module`` its own class back."""
+    """Give ``module`` the class back that it had before the last :func:`swap`."""
+    mixin = type(module).memtl_layer  # type: ignore[attr-defined]
     module.__class__ = type(module).memtl_original  # type: ignore[attr-defined]
-    for name in [n for n in module.__dict__ if n.startswith("memtl_")]:
-        delattr(module, name)
+    for cls in mixin.__mro__:
+        for name in vars(cls).get("__annotations__", {}):
+            module.__dict__.pop(name, None)

@@ -1,0 +1,131 @@
+"""What the methods for vision transformers know of a model: its blocks, its classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..nn.bytecode import calls_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The parts of a vision transformer.
+
+    Attributes:
+        blocks: names of the attention blocks, in the order in which they run.
+        width: features of a token.
+        head: name of the classifier.
+        features: what the classifier reads of a sample.
+        classes: what it returns; None where there is none yet (an ``Identity``).
+        patch: numbers in a patch: channels times height times width.
+    """
+
+    blocks: tuple[str, ...]
+    width: int
+    head: str
+    features: int
+    classes: int | None
+    patch: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Backbone:
+        """Find the parts of ``model``: one of timm's or transformers' vision transformers, or a
+        network built alike (blocks in one list, a classifier called ``head`` or ``classifier``).
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: a part is not to be found.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        blocks = attention_blocks(model)
+        width = _token_width(model.get_submodule(blocks[0]))
+        name, head = classifier(model)
+        linear = isinstance(head, nn.Linear)
+        return cls(
+            blocks,
+            width,
+            name,
+            head.in_features if linear else _num_features(model, width),
+            head.out_features if linear else None,
+            _patch(model),
+        )
+
+
+def attention_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the blocks of a transformer: the members of the one list, each of which calls
+    ``F.scaled_dot_product_attention`` in one place.
+
+    Raises:
+        ValueError: there is no such list, or several (networks in stages).
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(module)
+        and all(_attends(block) == 1 for block in module)
+    ]
+    kind = type(model).__name__
+    if not found:
+        raise ValueError(
+            f"this {kind} has no attention blocks: no list of modules, each of which calls "
+            "F.scaled_dot_product_attention"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"this {kind} has {len(found)} lists of attention blocks ({', '.join(found)}), but the "
+            "method needs one, through which the same tokens pass"
+        )
+    return tuple(f"{found[0]}.{name}" for name, _ in model.get_submodule(found[0]).named_children())
+
+
+def _attends(block: nn.Module) -> int:
+    return sum(F.scaled_dot_product_attention in calls_of(m) for m in block.modules())
+
+
+def classifier(model: Any) -> tuple[str, Any]:
+    """Name and module of what turns features into logits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(head, (tuple, list, nn.ModuleList)):  # a distilled model has one for its teacher
+        head = head[0]
+    if head is None:
+        head = getattr(model, "classifier", None) or getattr(model, "head", None)
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or not isinstance(head, (nn.Linear, nn.Identity)):
+        raise ValueError(
+            f"this {type(model).__name__} has no linear classifier (get_classifier(), .classifier "
+            f"or .head): {'none found' if name is None else f'{name} is {type(head).__name__}'}"
+        )
+    return name, head
+
+
+def _token_width(block: nn.Module) -> int:
+    for module in block.modules():
+        shape = getattr(module, "normalized_shape", None)
+        if shape is not None:
+            return int(shape[-1])
+    raise ValueError(f"cannot tell the width of a token: no norm in a {type(block).__name__}")
+
+
+def _num_features(model: Any, width: int) -> int:
+    for name in ("head_hidden_size", "num_features"):
+        if isinstance(value := getattr(model, name, None), int):
+            return value
+    return width
+
+
+def _patch(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            return math.prod(module.weight.shape[1:])
+    raise ValueError(f"cannot tell the size of a patch of this {type(model).__name__}")

@@ -1,0 +1,107 @@
+"""Reading a model layer by layer while it runs: what its blocks give besides their output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.swap import swap
+
+
+class Reader:
+    """Takes something at every block, for a classifier that reads it at the end.
+
+    One pass: the model's forward arms the reader (:meth:`arm`, a forward hook), every block hands
+    itself to :meth:`block`, the classifier takes what was gathered (:meth:`take`). Where the model
+    is not called as a whole, ``forward_features`` say, blocks do what they always did.
+    """
+
+    def __init__(self, depth: int, trains_backbone: bool) -> None:
+        self.depth = depth
+        self.trains_backbone = trains_backbone
+        self.armed = False
+        self.gathered: list[Tensor] = []
+
+    def arm(self, model: Any, args: Any) -> None:
+        """A forward pre-hook of the model."""
+        if getattr(model, "grad_checkpointing", False):
+            raise RuntimeError(
+                "a model that is read layer by layer cannot be checkpointed: "
+                "model.set_grad_checkpointing(False); a frozen backbone keeps nothing anyway"
+            )
+        self.armed, self.gathered = True, []
+
+    def take(self) -> list[Tensor]:
+        """What the blocks gave, in order.
+
+        Raises:
+            RuntimeError: not every block has run since the model was called.
+        """
+        gathered, armed = self.gathered, self.armed
+        self.armed, self.gathered = False, []
+        if not armed or len(gathered) != self.depth:
+            raise RuntimeError(
+                f"the classifier needs something of each of {self.depth} blocks and got it of "
+                f"{len(gathered)}: call the model as a whole, each block once"
+            )
+        return gathered
+
+    def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run block ``index``; gather something; return the block's own output."""
+        raise NotImplementedError
+
+
+class ReadBlock:
+    """In front of the class of a block."""
+
+    memtl_reader: Reader
+    memtl_index: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = super().forward  # type: ignore[misc]
+        if not self.memtl_reader.armed:
+            return run(*args, **kwargs)
+        return self.memtl_reader.block(self.memtl_index, run, args, kwargs)
+
+
+class FrozenBackbone:
+    """In front of the class of a model: :meth:`train` reaches the classifier alone."""
+
+    memtl_head: str
+
+    if TYPE_CHECKING:
+        training: bool
+
+        def get_submodule(self, target: str) -> nn.Module: ...
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(False)  # type: ignore[misc]
+        self.training = mode
+        self.get_submodule(self.memtl_head).train(mode)
+        return self
+
+
+def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader) -> None:
+    """Let ``reader`` read the named blocks whenever ``model`` is called.
+
+    Raises:
+        ValueError: something reads this model already.
+    """
+    modules = [model.get_submodule(name) for name in blocks]
+    if any(isinstance(module, ReadBlock) for module in modules):
+        raise ValueError("this model is read layer by layer already: one such method at a time")
+    for index, module in enumerate(modules):
+        swap(module, ReadBlock, memtl_reader=reader, memtl_index=index)
+    model.register_forward_pre_hook(reader.arm)
+    if not reader.trains_backbone:
+        training = model.training
+        swap(model, FrozenBackbone, memtl_head=head)
+        model.train(training)
+
+
+def tokens(output: Any) -> Tensor:
+    """The tokens in what a block returns: some return a tuple."""
+    return output if isinstance(output, torch.Tensor) else output[0]

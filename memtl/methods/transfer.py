@@ -1,0 +1,126 @@
+"""What methods share that train a small part of a model: freezing, counting, what they own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferConfig(Config):
+    """The base of methods that train a small part of a model and a classifier.
+
+    Args:
+        num_classes: of a new classifier; None for as many as the model's own has.
+    """
+
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
+
+    def classes(self, own: int | None) -> int:
+        """``num_classes``, or those of the model's own classifier."""
+        if (classes := self.num_classes or own) is None:
+            raise ValueError("num_classes must be given: this model has no classifier of its own")
+        return classes
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise unless 0 <= ``value`` < 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a method trains: name and shape of every parameter, and the size of the whole model.
+    ``print`` it."""
+
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trained:
+        """The parameters of ``model`` that require a gradient."""
+        trained = ((n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad)
+        return cls(tuple(trained), sum(p.numel() for p in model.parameters()))
+
+    @property
+    def count(self) -> int:
+        """Numbers that train."""
+        return sum(torch.Size(shape).numel() for _, shape in self.parameters)
+
+    def __str__(self) -> str:
+        share = 100 * self.count / max(1, self.total)
+        summary = (
+            f"trainable params: {self.count:,} || all params: {self.total:,} || "
+            f"trainable%: {share:.4f}"
+        )
+        lines = [summary]
+        groups: dict[tuple[str, tuple[int, ...]], int] = {}
+        for name, shape in self.parameters:
+            key = (re.sub(r"\b\d+\b", "*", name), shape)
+            groups[key] = groups.get(key, 0) + 1
+        width = max((len(name) for name, _ in groups), default=0)
+        for (name, shape), count in groups.items():
+            times = f"  x{count}" if count > 1 else ""
+            lines.append(f"  {name:{width}}  {list(shape)}{times}")
+        return "\n".join(lines)
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of ``model`` trains any more."""
+    model.requires_grad_(False)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of that name, on the device and in the training mode of the
+    model."""
+    parent, _, child = name.rpartition(".")
+    reference = next(model.parameters())
+    module.to(reference.device).train(model.training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def new_classifier(model: nn.Module, name: str, features: int, classes: int) -> nn.Linear:
+    """A fresh linear classifier in the place of that name, in the dtype of the model."""
+    head = nn.Linear(features, classes, dtype=next(model.parameters()).dtype)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    replace(model, name, head)
+    for count in ("num_classes", "num_labels"):  # what timm and transformers believe it is
+        if hasattr(model, count):
+            setattr(model, count, classes)
+    return head
+
+
+def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What has to be kept of a trained model, by name: the parameters that train, and the buffers
+    of the modules they are in (running statistics, the index of selected features)."""
+    for prefix, module in model.named_modules():
+        parameters = list(module.named_parameters(recurse=False))
+        trains = [(n, p) for n, p in parameters if p.requires_grad]
+        if not trains:
+            continue
+        persistent = set(module.state_dict()) - {n for n, _ in module.named_parameters()}
+        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n in persistent]
+        for name, tensor in trains + buffers:
+            yield (f"{prefix}.{name}" if prefix else name), tensor.detach()

@@ -1,0 +1,10 @@
+"""Visual Query Tuning: a few learnable queries a layer read a frozen vision transformer.
+
+Tu, Mai and Chao: Visual Query Tuning: Towards Effective Usage of Intermediate Representations for
+Parameter and Memory Efficient Transfer Learning, CVPR 2023.
+"""
+
+from .config import VQTConfig
+from .head import VQTHead
+
+__all__ = ["VQTConfig", "VQTHead"]
