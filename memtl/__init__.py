@@ -17,7 +17,16 @@ backends.load()
 
 from . import functional, memory, nn, storage  # noqa: E402
 from .backends import BackendUnavailable  # noqa: E402
-from .methods import BackRazorConfig, LowBitConfig, VQTConfig, apply, unconvert  # noqa: E402
+from .methods import (  # noqa: E402
+    BackRazorConfig,
+    LowBitConfig,
+    VQTConfig,
+    apply,
+    load,
+    save,
+    select_features,
+    unconvert,
+)
 
 __version__ = "0.1.0"
 
@@ -28,8 +37,11 @@ __all__ = [
     "VQTConfig",
     "apply",
     "functional",
+    "load",
     "memory",
     "nn",
+    "save",
+    "select_features",
     "storage",
     "unconvert",
 ]

@@ -20,7 +20,7 @@ ORDER = (
     "functional",
     "autograd",
     "storage",
-    "_ops",
+    "_ops files",
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts.split()}
 ABOVE_OPS = LEVEL["_ops"]

@@ -46,15 +46,13 @@ class Backbone:
         blocks = attention_blocks(model)
         width = _token_width(model.get_submodule(blocks[0]))
         name, head = classifier(model)
-        linear = isinstance(head, nn.Linear)
-        return cls(
-            blocks,
-            width,
-            name,
-            head.in_features if linear else _num_features(model, width),
-            head.out_features if linear else None,
-            _patch(model),
-        )
+        if not isinstance(head, (nn.Linear, nn.Identity)):
+            raise ValueError(f"expected a linear classifier, but {name} is {type(head).__name__}")
+        if isinstance(head, nn.Linear):
+            features, classes = head.in_features, head.out_features
+        else:
+            features, classes = _num_features(model, width), None
+        return cls(blocks, width, name, features, classes, _patch(model))
 
 
 def attention_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -101,12 +99,17 @@ def classifier(model: Any) -> tuple[str, Any]:
     if head is None:
         head = getattr(model, "classifier", None) or getattr(model, "head", None)
     name = next((name for name, module in model.named_modules() if module is head), None)
-    if name is None or not isinstance(head, (nn.Linear, nn.Identity)):
+    if name is None:
         raise ValueError(
-            f"this {type(model).__name__} has no linear classifier (get_classifier(), .classifier "
-            f"or .head): {'none found' if name is None else f'{name} is {type(head).__name__}'}"
+            f"this {type(model).__name__} has no classifier: no get_classifier(), .classifier or "
+            ".head"
         )
     return name, head
+
+
+def linear_of(head: Any) -> Any:
+    """The linear layer in a classifier: itself, or its ``linear`` where it reads many layers."""
+    return head if isinstance(head, nn.Linear) else head.linear
 
 
 def _token_width(block: nn.Module) -> int:

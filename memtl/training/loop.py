@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +80,18 @@ class History:
 
 
 class Step:
-    """Training, one step a call: forward, loss, backward, AdamW. Calling it returns the loss.
+    """Training, one step a call: forward, loss, backward, AdamW. Calling it returns the loss, to
+    which ``penalty``, a function of the weights, is added.
 
     Raises:
         ValueError: no parameter of ``model`` requires a gradient.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings):
+    def __init__(
+        self, model: nn.Module, settings: Settings, penalty: Callable[[], Tensor] | None = None
+    ):
         self.model = model
+        self.penalty = penalty
         self.settings = settings
         self.done = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -107,6 +111,8 @@ class Step:
         settings = self.settings
         rate = settings.rate(self.done)
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=settings.label_smoothing)
+        if self.penalty is not None:
+            loss = loss + self.penalty()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -127,19 +133,21 @@ class Step:
 def fit(
     model: nn.Module,
     train: Split,
-    val: Split,
+    val: Split | None,
     settings: Settings,
     *,
+    penalty: Callable[[], Tensor] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
     description: str = "training",
 ) -> History:
-    """Train ``model`` in place on ``train``, then evaluate it once on ``val``.
+    """Train ``model`` in place on ``train``, then evaluate it once on ``val`` where there is one.
 
     The same model, data and seed give the same run; the global random state is left as it was.
 
     Args:
         model: returns logits ``[n, num_classes]`` for images ``[n, ...]``.
+        penalty: as in :class:`Step`.
         device: where to train; the model is moved there. None: where it is.
         progress: as in :func:`track`; ``description`` is what its bar says.
 
@@ -151,7 +159,7 @@ def fit(
         raise ValueError("train must have at least one image, got none")
     device = _device(model) if device is None else torch.device(device)
     model.to(device).train()
-    step = Step(model, settings)
+    step = Step(model, settings, penalty)
     losses, seconds = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
@@ -166,7 +174,8 @@ def fit(
                 seconds.append(ended - started)
                 started = ended
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return History(tuple(losses), tuple(seconds), evaluate(model, val))
+    accuracy = math.nan if val is None else evaluate(model, val)
+    return History(tuple(losses), tuple(seconds), accuracy)
 
 
 @torch.no_grad()
