@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import shlex
@@ -20,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import assets, memory
+from . import assets
 from .methods import BackRazorConfig, Config, LowBitConfig, apply
 from .report import Page, Point, Table, curves, environment, mean_std, ratio, tradeoff
 from .tasks import Task, load_digits
-from .training import Settings, Step, evaluate, fit, track
+from .training import Settings, Way, costs, evaluate, fit
 
 EXTRAS = {"timm": "timm", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 STEPS, QUICK_STEPS = 120, 4
@@ -172,48 +172,14 @@ def _conversion(config: Config) -> Callable[[nn.Module], object]:
 def measure(
     chosen: Sequence[Method], images: Tensor, labels: Tensor, rounds: int, progress: bool | None
 ) -> list[Result]:
-    """What each method keeps, needs at its peak, and takes: on one batch, before any training.
-
-    Times are medians of whole steps (forward, loss, backward, AdamW), the methods taking turns, so
-    that a slow moment of the machine strikes all of them.
-    """
-    device = images.device
-    with memory.freed_memory_returned():
-        footprints = [
-            _footprint(method, images, labels)
-            for method in track(chosen, "measuring memory", progress=progress)
-        ]
-    steps = [
-        Step(build(m, 0, device), Settings(steps=rounds + 2, learning_rate=m.learning_rate))
-        for m in chosen
+    """What each method keeps, needs at its peak, and takes: on one batch, before any training."""
+    ways = [
+        Way(functools.partial(build, method, 0, images.device), images, labels) for method in chosen
     ]
-    seconds: list[list[float]] = [[] for _ in steps]
-    for _ in track(range(rounds + 2), "measuring time", progress=progress):
-        for step, times in zip(steps, seconds, strict=True):
-            started = time.perf_counter()
-            step(images, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - started)
     return [
-        Result(m.name, m.learning_rate, bytes_, peak, statistics.median(times[2:]))
-        for m, (bytes_, peak), times in zip(chosen, footprints, seconds, strict=True)
+        Result(m.name, m.learning_rate, cost.saved_bytes, cost.peak_bytes, cost.seconds_per_step)
+        for m, cost in zip(chosen, costs(ways, rounds, progress=progress), strict=True)
     ]
-
-
-def _footprint(method: Method, images: Tensor, labels: Tensor) -> tuple[int, int | None]:
-    """Bytes that one batch saves for backward, and the peak of its forward and backward."""
-    model = build(method, 0, images.device)
-
-    def loss() -> Tensor:
-        return F.cross_entropy(model(images), labels)
-
-    loss().backward()  # gradients and one-time buffers are there before anything counts
-    with memory.SavedTensors(model) as tensors:
-        kept = loss()
-    saved = tensors.bytes
-    del kept, tensors
-    return saved, memory.peak_bytes(lambda: loss().backward(), images.device)
 
 
 def train(

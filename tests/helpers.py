@@ -126,3 +126,23 @@ def kept_count(n: int, keep: float) -> int:
     full, tail = divmod(n, 256)
     nearest = lambda length: max(1, math.floor(length * keep + 0.5)) if length else 0  # noqa: E731
     return full * nearest(256) + nearest(tail)
+
+
+def write_vtab(folder: Path, classes: int = 3) -> None:
+    """A dataset of 8, 4 and 6 images in VTAB-1k's layout: PNG and JPEG, blanks in their names, of
+    a brightness that tells their class."""
+    from PIL import Image
+
+    lists: dict[str, list[str]] = {}
+    for name, count in (("train800", 8), ("val200", 4), ("test", 6)):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            label, kind = i % classes, ("png", "jpg")[i // classes % 2]
+            path = f"images/{name}/image {i}.{kind}"
+            noise = torch.randint(40, (12, 20, 3))
+            pixels = (noise + 200 * label // classes).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / path)
+            lists.setdefault(name, []).append(f"{path} {label}")
+    lists["train800val200"] = lists["val200"] + lists["train800"]
+    for name, lines in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")

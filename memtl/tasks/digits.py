@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtl.tasks.split import Split
+
 MEAN = 0.305
 """Mean ink of the digits, with blank paper 0 and full ink 1. Every memtl task subtracts it."""
 
@@ -20,23 +22,6 @@ SPLIT_SEED = 20220131
 
 SPLIT_SIZES = (1000, 300, 497)
 """Number of images in the train, validation and test splits."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with their labels.
-
-    Attributes:
-        images: ``[n, 1, height, width]`` float32, ink bright on dark, normalised by
-            :data:`MEAN` and :data:`STD`.
-        labels: ``[n]`` int64, each in ``0 .. num_classes - 1``.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -81,34 +66,40 @@ def load_digits(size: int = 32) -> Task:
         ValueError: If ``size`` is less than 1.
         ImportError: If scikit-learn is not installed.
     """
+    images, labels = source(size)
+    train, val, test = stratified(labels, SPLIT_SIZES)
+    return Task("digits", 10, *(Split(images[i], labels[i]) for i in (train, val, test)))
+
+
+def source(size: int) -> tuple[Tensor, Tensor]:
+    """All 1797 images, as :func:`load_digits` makes them and raising as it does, and labels."""
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"size must be an int, got {type(size).__name__}")
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     try:
-        from sklearn import datasets, model_selection
+        from sklearn import datasets
     except ImportError as error:
         raise ImportError("the digits task needs scikit-learn: pip install memtl[demo]") from error
-
-    source = datasets.load_digits()
-    ink = torch.from_numpy(source.images).to(torch.float32)[:, None] / 16
+    digits = datasets.load_digits()
+    ink = torch.from_numpy(digits.images).to(torch.float32)[:, None] / 16
     ink = F.interpolate(ink, size=(size, size), mode="bilinear", antialias=True)
-    images, labels = normalise(ink), torch.from_numpy(source.target).to(torch.int64)
+    return normalise(ink), torch.from_numpy(digits.target).to(torch.int64)
+
+
+def stratified(labels: Tensor, sizes: tuple[int, int, int]) -> list[Sequence[int]]:
+    """Positions of three splits of those sizes, which add up to all, by :data:`SPLIT_SEED`."""
+    from sklearn import model_selection
 
     def cut(indices: Sequence[int], first: int, second: int) -> list[Sequence[int]]:
         return model_selection.train_test_split(
             indices,
             train_size=first,
             test_size=second,
-            stratify=source.target[indices],
+            stratify=labels[indices],
             random_state=SPLIT_SEED,
         )
 
-    train, val, test = SPLIT_SIZES
-    train_indices, rest = cut(range(len(labels)), train, val + test)
-    val_indices, test_indices = cut(rest, val, test)
-    return Task(
-        "digits",
-        10,
-        *(Split(images[i], labels[i]) for i in (train_indices, val_indices, test_indices)),
-    )
+    first, second, third = sizes
+    chosen, rest = cut(range(len(labels)), first, second + third)
+    return [chosen, *cut(rest, second, third)]

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memtl.tasks.digits import Split, normalise
+from memtl.tasks.digits import normalise
+from memtl.tasks.split import Split
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 """The 62 characters; a label is a position in this string."""

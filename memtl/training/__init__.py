@@ -1,6 +1,18 @@
-"""Fine-tuning a classifier: one small loop, and the bar that shows how far it is."""
+"""Fine-tuning a classifier: one small loop, what it costs, and the bar that shows how far it is."""
 
-from .loop import History, Settings, Step, evaluate, fit
+from .cost import Cost, Way, costs
+from .loop import OPTIMIZERS, History, Settings, Step, evaluate, fit
 from .progress import track
 
-__all__ = ["History", "Settings", "Step", "evaluate", "fit", "track"]
+__all__ = [
+    "OPTIMIZERS",
+    "Cost",
+    "History",
+    "Settings",
+    "Step",
+    "Way",
+    "costs",
+    "evaluate",
+    "fit",
+    "track",
+]

@@ -1,8 +1,9 @@
-"""The loop: AdamW, linear warm-up and a cosine, and a record of every step."""
+"""The loop: linear warm-up and a cosine, and a record of every step."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 from ..tasks import Split
 from .progress import track
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -25,7 +32,11 @@ class Settings:
         batch_size: images a step. Every batch is full: an epoch's rest joins the next epoch.
         learning_rate: its peak, reached after the warm-up; a cosine takes it to 0 from there.
         warmup: fraction of the steps over which the learning rate rises linearly.
-        weight_decay: AdamW's, for weights alone: vectors (biases, norms) are not decayed.
+        weight_decay: for weights alone: vectors (biases, norms) are not decayed. AdamW's is apart
+            from the gradient; Adam's and SGD's is an L2 penalty, a part of it.
+        optimizer: one of :data:`OPTIMIZERS`; SGD has a momentum of 0.9.
+        epoch_steps: steps of an epoch, to go by epochs: the learning rate is the same in all steps
+            of one, and an epoch's rest is a smaller batch of its own.
         label_smoothing: probability mass spread over all classes.
         clip_norm: gradients of a greater norm are scaled down to it; None leaves them alone.
         seed: of the order of the data, and of dropout.
@@ -39,6 +50,8 @@ class Settings:
     learning_rate: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.05
+    optimizer: str = "adamw"
+    epoch_steps: int | None = None
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     seed: int = 0
@@ -50,6 +63,12 @@ class Settings:
             ("learning_rate", self.learning_rate > 0, "positive"),
             ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            (
+                "epoch_steps",
+                self.epoch_steps is None or self.epoch_steps >= 1,
+                "at least 1 or None",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive or None"),
         ):
@@ -58,16 +77,19 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """The learning rate of one step, counted from 0."""
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        done = (step - rising) / max(1, self.steps - rising)
+        unit = self.epoch_steps or 1
+        now, end = step // unit, math.ceil(self.steps / unit)
+        rising = max(1, round(self.warmup * end))
+        if now < rising:
+            return self.learning_rate * (now + 1) / rising
+        done = (now - rising) / max(1, end - rising)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What a run was: the loss and the duration of every step, and the accuracy at its end."""
+    """What a run was: the loss and the duration of every step, and the accuracy at its end (NaN
+    where there was nothing to evaluate on)."""
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -80,8 +102,8 @@ class History:
 
 
 class Step:
-    """Training, one step a call: forward, loss, backward, AdamW. Calling it returns the loss, to
-    which ``penalty``, a function of the weights, is added.
+    """Training, one step a call: forward, loss, backward, optimiser. Calling it returns the loss,
+    to which ``penalty``, a function of the weights, is added.
 
     Raises:
         ValueError: no parameter of ``model`` requires a gradient.
@@ -104,7 +126,7 @@ class Step:
             },
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0)
+        self.optimizer = OPTIMIZERS[settings.optimizer]([g for g in groups if g["params"]], lr=0.0)
 
     def __call__(self, images: Tensor, labels: Tensor) -> float:
         """Raises FloatingPointError, before any weight is touched, where the loss is not finite."""
@@ -152,11 +174,18 @@ def fit(
         progress: as in :func:`track`; ``description`` is what its bar says.
 
     Raises:
-        ValueError: nothing in ``model`` trains, or ``train`` is empty.
+        ValueError: nothing in ``model`` trains, ``train`` is empty, or its epochs do not have
+            ``settings.epoch_steps`` steps.
         FloatingPointError: the loss is not finite; the message names the step.
     """
     if not len(train):
         raise ValueError("train must have at least one image, got none")
+    epoch_steps = math.ceil(len(train) / settings.batch_size)
+    if settings.epoch_steps not in (None, epoch_steps):
+        raise ValueError(
+            f"{len(train)} images in batches of {settings.batch_size} are {epoch_steps} steps an "
+            f"epoch, but the settings say {settings.epoch_steps}"
+        )
     device = _device(model) if device is None else torch.device(device)
     model.to(device).train()
     step = Step(model, settings, penalty)
@@ -174,8 +203,7 @@ def fit(
                 seconds.append(ended - started)
                 started = ended
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    accuracy = math.nan if val is None else evaluate(model, val)
-    return History(tuple(losses), tuple(seconds), accuracy)
+    return History(tuple(losses), tuple(seconds), math.nan if val is None else evaluate(model, val))
 
 
 @torch.no_grad()
@@ -198,11 +226,12 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
 
 
 def _batches(split: Split, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full batches: every image once, in random order, before any comes again."""
+    """Batches: every image once, in random order, before any comes again."""
     generator = torch.Generator().manual_seed(settings.seed)
     queue = torch.empty(0, dtype=torch.int64)
+    least = settings.batch_size if settings.epoch_steps is None else 1
     for _ in range(settings.steps):
-        while len(queue) < settings.batch_size:
+        while len(queue) < least:
             queue = torch.cat([queue, torch.randperm(len(split), generator=generator)])
         index, queue = queue[: settings.batch_size], queue[settings.batch_size :]
         yield split.images[index], split.labels[index]

@@ -91,6 +91,47 @@ def test_rate_rises_then_falls():
     assert all(0 < r <= 2 for r in map(Settings(steps=1, learning_rate=2, warmup=0).rate, [0]))
 
 
+def test_epochs_are_kept_apart():
+    sizes, seen = [], []
+
+    class Watch(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                sizes.append(len(x))
+                seen.extend(x[:, 0].int().tolist())
+            return super().forward(x)
+
+    numbers = Split(torch.arange(10.0)[:, None], torch.zeros(10, dtype=torch.int64))
+    settings = Settings(steps=9, batch_size=4, epoch_steps=3, learning_rate=1e-3)
+    history = fit(Watch(1, 2), numbers, None, settings)
+    assert sizes == [4, 4, 2] * 3
+    assert all(sorted(seen[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert math.isnan(history.val_accuracy)
+    with pytest.raises(ValueError, match="10 images in batches of 4 are 3 steps an epoch.* 2"):
+        fit(Watch(1, 2), numbers, None, dataclasses.replace(settings, epoch_steps=2))
+
+
+def test_the_rate_of_an_epoch_is_that_of_a_step_among_as_many():
+    by_step = Settings(steps=20, learning_rate=2.0, warmup=0.1)
+    by_epoch = dataclasses.replace(by_step, steps=60, epoch_steps=3)
+    assert [by_epoch.rate(step) for step in range(60)] == [
+        by_step.rate(epoch) for epoch in range(20) for _ in range(3)
+    ]
+
+
+def test_weight_decay_is_coupled_except_in_adamw():
+    """Without a gradient of its own, a decayed weight moves by the rate under Adam (a step's
+    size is that of the normalised gradient), in proportion to itself under the others."""
+    weight = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    decayed = {"adamw": weight * 5e-4, "sgd": weight * 5e-4, "adam": weight.sign() * 1e-3}
+    for name, step in decayed.items():
+        model = nn.Linear(2, 2)
+        model.weight.data.copy_(weight)
+        settings = Settings(1, learning_rate=1e-3, weight_decay=0.5, optimizer=name)
+        Step(model, settings)(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+        torch.testing.assert_close(weight - model.weight.detach(), step, rtol=1e-3, atol=0)
+
+
 def test_frozen_parameters_stay():
     model, split = network(), blobs(30)
     model[1].requires_grad_(False)
@@ -160,6 +201,8 @@ def test_clear_errors():
         ("learning_rate", math.nan),
         ("warmup", 1.5),
         ("weight_decay", -0.1),
+        ("optimizer", "lamb"),
+        ("epoch_steps", 0),
         ("label_smoothing", 1.0),
         ("clip_norm", 0.0),
     ],
