@@ -18,8 +18,12 @@ backends.load()
 from . import functional, memory, nn, storage  # noqa: E402
 from .backends import BackendUnavailable  # noqa: E402
 from .methods import (  # noqa: E402
+    AdaptFormerConfig,
     BackRazorConfig,
+    Head2ToeConfig,
+    LinearProbeConfig,
     LowBitConfig,
+    VPTConfig,
     VQTConfig,
     apply,
     load,
@@ -31,9 +35,13 @@ from .methods import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptFormerConfig",
     "BackRazorConfig",
     "BackendUnavailable",
+    "Head2ToeConfig",
+    "LinearProbeConfig",
     "LowBitConfig",
+    "VPTConfig",
     "VQTConfig",
     "apply",
     "functional",

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.bytecode import calls_of
 
@@ -45,13 +46,7 @@ class Backbone:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         blocks = attention_blocks(model)
         width = _token_width(model.get_submodule(blocks[0]))
-        name, head = classifier(model)
-        if not isinstance(head, (nn.Linear, nn.Identity)):
-            raise ValueError(f"expected a linear classifier, but {name} is {type(head).__name__}")
-        if isinstance(head, nn.Linear):
-            features, classes = head.in_features, head.out_features
-        else:
-            features, classes = _num_features(model, width), None
+        name, features, classes = linear_classifier(model, width)
         return cls(blocks, width, name, features, classes, _patch(model))
 
 
@@ -91,11 +86,14 @@ def classifier(model: Any) -> tuple[str, Any]:
     """Name and module of what turns features into logits.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or several.
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if isinstance(head, (tuple, list, nn.ModuleList)):  # a distilled model has one for its teacher
-        head = head[0]
+    if isinstance(head, (tuple, list, nn.ModuleList)):
+        raise ValueError(
+            f"this {type(model).__name__} has {len(head)} classifiers, whose logits it adds up "
+            "(one for its teacher, in distillation): a method gives it one"
+        )
     if head is None:
         head = getattr(model, "classifier", None) or getattr(model, "head", None)
     name = next((name for name, module in model.named_modules() if module is head), None)
@@ -105,6 +103,34 @@ def classifier(model: Any) -> tuple[str, Any]:
             ".head"
         )
     return name, head
+
+
+def linear_classifier(model: Any, width: int | None = None) -> tuple[str, int, int | None]:
+    """Name of the classifier, what it reads of a sample (``width`` if nothing else tells) and what
+    it returns, None where there is none yet (an ``Identity``).
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is no classifier or another one, or what it reads is not to be told.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    name, head = classifier(model)
+    if isinstance(head, nn.Linear):
+        return name, head.in_features, head.out_features
+    if not isinstance(head, nn.Identity):
+        raise ValueError(f"expected a linear classifier, but {name} is {type(head).__name__}")
+    config = getattr(model, "config", None)
+    for holder, size in (
+        (model, "head_hidden_size"),
+        (model, "num_features"),
+        (config, "hidden_size"),
+    ):
+        if isinstance(value := getattr(holder, size, None), int):
+            return name, value, None
+    if width is None:
+        raise ValueError(f"cannot tell how many features {name} of {type(model).__name__} reads")
+    return name, width, None
 
 
 def linear_of(head: Any) -> Any:
@@ -120,15 +146,14 @@ def _token_width(block: nn.Module) -> int:
     raise ValueError(f"cannot tell the width of a token: no norm in a {type(block).__name__}")
 
 
-def _num_features(model: Any, width: int) -> int:
-    for name in ("head_hidden_size", "num_features"):
-        if isinstance(value := getattr(model, name, None), int):
-            return value
-    return width
-
-
 def _patch(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return math.prod(module.weight.shape[1:])
     raise ValueError(f"cannot tell the size of a patch of this {type(model).__name__}")
+
+
+def uniform_like_patches(backbone: Backbone, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """New tokens for a transformer: Xavier's uniform initialisation of its patch embedding."""
+    bound = math.sqrt(6 / (backbone.patch + backbone.width))
+    return nn.init.uniform_(torch.empty(shape, dtype=dtype), -bound, bound)

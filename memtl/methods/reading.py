@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..nn.swap import swap
+from .frozen import evaluate_all_but
 
 
 class Reader:
@@ -67,23 +67,6 @@ class ReadBlock:
         return self.memtl_reader.block(self.memtl_index, run, args, kwargs)
 
 
-class FrozenBackbone:
-    """In front of the class of a model: :meth:`train` reaches the classifier alone."""
-
-    memtl_head: str
-
-    if TYPE_CHECKING:
-        training: bool
-
-        def get_submodule(self, target: str) -> nn.Module: ...
-
-    def train(self, mode: bool = True) -> Any:
-        super().train(False)  # type: ignore[misc]
-        self.training = mode
-        self.get_submodule(self.memtl_head).train(mode)
-        return self
-
-
 def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader) -> None:
     """Let ``reader`` read the named blocks whenever ``model`` is called.
 
@@ -97,11 +80,14 @@ def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader)
         swap(module, ReadBlock, memtl_reader=reader, memtl_index=index)
     model.register_forward_pre_hook(reader.arm)
     if not reader.trains_backbone:
-        training = model.training
-        swap(model, FrozenBackbone, memtl_head=head)
-        model.train(training)
+        evaluate_all_but(model, head)
 
 
 def tokens(output: Any) -> Tensor:
     """The tokens in what a block returns: some return a tuple."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_tokens(output: Any, x: Tensor) -> Any:
+    """What a block returned, with the tokens ``x`` in the place of its own."""
+    return x if isinstance(output, Tensor) else (x, *output[1:])

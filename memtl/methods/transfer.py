@@ -1,4 +1,4 @@
-"""What methods share that train a small part of a model: freezing, counting, what they own."""
+"""What methods share that train a small part of a model: classifiers, counts, what they own."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ class TransferConfig(Config):
             raise ValueError("num_classes must be given: this model has no classifier of its own")
         return classes
 
+    def classify(self, model: nn.Module, name: str, features: int, classes: int) -> None:
+        """Let the classifier of that name train: a new one, unless ``num_classes`` is None."""
+        own = model.get_submodule(name)
+        if self.num_classes is None and isinstance(own, nn.Linear):
+            own.requires_grad_(True)
+            return
+        head = nn.Linear(features, classes, dtype=next(model.parameters()).dtype)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        replace_classifier(model, name, head, classes)
+
 
 def check_count(name: str, value: int) -> None:
     """Raise unless ``value`` is an int of at least 1."""
@@ -39,6 +50,12 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_probability(name: str, value: float) -> None:
@@ -86,11 +103,6 @@ class Trained:
         return "\n".join(lines)
 
 
-def freeze(model: nn.Module) -> None:
-    """No parameter of ``model`` trains any more."""
-    model.requires_grad_(False)
-
-
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of that name, on the device and in the training mode of the
     model."""
@@ -100,16 +112,12 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def new_classifier(model: nn.Module, name: str, features: int, classes: int) -> nn.Linear:
-    """A fresh linear classifier in the place of that name, in the dtype of the model."""
-    head = nn.Linear(features, classes, dtype=next(model.parameters()).dtype)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
+def replace_classifier(model: nn.Module, name: str, head: nn.Module, classes: int) -> None:
+    """Put ``head`` in the place of the classifier of that name."""
     replace(model, name, head)
     for count in ("num_classes", "num_labels"):  # what timm and transformers believe it is
         if hasattr(model, count):
             setattr(model, count, classes)
-    return head
 
 
 def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

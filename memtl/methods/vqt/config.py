@@ -9,8 +9,16 @@ from torch import nn
 
 from ...functional.query_attention import KEEPS
 from ..backbone import Backbone
+from ..frozen import freeze
 from ..reading import attach
-from ..transfer import Trained, TransferConfig, check_count, check_probability, freeze, replace
+from ..transfer import (
+    Trained,
+    TransferConfig,
+    check_count,
+    check_flag,
+    check_probability,
+    replace_classifier,
+)
 from .head import COMBINES, VQTHead
 from .reader import JACOBIAN_DTYPES, Keep
 
@@ -59,14 +67,14 @@ class VQTConfig(TransferConfig):
         super().__post_init__()
         check_count("num_queries", self.num_queries)
         check_probability("dropout", self.dropout)
+        check_flag("normalize", self.normalize)
+        check_flag("train_backbone", self.train_backbone)
         if self.selected is not None:
             check_count("selected", self.selected)
         for name, values in (
             ("combine", COMBINES),
             ("keep", KEEPS),
             ("jacobian_dtype", tuple(JACOBIAN_DTYPES)),
-            ("normalize", (True, False)),
-            ("train_backbone", (True, False)),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
@@ -78,11 +86,12 @@ class VQTConfig(TransferConfig):
             TypeError, ValueError: as :meth:`Backbone.of`; or something reads the model already.
         """
         backbone = Backbone.of(model)
-        head = VQTHead(self, backbone, self.classes(backbone.classes), next(model.parameters()))
+        classes = self.classes(backbone.classes)
+        head = VQTHead(self, backbone, classes, next(model.parameters()))
         if self.train_backbone:
             model.get_submodule(backbone.head).requires_grad_(False)  # it goes
         else:
             freeze(model)
-        replace(model, backbone.head, head)
+        replace_classifier(model, backbone.head, head, classes)
         attach(model, backbone.blocks, backbone.head, head.reader)
         return Trained.of(model)

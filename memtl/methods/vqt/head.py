@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import Backbone
+from ..backbone import Backbone, uniform_like_patches
 from ..head import ChunkedHead
 from .reader import JACOBIAN_DTYPES, QueryReader
 
@@ -35,9 +34,8 @@ class VQTHead(nn.Module):
         depth, width, t = len(backbone.blocks), backbone.width, config.num_queries
         self.combine = config.combine
         self.dropout = config.dropout
-        bound = math.sqrt(6 / (backbone.patch + width))  # Xavier's, of the patch embedding
-        queries = torch.empty(depth, t, width, dtype=like.dtype)
-        self.queries = nn.Parameter(nn.init.uniform_(queries, -bound, bound))
+        queries = uniform_like_patches(backbone, (depth, t, width), like.dtype)
+        self.queries = nn.Parameter(queries)
         weighted = config.combine == "weighted"
         self.weights = nn.Parameter(torch.ones(depth, t, dtype=like.dtype)) if weighted else None
         size = width * t if config.combine == "concat" else width
