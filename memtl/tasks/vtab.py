@@ -220,6 +220,21 @@ def load_vtab(
     )
 
 
+def datasets(root: str | PathLike[str]) -> list[str]:
+    """Names of the folders in ``root`` that have a list: the nineteen in order, then others.
+
+    Raises:
+        FileNotFoundError: If ``root`` is not there.
+        ValueError: If no folder in it has one.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    found = {path.parent.name for name in LISTS for path in Path(root).glob(f"*/{name}.txt")}
+    if not found:
+        raise ValueError(f"no folder in {root} has a list of images ({LISTS[0]}.txt, ...)")
+    return [name for name in DATASETS if name in found] + sorted(found - DATASETS.keys())
+
+
 def _read(path: Path, classes: int | None, digest: hashlib._Hash) -> list[tuple[str, int]]:
     """The paths and labels of a list, which ``digest`` is shown."""
     if not path.is_file():
