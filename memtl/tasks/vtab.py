@@ -98,7 +98,7 @@ class ImageFiles:
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
-            raise ImportError("image files need Pillow: pip install pillow") from error
+            raise ImportError("image files need Pillow: pip install memtl[demo]") from error
         self.paths = tuple(paths)
         self.size = size
         self._mean, self._std = (

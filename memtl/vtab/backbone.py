@@ -43,6 +43,8 @@ class Backbone:
     def __post_init__(self) -> None:
         if self.checkpoint and not self.checkpoint.is_file():
             raise FileNotFoundError(f"there is no checkpoint {self.checkpoint}")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained weights or those of a checkpoint, not both")
         if self.shipped:

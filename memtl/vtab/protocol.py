@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+import memtl
+
 from ..tasks import Split, VtabTask
 from ..training import Settings, evaluate, fit, seeded
 from .method import Method
@@ -111,7 +113,7 @@ class Protocol:
         def accuracy(phase: str, candidate: Candidate, seed: int) -> float | None:
             key = Key(
                 task.name, task.data, model, weights, method.name, phase, *candidate, seed,
-                self.epochs, self.batch_size,
+                self.epochs, self.batch_size, memtl.__version__,
             )  # fmt: skip
             found = runs.find(key)
             if found is None:

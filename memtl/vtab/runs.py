@@ -8,15 +8,13 @@ import json
 import os
 from pathlib import Path
 
-import memtl
-
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     """Everything that determines a run: one of another key is another run.
 
     ``data`` tells images and lists, ``weights`` the pre-trained weights; ``learning_rate`` is that
-    of the grid, for a batch of 256.
+    of the grid, for a batch of 256; ``memtl`` is the version.
     """
 
     dataset: str
@@ -30,7 +28,7 @@ class Key:
     seed: int
     epochs: int
     batch_size: int
-    memtl: str = memtl.__version__
+    memtl: str
 
 
 @dataclasses.dataclass(frozen=True)

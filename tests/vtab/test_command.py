@@ -141,6 +141,7 @@ def test_grids_of_different_sizes_are_not_compared(monkeypatch, tmp_path, capsys
         (["--model", "nope"], "timm has no model 'nope'"),
         (["--model", "test_vit", "--checkpoint", "/no/such.pt"], "there is no checkpoint /no/such"),
         (["--methods", "magic"], "--methods magic: unknown, known are linear probe, full"),
+        (["--size", "0", "--model", "test_vit"], "size must be at least 1 pixel, got 0"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--seeds", "1", "1"], "seeds must be one or more, each once"),

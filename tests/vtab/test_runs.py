@@ -10,7 +10,7 @@ from memtl.vtab import Key, Protocol, Run, Runs
 from tests.helpers import ROOT
 from tests.vtab import small
 
-KEY = Key("dtd", "blobs", "linear", "none", "linear", "search", 0.1, 0.0, 5, 3, 8)
+KEY = Key("dtd", "blobs", "linear", "none", "linear", "search", 0.1, 0.0, 5, 3, 8, "0.1")
 
 # A protocol that dies at a place of the n-th training: in the middle of it, or once it is written.
 SCRIPT = """
