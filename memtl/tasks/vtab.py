@@ -121,7 +121,7 @@ class ImageFiles:
             return torch.empty(0, 3, self.size, self.size)
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
             pixels = torch.stack(list(pool.map(self._pixels, chosen)))
-        return (pixels.float() / 255 - self._mean) / self._std
+        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
     def split(self, batch_size: int, /) -> Iterator[Tensor]:
         """All of them in order, ``batch_size`` at a time, the last batch with what is left."""
@@ -141,7 +141,7 @@ class ImageFiles:
                 )
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
         if self._cache is not None and (len(self._cache) + 1) * pixels.numel() <= CACHE_BYTES:
             self._cache[path] = pixels
         return pixels

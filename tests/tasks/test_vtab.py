@@ -130,7 +130,9 @@ def test_what_a_folder_has(root, tmp_path):
     (root / "notes").mkdir()
     (root / "cifar" / "test.txt").unlink()  # load_vtab will say so; it is not passed over
     assert vtab.datasets(root) == ["cifar", "eurosat", "apple", "zebra"]
-    with pytest.raises(ValueError, match=r"no folder in .*notes has a list .train800.txt"):
+    with pytest.raises(
+        ValueError, match=r"no folder in .*notes has a list of images .train800.txt"
+    ):
         vtab.datasets(root / "notes")
     with pytest.raises(FileNotFoundError, match="there is no folder .*gone"):
         vtab.datasets(tmp_path / "gone")
