@@ -131,18 +131,14 @@ struct Factor {
   int64_t row, term;
 };
 
-// c[r, :] += sum_i a(r, i) b[i, :], of kRows rows and kVectors vectors, which stay in registers.
+// c[r, :] = sum_i a(r, i) b[i, :], or with `add` += that, of kRows rows and kVectors vectors; the
+// sums stay in registers.
 template <class Real, int kRows, int kVectors, bool kSideBySide>
 MEMTL_INLINE void tile(Factor<Real> a, const Real* b, int64_t b_stride, int64_t terms, Real* c,
-                       int64_t c_stride) {
+                       int64_t c_stride, bool add) {
   constexpr int kWide = kLanes<Real>;
   const int64_t row = kSideBySide ? 1 : a.row;
-  Vector<Real> sums[kRows][kVectors];
-  MEMTL_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    MEMTL_UNROLL
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load_vector(c + r * c_stride + v * kWide);
-  }
+  Vector<Real> sums[kRows][kVectors] = {};
   for (int64_t i = 0; i < terms; ++i, a.data += a.term, b += b_stride) {
     Vector<Real> right[kVectors];
     MEMTL_UNROLL
@@ -157,35 +153,32 @@ MEMTL_INLINE void tile(Factor<Real> a, const Real* b, int64_t b_stride, int64_t 
   MEMTL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MEMTL_UNROLL
-    for (int v = 0; v < kVectors; ++v) store_vector(c + r * c_stride + v * kWide, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      Real* to = c + r * c_stride + v * kWide;
+      store_vector(to, add ? load_vector(to) + sums[r][v] : sums[r][v]);
+    }
   }
 }
 
-template <class Real, int kVectors, bool kSideBySide>
-MEMTL_INLINE void tile_rows(Factor<Real> a, const Real* b, int64_t b_stride, int64_t terms, Real* c,
-                            int64_t c_stride, int64_t rows) {
-  const auto run = [&]<int kRows>() {
-    for (; rows >= kRows; rows -= kRows) {
-      tile<Real, kRows, kVectors, kSideBySide>(a, b, b_stride, terms, c, c_stride);
-      a.data += kRows * a.row;
-      c += kRows * c_stride;
-    }
-  };
-  run.template operator()<kTileRows>();
-  run.template operator()<4>();
-  run.template operator()<2>();
-  run.template operator()<1>();
-}
-
-// c[r, :] += sum_i a(r, i) b[i, :] for `rows` r; b and c have `columns`, whole vectors.
-// kSideBySide: a.row is 1.
+// The product of matrices, as in a tile; b and c have `columns`, whole vectors. kSideBySide: a.row
+// is 1.
 template <class Real, bool kSideBySide>
 void multiply(Factor<Real> a, const Real* b, int64_t b_stride, int64_t terms, Real* c,
-              int64_t c_stride, int64_t rows, int64_t columns) {
+              int64_t c_stride, int64_t rows, int64_t columns, bool add) {
   const auto run = [&]<int kVectors>() {
     constexpr int64_t kWide = kVectors * kLanes<Real>;
     for (; columns >= kWide; columns -= kWide, b += kWide, c += kWide) {
-      tile_rows<Real, kVectors, kSideBySide>(a, b, b_stride, terms, c, c_stride, rows);
+      int64_t r = 0;
+      const auto run_rows = [&]<int kRows>() {
+        for (; r + kRows <= rows; r += kRows) {
+          tile<Real, kRows, kVectors, kSideBySide>({a.data + r * a.row, a.row, a.term}, b, b_stride,
+                                                   terms, c + r * c_stride, c_stride, add);
+        }
+      };
+      run_rows.template operator()<kTileRows>();
+      run_rows.template operator()<4>();
+      run_rows.template operator()<2>();
+      run_rows.template operator()<1>();
     }
   };
   if constexpr (kTileVectors > 2) run.template operator()<kTileVectors>();
@@ -330,7 +323,7 @@ MEMTL_INLINE Parts<Real> put_together(Softmax<Real>& so_far, Softmax<Real> block
 
 constexpr int64_t kBlockBytes = 1 << 18;  // of keys and values
 constexpr int64_t kLeastKeys = 64;        // of a block
-constexpr int64_t kPanel = 96;            // keys whose products with one query are formed at once
+constexpr int64_t kPanel = 128;           // keys of a product that fits L1
 
 // Where the parts of a call lie in its room.
 template <DType kType>
@@ -346,7 +339,9 @@ struct Layout {
   Real* mask;                  // [padded]
   Real *weights, *slopes;      // [T, padded]
   Real *keys_mean, *values_mean, *block_keys, *block_values;  // [T, a row]
-  Real *left, *right;                                         // [kPanel, a row]
+  Real* left;                                                 // [kPanel, width]
+  Real* right;                                                // [block, value_width]
+  Real* center;                                               // [value_width]
   Real* covariance;                                           // [1 or T, d, value_width]
   Real* gradient;                                             // [T, width]
 
@@ -373,7 +368,8 @@ struct Layout {
     block_keys = take(t * width);
     block_values = take(t * value_width);
     left = take(jacobian ? kPanel * width : 0);
-    right = take(jacobian ? kPanel * value_width : 0);
+    right = take(jacobian ? block * value_width : 0);
+    center = take(jacobian ? value_width : 0);
     covariance = take(jacobian ? (blocks ? t : 1) * a.width * value_width : 0);
     gradient = take(grad ? t * width : 0);
   }
@@ -456,17 +452,53 @@ MEMTL_INLINE void fill_zeros(Real* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
+// to[i, :] = weights[i] * (rows[i, :] - center), or without weights their difference; n is whole
+// vectors.
+template <bool kWeighted, class Real>
+void subtract(Rows<Real> rows, int64_t count, const Real* center, const Real* weights, Real scale,
+              int64_t n, Real* to) {
+  constexpr int64_t kWide = kLanes<Real>;
+  const auto run = [&]<int kVectors>(int64_t j) {
+    for (; j + kVectors * kWide <= n; j += kVectors * kWide) {
+      Vector<Real> middle[kVectors];
+      MEMTL_UNROLL
+      for (int v = 0; v < kVectors; ++v) middle[v] = load_vector(center + j + v * kWide);
+      for (int64_t i = 0; i < count; ++i) {
+        const Real* from = rows.data + i * rows.stride + j;
+        const Vector<Real> weight = spread(kWeighted ? scale * weights[i] : scale);
+        MEMTL_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector<Real> apart = load_vector(from + v * kWide) - middle[v];
+          store_vector(to + i * n + j + v * kWide, kWeighted ? weight * apart : apart);
+        }
+      }
+    }
+    return j;
+  };
+  run.template operator()<1>(run.template operator()<4>(0));
+}
+
+// The values of a block less their mean: the covariance does not change, and nothing cancels.
+template <DType kType, class Real>
+void center_values(const Layout<kType>& room, const Block<Real>& block) {
+  const int64_t n = room.value_width;
+  const Real share = 1 / static_cast<Real>(block.count);
+  fill_zeros(room.center, n);
+  for (int64_t i = 0; i < block.count; ++i) {
+    const Real* row = block.values.data + i * block.values.stride;
+    for (int64_t j = 0; j < n; ++j) room.center[j] += share * row[j];
+  }
+  subtract<false>(block.values, block.count, room.center, room.center, Real{1}, n, room.right);
+}
+
 // One query's covariance of keys and values, times `scale`, with that of a block.
 template <class Real, DType kType>
 void add_covariance(const Layout<kType>& room, int64_t width, const Block<Real>& block, int64_t t,
                     Parts<Real> parts, Real scale, Real* covariance) {
-  constexpr int64_t kWide = kLanes<Real>;
   const int64_t rows = room.width, columns = room.value_width;
   const Real* own_key = room.block_keys + t * rows;
   const Real* own_value = room.block_values + t * columns;
-  if (block.first) {
-    fill_zeros(covariance, width * columns);
-  } else {
+  if (!block.first) {
     const Real* key = room.keys_mean + t * rows;
     const Real* value = room.values_mean + t * columns;
     for (int64_t i = 0; i < width; ++i) {
@@ -477,24 +509,13 @@ void add_covariance(const Layout<kType>& room, int64_t width, const Block<Real>&
       }
     }
   }
-  for (int64_t n = 0; n < block.count; n += kPanel) {
-    const int64_t terms = block.count - n < kPanel ? block.count - n : kPanel;
-    const Real* weights = room.weights + t * room.padded + n;
-    for (int64_t i = 0; i < terms; ++i) {
-      const Real* key = block.keys.data + (n + i) * block.keys.stride;
-      const Real* value = block.values.data + (n + i) * block.values.stride;
-      const Vector<Real> weight = spread(scale * parts.block * weights[i]);
-      for (int64_t j = 0; j < rows; j += kWide) {
-        store_vector(room.left + i * rows + j,
-                     weight * (load_vector(key + j) - load_vector(own_key + j)));
-      }
-      for (int64_t j = 0; j < columns; j += kWide) {
-        store_vector(room.right + i * columns + j,
-                     load_vector(value + j) - load_vector(own_value + j));
-      }
-    }
-    multiply<Real, true>({room.left, 1, rows}, room.right, columns, terms, covariance, columns,
-                         width, columns);
+  const int64_t each = ceil_div(block.count, ceil_div(block.count, kPanel));
+  for (int64_t n = 0; n < block.count; n += each) {
+    const int64_t terms = block.count - n < each ? block.count - n : each;
+    subtract<true>({block.keys.data + n * block.keys.stride, block.keys.stride}, terms, own_key,
+                   room.weights + t * room.padded + n, scale * parts.block, rows, room.left);
+    multiply<Real, true>({room.left, 1, rows}, room.right + n * columns, columns, terms, covariance,
+                         columns, width, columns, n > 0 || !block.first);
   }
 }
 
@@ -530,9 +551,8 @@ MEMTL_INLINE void for_blocks(const QueryAttention& a, const Layout<kType>& room,
 template <DType kType, class Real>
 void means(const Layout<kType>& room, Rows<Real> rows, int64_t count, int64_t queries, int64_t n,
            Real* to) {
-  fill_zeros(to, queries * n);
   multiply<Real, false>({room.weights, room.padded, 1}, rows.data, rows.stride, count, to, n,
-                        queries, n);
+                        queries, n, false);
 }
 
 // sum_n weights[n] * x[n] of whole vectors.
@@ -568,8 +588,16 @@ void forward_typed(const QueryAttention& a, int64_t head, int64_t first, int64_t
   const int64_t queries = last - first, row = head * a.queries + first;
   const int64_t size = a.width * room.value_width;
   const auto scale = static_cast<Real>(a.scale);
-  const auto write_jacobian = [&](const Real* covariance, int64_t t) {
-    write_rows(jacobian_dtype, covariance, a.width, a.value_width, room.value_width, jacobian,
+  // Where the room for a covariance is that of the Jacobian itself, it is made there.
+  const bool made_there = a.value_width == room.value_width &&
+                          jacobian_dtype == (kType == DType::f64 ? DType::f64 : DType::f32);
+  const auto covariance = [&](int64_t t) {
+    if (made_there) return static_cast<Real*>(jacobian) + (row + t) * size;
+    return room.covariance + (room.blocks ? t * size : 0);
+  };
+  const auto write_jacobian = [&](int64_t t) {
+    if (made_there) return;
+    write_rows(jacobian_dtype, covariance(t), a.width, a.value_width, room.value_width, jacobian,
                (row + t) * a.width * a.value_width);
   };
   copy_rows<kType>(a.q, a.heads, head, first, queries, a.width, room.width, room.queries);
@@ -581,10 +609,10 @@ void forward_typed(const QueryAttention& a, int64_t head, int64_t first, int64_t
     means(room, block.values, block.count, queries, room.value_width, room.block_values);
     if (jacobian != nullptr) {
       means(room, block.keys, block.count, queries, room.width, room.block_keys);
+      center_values(room, block);
       for (int64_t t = 0; t < queries; ++t) {
-        Real* covariance = room.covariance + (room.blocks ? t * size : 0);
-        add_covariance(room, a.width, block, t, parts[t], scale, covariance);
-        if (!room.blocks) write_jacobian(covariance, t);
+        add_covariance(room, a.width, block, t, parts[t], scale, covariance(t));
+        if (!room.blocks) write_jacobian(t);
         add_mean(parts[t], room.block_keys + t * room.width, room.width,
                  room.keys_mean + t * room.width);
       }
@@ -597,9 +625,9 @@ void forward_typed(const QueryAttention& a, int64_t head, int64_t first, int64_t
   write_rows(kType, room.values_mean, queries, a.value_width, room.value_width, out,
              row * a.value_width);
   if (jacobian == nullptr || (a.keys > 0 && !room.blocks)) return;
-  if (a.keys == 0) fill_zeros(room.covariance, size);
   for (int64_t t = 0; t < queries; ++t) {
-    write_jacobian(room.covariance + (room.blocks ? t * size : 0), t);
+    if (a.keys == 0) fill_zeros(covariance(t), size);
+    write_jacobian(t);
   }
 }
 
@@ -643,7 +671,7 @@ void grad_typed(const QueryAttention& a, const QueryRows& grad_out, int64_t head
       }
     }
     multiply<Real, false>({room.weights, room.padded, 1}, block.keys.data, block.keys.stride,
-                          block.count, room.gradient, width, queries, width);
+                          block.count, room.gradient, width, queries, width, true);
   });
   for (int64_t i = 0; i < queries * width; ++i) room.gradient[i] *= static_cast<Real>(a.scale);
   write_rows(kType, room.gradient, queries, a.width, width, grad_q,
