@@ -323,7 +323,7 @@ MEMTL_INLINE Parts<Real> put_together(Softmax<Real>& so_far, Softmax<Real> block
 
 constexpr int64_t kBlockBytes = 1 << 18;  // of keys and values
 constexpr int64_t kLeastKeys = 64;        // of a block
-constexpr int64_t kPanel = 128;           // keys of a product that fits L1
+constexpr int64_t kPanel = 104;           // keys of a product that fits L1
 
 // Where the parts of a call lie in its room.
 template <DType kType>
@@ -483,11 +483,8 @@ template <DType kType, class Real>
 void center_values(const Layout<kType>& room, const Block<Real>& block) {
   const int64_t n = room.value_width;
   const Real share = 1 / static_cast<Real>(block.count);
-  fill_zeros(room.center, n);
-  for (int64_t i = 0; i < block.count; ++i) {
-    const Real* row = block.values.data + i * block.values.stride;
-    for (int64_t j = 0; j < n; ++j) room.center[j] += share * row[j];
-  }
+  multiply<Real, false>({&share, 0, 0}, block.values.data, block.values.stride, block.count,
+                        room.center, n, 1, n, false);
   subtract<false>(block.values, block.count, room.center, room.center, Real{1}, n, room.right);
 }
 
@@ -653,7 +650,13 @@ void grad_typed(const QueryAttention& a, const QueryRows& grad_out, int64_t head
     for (int64_t t = 0; t < queries; ++t) {
       Real *weights = room.weights + t * room.padded, *slopes = room.slopes + t * room.padded;
       fill_zeros(slopes + block.count, block.padded - block.count);
-      const Real own = weighted_sum(weights, slopes, block.padded);
+      // Twice: what the first mean is off by would come times the mean of the keys.
+      Real own = 0;
+      for (int round = 0; round < 2; ++round) {
+        const Real mean = weighted_sum(weights, slopes, block.padded);
+        for (int64_t n = 0; n < block.count; ++n) slopes[n] -= mean;
+        own += mean;
+      }
       if (!block.first) {
         const Real apart = parts[t].before * parts[t].block * (slopes_mean[t] - own);
         Real* gradient = room.gradient + t * width;
@@ -662,9 +665,7 @@ void grad_typed(const QueryAttention& a, const QueryRows& grad_out, int64_t head
           gradient[i] = parts[t].before * gradient[i] + apart * key;
         }
       }
-      for (int64_t n = 0; n < block.count; ++n) {
-        weights[n] *= parts[t].block * (slopes[n] - own);
-      }
+      for (int64_t n = 0; n < block.count; ++n) weights[n] *= parts[t].block * slopes[n];
       slopes_mean[t] = parts[t].before * slopes_mean[t] + parts[t].block * own;
       if (room.blocks) {
         add_mean(parts[t], room.block_keys + t * width, width, room.keys_mean + t * width);
