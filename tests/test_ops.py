@@ -215,7 +215,9 @@ def attention_grad():
 def query_attention():
     """The arguments of both operators but grad_out: shapes, dtypes, views of a qkv projection."""
     shapes = ((2, 3, 1, 197, 64, 64), (1, 2, 3, 7, 5, 9), (3, 1, 2, 1, 4, 4), (2, 2, 2, 0, 4, 3))
-    for i, (batch, heads, t, n, d, e) in enumerate((*shapes, (2, 1, 0, 5, 4, 4), (0, 2, 1, 5, 4, 4))):
+    for i, (batch, heads, t, n, d, e) in enumerate(
+        (*shapes, (2, 1, 0, 5, 4, 4), (0, 2, 1, 5, 4, 4))
+    ):
         for j, dtype in enumerate(FLOATING):
             q, k, v = (torch.randn(batch, heads, *s).to(dtype) for s in ((t, d), (n, d), (n, e)))
             mask = torch.randn(1, heads, n).to(FLOATING[i % 4])

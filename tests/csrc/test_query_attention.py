@@ -212,7 +212,9 @@ def test_no_less_accurate_than_autograd(isa, mean, n):
     """Through the plain formula in float32, relative to the largest entry."""
     q, k, v, g = operands(2, 3, 2, n, 64, 64, torch.float32)
     k, v = k + mean, v - mean
-    wanted_j = reference.query_attention(q.double(), k.double(), v.double(), None, 0.1, torch.double)[1]
+    wanted_j = reference.query_attention(
+        q.double(), k.double(), v.double(), None, 0.1, torch.double
+    )[1]
     wanted = (wanted_j @ g.double()[..., None])[..., 0]
     leaf = q.clone().requires_grad_()
     F.softmax(leaf @ k.mT * 0.1, -1).matmul(v).backward(g)
@@ -228,9 +230,7 @@ def test_values_may_have_any_mean(isa):
     """J is a covariance: what is added to all values, here without rounding, leaves it as it is."""
     q, k, v, _ = operands(1, 2, 3, 300, 32, 48, torch.float32)
     v = (v * 256).round() / 256
-    j, shifted = (
-        ops.query_attention(q, k, x, None, 0.2, torch.float32)[1] for x in (v, v + 1024)
-    )
+    j, shifted = (ops.query_attention(q, k, x, None, 0.2, torch.float32)[1] for x in (v, v + 1024))
     assert_within(shifted, j, 1e-5 * j.abs().max())
 
 
