@@ -383,7 +383,7 @@ def _out_options(dtype: torch.dtype, d: int, e: int) -> dict[str, Any]:
         "WIDTH": _tiles(d, block) * block,
         "BLOCK_D": block,
         "BLOCK_E": _block(e, dtype.itemsize),
-        "BLOCK_N": 32,
+        "BLOCK_N": 32 if d <= block else 16,
         "QUERIES": QUERIES,
     }
 
@@ -440,7 +440,8 @@ def query_attention(
     with torch.cuda.device_of(q):
         if jacobian is None:
             options = _out_options(q.dtype, d, e)
-            grid = (batch * heads * triton.cdiv(t, QUERIES), _tiles(e, options["BLOCK_E"]))
+            programs = batch * heads * triton.cdiv(t, QUERIES)
+            grid: tuple[int, ...] = (programs, _tiles(e, options["BLOCK_E"]))
             _out_kernel[grid](q, k, v, mask, out, *arguments, **options)
         else:
             options = _jacobian_options(q.dtype, d, e)

@@ -166,7 +166,8 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
-    assert {*EXACT, *sums, *norms, *CURVES} == set(_ops.NAMES)
+    queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
+    assert {*EXACT, *sums, *norms, *CURVES, *queries} == set(_ops.NAMES)
 
 
 def compare(call, name):
