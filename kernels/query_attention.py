@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtl import _ops
-from memtl._ops import FLOATING
+from memtl._ops import FLOATING, _check_query_attention
 
 QUERIES = 16
 """Of a program that makes no J: the rows of a tensor core."""
@@ -411,6 +410,11 @@ def _grad_options(dtype: torch.dtype, d: int, e: int) -> dict[str, Any]:
     }
 
 
+def _for_float64(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask in float64 if that is q's: Triton does not compile bfloat16 to float64."""
+    return mask if mask is None or q.dtype != torch.float64 else mask.double()
+
+
 def _arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple:
     """scale, sizes and strides, as all kernels take them."""
     batch, heads, n, d = k.shape
@@ -424,7 +428,7 @@ def query_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, jacobian: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, e] and J [B, H, T, d, e] in the dtype ``jacobian``, [0] for None."""
-    _ops._check_query_attention("query_attention", q, k, v, mask)
+    _check_query_attention("query_attention", q, k, v, mask)
     torch._check_type(
         jacobian is None or jacobian in FLOATING,
         lambda: f"query_attention: jacobian must be floating point, got {jacobian}",
@@ -434,6 +438,7 @@ def query_attention(
     out = q.new_empty((batch, heads, t, e))
     shape = (0,) if jacobian is None else (batch, heads, t, d, e)
     j = q.new_empty(shape, dtype=jacobian)
+    mask = _for_float64(mask, q)
     arguments = _arguments(q, k, v, mask, scale)
     if not out.numel():
         return out, j
@@ -455,7 +460,7 @@ def query_attention_grad(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """dq [B, H, T, d] of every sample, in the dtype of q."""
-    _ops._check_query_attention("query_attention_grad", q, k, v, mask)
+    _check_query_attention("query_attention_grad", q, k, v, mask)
     batch, heads, _, d = k.shape
     t, e = q.shape[2], v.shape[3]
     torch._check(
@@ -466,6 +471,7 @@ def query_attention_grad(
         ),
     )
     grad = q.new_empty((batch, heads, t, d))
+    mask = _for_float64(mask, q)
     if grad.numel():
         with torch.cuda.device_of(q):
             options = _grad_options(q.dtype, d, e)

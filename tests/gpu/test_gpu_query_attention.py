@@ -57,7 +57,8 @@ def test_masks(ops, dtype):
     size = (2, 3, 3, 37, 64, 64)
     for mask in masks(size):
         compare(*operands(size, dtype), mask.to(dtype), -0.125, torch.float32, ops)
-        compare(*operands(size, dtype), mask.float(), 0.125, torch.float32, ops)
+        for other in (mask.float(), mask.bfloat16()):
+            compare(*operands(size, dtype), other, 0.125, torch.float32, ops)
 
 
 def test_strides(ops):
