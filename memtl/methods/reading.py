@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..nn.swap import swap
 from .frozen import evaluate_all_but
 
-
 CHECKPOINTED = (
     "a model that is read layer by layer cannot be checkpointed: call "
     "set_grad_checkpointing(False) or gradient_checkpointing_disable(); a frozen backbone keeps "
