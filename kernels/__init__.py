@@ -1,10 +1,16 @@
 """Triton kernels, installed as ``memtl.kernels``; importing this package needs Triton.
 
 ``OPS`` names the operators that Triton brings and their launchers. Every launcher has exactly the
-signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.reference`` computes, bit
-for bit.
+signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.reference`` computes: bit
+for bit, but for sums, whose order is its own.
 """
 
 from .bits import bits_apply, bits_pack
+from .query_attention import query_attention, query_attention_grad
 
-OPS = {"bits_pack": bits_pack, "bits_apply": bits_apply}
+OPS = {
+    "bits_pack": bits_pack,
+    "bits_apply": bits_apply,
+    "query_attention": query_attention,
+    "query_attention_grad": query_attention_grad,
+}

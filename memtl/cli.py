@@ -1,4 +1,4 @@
-"""The ``memtl`` command: doctor, profile, bench, demo."""
+"""The ``memtl`` command: doctor, profile, bench, demo, vtab."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .fidelity.command import main as fidelity
 
         return fidelity(arguments[2:])
+    if arguments[:1] == ["vtab"]:
+        from .vtab.command import main as vtab
+
+        return vtab(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="memtl", description="Memory-efficient transfer learning."
     )
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fidelity", help="how close gradients are to the exact ones, and at how many bytes"
     )
     commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
+    commands.add_parser("vtab", help="compare methods on VTAB-1k by its published protocol")
     options = parser.parse_args(arguments)
     try:
         if options.command == "profile":

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 
 from . import assets
 from .methods import BackRazorConfig, Config, LowBitConfig, apply
-from .report import Page, Point, Table, curves, environment, mean_std, ratio, tradeoff
+from .report import (
+    Page,
+    Point,
+    Table,
+    check_device,
+    curves,
+    environment,
+    mean_std,
+    origin,
+    ratio,
+    tradeoff,
+)
 from .tasks import Task, load_digits
 from .training import Settings, Way, costs, evaluate, fit
 
@@ -287,15 +298,9 @@ def page(results: Sequence[Result], network: Network, record: dict[str, Any]) ->
     result.heading("How this was measured")
     for text in (NOTES.format(rounds=record["rounds"]) + network.notes).strip().split("\n\n"):
         result.paragraph(text)
-    where = record["environment"]
     result.definitions(
-        {
-            "Command": record["command"],
-            "Device": f"{where['device']}, {where['threads']} of {where['cores']} threads",
-            "Operators by": ", ".join(sorted(set(where["backends"].values()))),
-            "Versions": ", ".join(f"{k} {v}" for k, v in where["versions"].items()),
-            "Platform": where["platform"],
-            "Commit": where["commit"] or "not run from a git checkout",
+        origin(record)
+        | {
             "Seeds": ", ".join(map(str, seeds)),
             "Learning rates": "; ".join(f"{r.name} {r.learning_rate:g}" for r in results),
         }
@@ -411,9 +416,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+        check_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

@@ -42,16 +42,36 @@ def build(
         size = config.image_size
         pixels = torch.randn(batch_size, config.num_channels, size, size, device=device)
         return model, {"pixel_values": pixels}
+    model = timm_model(name).to(device)
+    shape = model.default_cfg["input_size"]
+    return model, {"x": torch.randn(batch_size, *shape, device=device)}
+
+
+def timm_model(name: str, *, size: int | None = None, **options: Any) -> Any:
+    """A model of timm's, for images of that size if it is one that must be told, and with those
+    options of ``timm.create_model``.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: it does not know the name.
+    """
     try:
         import timm
     except ModuleNotFoundError:
         raise ImportError("timm is not installed: pip install memtl[models]") from None
+    if size is not None and timm.is_model(name) and _is_told_the_size(name):
+        options["img_size"] = size
     try:
-        model = timm.create_model(name).to(device)
+        return timm.create_model(name, **options)
     except RuntimeError as error:
         raise ValueError(f"timm has no model {name!r}: {error}") from None
-    shape = model.default_cfg["input_size"]
-    return model, {"x": torch.randn(batch_size, *shape, device=device)}
+
+
+def _is_told_the_size(name: str) -> bool:
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    return config is not None and config.fixed_input_size
 
 
 def _transformers_model(name: str) -> Any:

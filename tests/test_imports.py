@@ -14,7 +14,7 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo fidelity",
+    "demo fidelity vtab",
     "report training tasks assets methods models",
     "nn",
     "functional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -211,6 +212,28 @@ def attention_grad():
     yield *strided, None, 0.0, None, False, None, False, False
 
 
+def query_attention():
+    """The arguments of both operators but grad_out: shapes, dtypes, views of a qkv projection."""
+    shapes = ((2, 3, 1, 197, 64, 64), (1, 2, 3, 7, 5, 9), (3, 1, 2, 1, 4, 4), (2, 2, 2, 0, 4, 3))
+    for i, (batch, heads, t, n, d, e) in enumerate(
+        (*shapes, (2, 1, 0, 5, 4, 4), (0, 2, 1, 5, 4, 4))
+    ):
+        for j, dtype in enumerate(FLOATING):
+            q, k, v = (torch.randn(batch, heads, *s).to(dtype) for s in ((t, d), (n, d), (n, e)))
+            mask = torch.randn(1, heads, n).to(FLOATING[i % 4])
+            mask[:, :1, ::2] = -math.inf
+            yield q[:1] if i % 2 else q, k, v, mask if j % 2 else None, 0.3, FLOATING[(i + j) % 4]
+    _, k, v = torch.randn(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    yield torch.randn(1, 4, 2, 16), k, v, torch.zeros(2, 1, 9), 0.25, None
+    yield torch.randn(2, 4, 2, 16).transpose(2, 3).contiguous().mT, k, v, None, 1.0, None
+
+
+def query_attention_grad():
+    for q, k, v, mask, scale, _ in query_attention():
+        grad_out = torch.randn(*v.shape[:2], v.shape[3], q.shape[2]).to(q.dtype)
+        yield grad_out.mT, q, k, v, mask, scale
+
+
 SAMPLES = {
     fn.__name__: fn
     for fn in (
@@ -234,6 +257,8 @@ SAMPLES = {
         bits_pack_between,
         bits_apply,
         attention_grad,
+        query_attention,
+        query_attention_grad,
     )
 }
 EVERY_OP = pytest.mark.parametrize("name", _ops.NAMES)
@@ -325,6 +350,11 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 factor = sample[0].double().abs() if "grad" in name else b.double().abs() + 1
                 assert a.dtype == b.dtype
                 assert_within(a, b, 2e-6 * factor + 2 * unit(a.dtype) * b.double().abs() + 1e-7)
+            elif name.startswith("query_attention"):
+                # Sums of 200 terms at most, of a few units; see tests/csrc/test_query_attention.py.
+                fine = 1e-13 if sample[1].dtype == torch.float64 else 2e-4
+                assert a.dtype == b.dtype
+                assert_within(a, b, fine + 2 * unit(a.dtype) * b.double().abs())
             else:
                 assert_same(a, b)
 

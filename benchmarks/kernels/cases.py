@@ -488,6 +488,50 @@ def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Cas
     yield Case("attention_grad", "", words, elements, make)
 
 
+def query_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A few trained queries that read frozen keys and values, views of a projection: J beside the
+    output, after which backward is one product, and the gradient without it."""
+
+    def draw(queries: int) -> tuple[Tensor, ...]:
+        qkv = torch.randn(batch, TOKENS, 3, HEADS, 64, device=device, dtype=dtype)
+        k, v = qkv.permute(2, 0, 3, 1, 4)[1:]
+        size = (batch, HEADS, queries, 64)
+        q, grad_out = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
+        return grad_out, q.requires_grad_(), k, v
+
+    def jacobian(queries: int) -> Calls:
+        grad_out, q, k, v = draw(queries)
+
+        def stock() -> Tensor:
+            out = F.scaled_dot_product_attention(q, k, v)
+            return torch.autograd.grad(out, q, grad_out)[0]
+
+        arguments = (q.detach(), k, v, None, 1 / 8, torch.float32)
+        return {
+            "memtl": partial(OPS.query_attention, *arguments),
+            "scaled_dot_product_attention, and its backward": stock,
+        }
+
+    def grad(queries: int) -> Calls:
+        grad_out, q, k, v = draw(queries)
+        out = F.scaled_dot_product_attention(q, k, v)
+
+        def backward() -> Tensor:
+            return torch.autograd.grad(out, q, grad_out, retain_graph=True)[0]
+
+        return {
+            "memtl": partial(OPS.query_attention_grad, grad_out, q.detach(), k, v, None, 1 / 8),
+            "backward alone, from all that autograd keeps": backward,
+        }
+
+    elements = batch * HEADS * TOKENS * 64
+    for queries in (1, 10, 20):
+        shape = f"{batch}x{HEADS}x{queries}<-{TOKENS}x64"
+        what = f"{queries} queries"
+        yield Case("query_attention", f"{what} J", shape, elements, partial(jacobian, queries))
+        yield Case("query_attention_grad", what, shape, elements, partial(grad, queries))
+
+
 FAMILIES = {
     "topk": topk_cases,
     "conv": conv_cases,
@@ -495,6 +539,7 @@ FAMILIES = {
     "fused": fused_cases,
     "bits": bits_cases,
     "attention": attention_cases,
+    "query": query_cases,
 }
 
 

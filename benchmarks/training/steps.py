@@ -11,8 +11,9 @@ from torch import Tensor
 
 import memtl
 from benchmarks.kernels import harness
+from memtl.report import ratio
 
-from .workloads import STOCK, Mode, Workload
+from .workloads import Mode, Workload
 
 SEED = 0
 MIB = 2**20
@@ -30,7 +31,7 @@ class Step:
 def make_step(
     workload: Workload, mode: Mode, device: str, autocast: torch.dtype | None = None
 ) -> Step:
-    """Forward, loss, backward and AdamW on every parameter, of a fresh model.
+    """Forward, loss, backward and AdamW on every parameter that trains, of a fresh model.
 
     It leaves no gradients, so that what is allocated between steps are weights and the optimizer's
     state.
@@ -43,16 +44,21 @@ def make_step(
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def forward() -> Tensor:
-        with torch.autocast(device, autocast, enabled=autocast is not None):
+        gradients = torch.set_grad_enabled(not mode.forward_only)
+        with gradients, torch.autocast(device, autocast, enabled=autocast is not None):
             output = model(inputs)
             return F.cross_entropy(getattr(output, "logits", output), labels)
 
     def run() -> None:
+        if mode.forward_only:
+            forward()
+            return
         forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Step(run, forward, sum(p.nbytes for p in parameters))
+    trained = 0 if mode.forward_only else sum(p.nbytes for p in parameters)
+    return Step(run, forward, trained)
 
 
 def measure_memory(
@@ -91,25 +97,24 @@ def measure_times(
 
 
 def measure(
-    workloads: Sequence[Workload],
-    modes: Sequence[Mode],
+    pairs: Sequence[tuple[Workload, Sequence[Mode]]],
     device: str,
     timer: harness.Timer,
     seconds: float,
     autocast: torch.dtype | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each workload, one a mode; ``STOCK`` has to be among the modes.
+    """The rows of each workload with its modes, the first of which is the baseline.
 
     Memory comes first, of everything: see :func:`measure_memory`.
     """
     memory = []
     with memtl.memory.freed_memory_returned():
-        for workload in workloads:
+        for workload, modes in pairs:
             for mode in modes:
                 memory.append(measure_memory(workload, mode, device, autocast))
                 gc.collect()  # modules and their hooks are cycles
     taken = iter(memory)
-    for workload in workloads:
+    for workload, modes in pairs:
         medians = measure_times(workload, modes, device, timer, seconds, autocast)
         gc.collect()
         yield [
@@ -118,7 +123,7 @@ def measure(
                 "model": workload.model,
                 "batch": workload.batch,
                 "seconds": medians[mode.name],
-                "relative_time": medians[mode.name] / medians[STOCK.name],
+                "relative_time": medians[mode.name] / medians[modes[0].name],
                 **next(taken),
             }
             for mode in modes
@@ -126,20 +131,18 @@ def measure(
 
 
 def format_rows(rows: Sequence[dict[str, Any]], precision: str) -> str:
-    """The rows of one workload as a table."""
-    first = rows[0]
-    gradients = f"gradients {first['gradient_bytes'] / MIB:.0f} MiB"
-    titles = f"{'ms/step':>9} {'of stock':>9} {'saved MiB/sample':>17} {'ratio':>7} {'peak MiB':>9}"
-    lines = [
-        f"{first['model']}, batch {first['batch']}, {precision}; {gradients}",
-        f"{'':20} {titles}",
-    ]
-    stock = next(row for row in rows if row["mode"] == STOCK.name)
+    """The rows of one workload as a table; bytes are compared with the row that keeps most."""
+    most = max(rows, key=lambda row: row["saved_bytes_per_sample"])
+    gradients = f"gradients {most['gradient_bytes'] / MIB:.0f} MiB"
+    titles = f"{'ms/step':>9} {'relative':>9} {'saved MiB/sample':>17} {'fewer':>7} {'peak MiB':>9}"
+    setting = f"{most['model']}, batch {most['batch']}, {precision}"
+    compared = f"time relative to {rows[0]['mode']}, bytes to {most['mode']} ({gradients})"
+    lines = [f"{setting}; {compared}", f"{'':20} {titles}"]
     for row in rows:
         peak = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
-        ratio = stock["saved_bytes_per_sample"] / row["saved_bytes_per_sample"]
+        fewer = ratio(most["saved_bytes_per_sample"], row["saved_bytes_per_sample"])
         lines.append(
             f"{row['mode']:20} {row['seconds'] * 1e3:9.1f} {row['relative_time']:8.2f}x "
-            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {ratio:6.1f}x {peak:>9}"
+            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {fewer:>7} {peak:>9}"
         )
     return "\n".join(lines)

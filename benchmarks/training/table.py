@@ -2,11 +2,11 @@
 
     python benchmarks/training/table.py [--threads N] [--only MODEL] [--quick] [--unchecked]
 
-Forward, loss, backward and AdamW on every parameter, in float32; what is trained and how is listed
-in workloads.py. First the tests of what is measured run; where one fails nothing is. The modes of a
-model take turns in one process, and the medians of their steps are compared. The peak is the growth
-of the resident set over a step: activations, gradients and temporaries. All models together are
-written to results/training-<processor>.json.
+Forward, loss, backward and AdamW on every parameter that trains, in float32; what is trained and
+how is listed in workloads.py. First the tests of what is measured run; where one fails nothing is.
+The modes of a model take turns in one process, and the medians of their steps are compared. The
+peak is the growth of the resident set over a step: activations, gradients and temporaries. All
+models together are written to results/training-<processor>.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.kernels import harness  # noqa: E402
 from benchmarks.training.steps import SEED, format_rows, measure  # noqa: E402
-from benchmarks.training.workloads import MODES, QUICK, WORKLOADS  # noqa: E402
+from benchmarks.training.workloads import PAIRS, QUICK_PAIRS, WORKLOADS  # noqa: E402
 
 TESTS = ("tests/autograd", "tests/nn")
 SECONDS = 60.0  # of turns, for one model
@@ -61,14 +61,14 @@ def main() -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     wanted = [options.only] if options.only else [w.model for w in WORKLOADS]
-    workloads = QUICK if options.quick else [w for w in WORKLOADS if w.model in wanted]
     if not options.quick and not options.only:  # part of a table does not replace the whole
         options.output = options.output or harness.result_path("training")
     record = harness.environment("cpu", SEED)
     record |= {**libraries, "unchecked": options.unchecked, "rows": []}
     print(f"{record['cpu']}, {record['threads']} threads, {record['backends']}")
     seconds = 0.0 if options.quick else SECONDS
-    for rows in measure(workloads, MODES, "cpu", harness.cpu_timer, seconds):
+    pairs = QUICK_PAIRS if options.quick else [pair for pair in PAIRS if pair[0].model in wanted]
+    for rows in measure(pairs, "cpu", harness.cpu_timer, seconds):
         print(f"\n{format_rows(rows, 'float32')}", flush=True)
         record["rows"] += rows
     if options.output is not None:

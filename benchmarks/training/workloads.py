@@ -1,13 +1,16 @@
 """What is trained, and how: models with their batches, and what is done to save memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import memtl
+from memtl.methods import Config
+
+from .released_vqt import apply_released_vqt
 
 CLASSES = 100
 
@@ -54,11 +57,14 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A way to train: stock, with the library's own checkpointing, or converted."""
+    """A way to train: stock, with the library's own checkpointing, or by a method; or just a
+    forward pass, in evaluation mode and without gradients."""
 
     name: str
     checkpointing: bool = False
-    config: memtl.BackRazorConfig | None = None
+    config: Config | None = None
+    change: Callable[[nn.Module], object] | None = None
+    forward_only: bool = False
 
     def prepare(self, model: Any) -> None:
         """Change ``model`` in place."""
@@ -70,6 +76,10 @@ class Mode:
                 (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.config is not None:
             memtl.apply(model, self.config)
+        if self.change is not None:
+            self.change(model)
+        if self.forward_only:
+            model.eval()
 
 
 STOCK = Mode("stock")
@@ -85,6 +95,17 @@ MODES = (
     Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
 )
 
+FORWARD = Mode("frozen forward", forward_only=True)
+
+FROZEN_MODES = (
+    FORWARD,
+    Mode("VQT, 1 query", config=memtl.VQTConfig(num_queries=1)),
+    Mode("VQT, 10 queries", config=memtl.VQTConfig(num_queries=10)),
+    Mode("VQT as released", change=apply_released_vqt),
+    Mode("full fine-tuning"),
+)
+"""Steps beside a forward pass of the frozen backbone, which is what a step cannot do without."""
+
 WORKLOADS = (
     Workload("vit_base_patch16_224", 4),
     Workload("resnet50", 8),
@@ -92,7 +113,13 @@ WORKLOADS = (
     Workload("hf:bert", 4),
 )
 
+FROZEN_WORKLOADS = (Workload("vit_base_patch16_224", 8),)
+
 QUICK = (
     Workload("vit_tiny_patch16_224", 1, options={"depth": 2}),
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
+
+PAIRS = (*((w, MODES) for w in WORKLOADS), *((w, FROZEN_MODES) for w in FROZEN_WORKLOADS))
+QUICK_PAIRS = (*((w, MODES) for w in QUICK), (QUICK[0], FROZEN_MODES))
+"""What is measured: a model, and the ways to train it, the first of which is the baseline."""

@@ -1,8 +1,10 @@
 // The kernels of bits and of quant, fused ones too: every instruction set this machine runs against
-// the portable ones, byte for byte, in buffers of exactly the size they may touch (a sanitiser sees
-// one byte beyond).
+// the portable ones, byte for byte (query_attention's up to rounding), in buffers of exactly the
+// size they may touch (a sanitiser sees one byte beyond).
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "common/isa.h"
@@ -12,6 +14,7 @@
 #include "cpu/quant_channel_norm.h"
 #include "cpu/quant_fused.h"
 #include "cpu/quant_norm.h"
+#include "cpu/query_attention.h"
 #include "tests/check.h"
 
 namespace {
@@ -380,6 +383,87 @@ void test_channel_norm(const QuantChannelNormKernels& kernels, const char* isa, 
   }
 }
 
+struct Queries {
+  int64_t queries, keys, width, value_width;
+  bool mask;
+};
+
+// out, J and dq of two heads, rows of k and v one element apart, in buffers of exactly their size.
+std::vector<std::vector<uint8_t>> attend(const QueryAttentionKernels& kernels, DType dtype,
+                                         DType jacobian_dtype, const Queries& shape,
+                                         const std::vector<std::vector<uint8_t>>& in) {
+  const int64_t t = shape.queries, n = shape.keys, d = shape.width, e = shape.value_width;
+  QueryAttention a{};
+  a.dtype = dtype;
+  a.heads = 2;
+  a.queries = t;
+  a.keys = n;
+  a.width = d;
+  a.value_width = e;
+  a.scale = 0.3;
+  a.q = {in[0].data(), 0, t * d, d};
+  a.k = {in[1].data(), 0, n * (d + 1), d + 1};
+  a.v = {in[2].data(), 0, n * (e + 1), e + 1};
+  a.mask = {shape.mask ? in[4].data() : nullptr, 0, 0, 1};
+  a.mask_dtype = dtype;
+  const QueryRows grads{in[3].data(), 0, t * e, e};
+  const int64_t sizes[] = {t * e * size_of(dtype), t * d * e * size_of(jacobian_dtype),
+                           t * d * size_of(dtype)};
+  std::vector<std::vector<uint8_t>> results;
+  for (int64_t size : sizes) results.push_back(buffer(2 * size));
+  for (int64_t first = 0; first < 2 * t; first += kQueryTile) {
+    for (bool grad : {false, true}) {
+      const int64_t bytes = kernels.room(a, !grad, grad);
+      std::vector<uint8_t> memory = buffer(bytes + 64);
+      void* room = memory.data();
+      size_t space = memory.size();
+      std::align(64, static_cast<size_t>(bytes), room, space);
+      for (int64_t head = 0; head < 2; ++head) {
+        const int64_t last = std::min(t, first + kQueryTile);
+        if (first >= last) continue;
+        if (grad) {
+          kernels.grad(a, grads, head, first, last, results[2].data(), room);
+        } else {
+          kernels.forward(a, head, first, last, results[0].data(), jacobian_dtype,
+                          results[1].data(), room);
+        }
+      }
+    }
+  }
+  return results;
+}
+
+void test_query_attention(const QueryAttentionKernels& kernels, const char* isa, Random& random) {
+  const Queries shapes[] = {{1, 197, 64, 64, false}, {3, 7, 5, 3, true},      {33, 1, 8, 17, false},
+                            {2, 600, 64, 31, true},  {2, 1100, 64, 64, true}, {2, 0, 4, 4, false},
+                            {1, 20, 0, 4, false},    {1, 20, 4, 0, true}};
+  for (const Queries& shape : shapes) {
+    for (int type = 0; type < 4; ++type) {
+      const DType dtype = kTypes[type], jacobian_dtype = kTypes[(type + shape.keys) % 4];
+      const int64_t t = shape.queries, d = shape.width, e = shape.value_width;
+      const int64_t sizes[] = {2 * t * d, 2 * shape.keys * (d + 1), 2 * shape.keys * (e + 1),
+                               2 * t * e, shape.keys};
+      std::vector<std::vector<uint8_t>> in;
+      for (int64_t size : sizes) in.push_back(data(dtype, Kind::normal, size, random));
+      const auto wanted = attend(portable::query_attention, dtype, jacobian_dtype, shape, in);
+      const auto found = attend(kernels, dtype, jacobian_dtype, shape, in);
+      for (size_t i = 0; i < found.size(); ++i) {
+        const DType each = i == 1 ? jacobian_dtype : dtype;
+        const double step = each == DType::bf16 ? 0x1p-7 : each == DType::f16 ? 0x1p-10 : 2e-5;
+        const auto count = static_cast<int64_t>(found[i].size()) / size_of(each);
+        for (int64_t j = 0; j < count; ++j) {
+          const double x = load_float(each, found[i].data(), j);
+          const double y = load_float(each, wanted[i].data(), j);
+          CHECK(std::fabs(x - y) <= 2e-4 + step * std::fabs(y),
+                "%s: query attention %d, %s, keys %ld, element %ld: %g, %g", isa,
+                static_cast<int>(i), kTypeNames[type], static_cast<long>(shape.keys),
+                static_cast<long>(j), x, y);
+        }
+      }
+    }
+  }
+}
+
 void test_bits(const BitsKernels& kernels, const char* isa, Random& random) {
   for (int64_t numel : kSizes) {
     const int64_t bytes = ceil_div(numel, 8);
@@ -462,6 +546,7 @@ int main() {
   test_fused(portable::quant_fused, "portable", random);
   test_norm(portable::quant_norm, "portable", random);
   test_channel_norm(portable::quant_channel_norm, "portable", random);
+  test_query_attention(portable::query_attention, "portable", random);
   MEMTL_IF_AVX2(if (available(Isa::avx2)) {
     test_bits(avx2::bits, "avx2", random);
     test_quant(avx2::quant, "avx2", random);
@@ -469,6 +554,7 @@ int main() {
     test_fused(avx2::quant_fused, "avx2", random);
     test_norm(avx2::quant_norm, "avx2", random);
     test_channel_norm(avx2::quant_channel_norm, "avx2", random);
+    test_query_attention(avx2::query_attention, "avx2", random);
   })
   MEMTL_IF_AVX512(if (available(Isa::avx512)) {
     test_bits(avx512::bits, "avx512", random);
@@ -477,6 +563,7 @@ int main() {
     test_fused(avx512::quant_fused, "avx512", random);
     test_norm(avx512::quant_norm, "avx512", random);
     test_channel_norm(avx512::quant_channel_norm, "avx512", random);
+    test_query_attention(avx512::query_attention, "avx512", random);
   })
   return finish("test_kernels");
 }

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import assets, memory, models
-from ..report import environment
+from ..report import check_device, environment
 from ..tasks import load_digits
 from ..training import Settings, fit
 from .measure import measure
@@ -44,11 +44,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ImportError("the page's plots need matplotlib: pip install memtl[demo]")
     if options.epochs < 0:
         raise ValueError(f"--epochs must be at least 0, got {options.epochs}")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {options.device} cannot be used: {reason}") from None
+    check_device(options.device)
     thresholds = Thresholds(options.worst, options.mean)
     formats = named(options.formats)
     model, step = _model(options)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..report import Page, Point, curves, tradeoff
+from ..report import Page, Point, curves, origin, tradeoff
 from .recommend import KIB
 from .result import Result
 from .rows import Row
@@ -50,17 +50,7 @@ def page(result: Result, model: str, record: Mapping[str, Any]) -> Page:
     found.heading("How this was measured")
     for note in (*result.notes(), *result.errors()):
         found.paragraph(note)
-    where = record["environment"]
-    found.definitions(
-        {
-            "Command": record["command"],
-            "Device": f"{where['device']}, {where['threads']} of {where['cores']} threads",
-            "Versions": ", ".join(f"{k} {v}" for k, v in where["versions"].items()),
-            "Platform": where["platform"],
-            "Commit": where["commit"] or "not run from a git checkout",
-            "Seed": result.seed,
-        }
-    )
+    found.definitions(origin(record) | {"Seed": result.seed})
     return found
 
 

@@ -65,21 +65,21 @@ def query_attention(
         )
     (query, _), (key, _), (value, _) = autocast(query), autocast(key), autocast(value)
     _check(name, query, key, value)
-    if any(needs(key, value)) or (attn_mask is not None and any(needs(attn_mask))):
+    mask = None if attn_mask is None else _additive(name, attn_mask, key)
+    if any(needs(key, value, attn_mask)):
         raise NotImplementedError(
             f"{name}: key, value and mask get no gradient here: detach() them, or call "
             "F.scaled_dot_product_attention for theirs"
         )
-    mask = None if attn_mask is None else _additive(name, attn_mask, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if not any(needs(query)):
+        return torch.ops.memtl.query_attention(query, key, value, mask, scale, None)[0]
     jacobian = None
-    if any(needs(query)) and keep != "kv":
+    if keep != "kv":
         jacobian = jacobian_dtype or torch.promote_types(query.dtype, torch.float32)
         if keep == "auto":
             with_j, without = (bytes_kept(query, key, value, j) for j in (jacobian, None))
             jacobian = jacobian if with_j <= without else None
-    if not any(needs(query)):
-        return torch.ops.memtl.query_attention(query, key, value, mask, scale, None)[0]
     return QueryAttentionFunction.apply(query, key, value, mask, scale, jacobian)[0]
 
 

@@ -97,12 +97,12 @@ def select_features(
     count = math.floor(fraction * features)
     if count < 1:
         raise ValueError(f"fraction {fraction} of {features} features keeps none")
-    found = Split(collect(model, train.images), train.labels)
+    found = collect(model, train.images)
 
     scored = _like(head, None, settings.seed)
     scoring = fit(
         OnFeatures(scored),
-        found,
+        Split(found, train.labels),
         None,
         settings,
         penalty=lambda: penalty * torch.linalg.vector_norm(scored.weight, dim=0).sum(),
@@ -117,7 +117,7 @@ def select_features(
     compact.selected.copy_(kept)
     training = fit(
         OnFeatures(compact),
-        Split(found.images[:, kept], found.labels),
+        Split(found[:, kept], train.labels),
         None,
         settings,
         progress=progress,

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,29 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "backends": {op: backends.owner(op, device.type) for op in _ops.NAMES},
         "commit": commit(),
     }
+
+
+def origin(record: Mapping[str, Any]) -> dict[str, str]:
+    """Where the figures of ``record``, which has a ``command`` and an ``environment``, come from:
+    for :meth:`Page.definitions`."""
+    where = record["environment"]
+    return {
+        "Command": record["command"],
+        "Device": f"{where['device']}, {where['threads']} of {where['cores']} threads",
+        "Operators by": ", ".join(sorted(set(where["backends"].values()))),
+        "Versions": ", ".join(f"{k} {v}" for k, v in where["versions"].items()),
+        "Platform": where["platform"],
+        "Commit": where["commit"] or "not run from a git checkout",
+    }
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError, in one line, where torch cannot use the device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
 
 
 def commit(package: Path = Path(__file__).parents[1]) -> str | None:

@@ -98,7 +98,7 @@ class ImageFiles:
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
-            raise ImportError("image files need Pillow: pip install pillow") from error
+            raise ImportError("image files need Pillow: pip install memtl[demo]") from error
         self.paths = tuple(paths)
         self.size = size
         self._mean, self._std = (
@@ -121,7 +121,7 @@ class ImageFiles:
             return torch.empty(0, 3, self.size, self.size)
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
             pixels = torch.stack(list(pool.map(self._pixels, chosen)))
-        return (pixels.float() / 255 - self._mean) / self._std
+        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
     def split(self, batch_size: int, /) -> Iterator[Tensor]:
         """All of them in order, ``batch_size`` at a time, the last batch with what is left."""
@@ -141,7 +141,7 @@ class ImageFiles:
                 )
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
         if self._cache is not None and (len(self._cache) + 1) * pixels.numel() <= CACHE_BYTES:
             self._cache[path] = pixels
         return pixels
@@ -218,6 +218,21 @@ def load_vtab(
         digest.hexdigest(),
         *splits.values(),
     )
+
+
+def datasets(root: str | PathLike[str]) -> list[str]:
+    """Names of the folders in ``root`` that have a list: the nineteen in order, then others.
+
+    Raises:
+        FileNotFoundError: If ``root`` is not there.
+        ValueError: If no folder in it has one.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    found = {path.parent.name for name in LISTS for path in Path(root).glob(f"*/{name}.txt")}
+    if not found:
+        raise ValueError(f"no folder in {root} has a list of images ({LISTS[0]}.txt, ...)")
+    return [name for name in DATASETS if name in found] + sorted(found - DATASETS.keys())
 
 
 def _read(path: Path, classes: int | None, digest: hashlib._Hash) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Fine-tuning a classifier: one small loop, what it costs, and the bar that shows how far it is."""
 
 from .cost import Cost, Way, costs
-from .loop import OPTIMIZERS, History, Settings, Step, evaluate, fit
+from .loop import OPTIMIZERS, History, Settings, Step, evaluate, fit, seeded
 from .progress import track
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "costs",
     "evaluate",
     "fit",
+    "seeded",
     "track",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -190,8 +191,7 @@ def fit(
     model.to(device).train()
     step = Step(model, settings, penalty)
     losses, seconds = [], []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed, device):
         bar = track(_batches(train, settings), description, progress=progress, total=settings.steps)
         with bar:
             started = time.perf_counter()
@@ -204,6 +204,15 @@ def fit(
                 started = ended
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return History(tuple(losses), tuple(seconds), math.nan if val is None else evaluate(model, val))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Random numbers, on the CPU and on ``device``, are those of ``seed``; afterwards as before."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

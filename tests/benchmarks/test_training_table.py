@@ -1,5 +1,6 @@
 """The benchmark of training steps: a step trains, the modes are what they say, the program."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,8 +15,10 @@ from benchmarks.training import table
 from benchmarks.training.steps import format_rows, make_step, measure
 from benchmarks.training.workloads import (
     CHECKPOINTING,
+    FORWARD,
+    FROZEN_MODES,
     MODES,
-    QUICK,
+    QUICK_PAIRS,
     STOCK,
     WORKLOADS,
     Mode,
@@ -86,11 +89,38 @@ def test_checkpointing_is_on_in_every_model(workload):
     assert checkpointed < stock / 2
 
 
+def test_released_vqt_computes_what_ours_does():
+    ours, released = (
+        next(mode for mode in FROZEN_MODES if mode.name == name)
+        for name in ("VQT, 1 query", "VQT as released")
+    )
+    torch.manual_seed(0)
+    a = IMAGES.build()
+    x, _ = IMAGES.batch_of(a, "cpu")
+    b = copy.deepcopy(a)
+    ours.prepare(a)
+    released.prepare(b)
+    a.head.dropout = 0.0
+    with torch.no_grad():
+        b.prompts.copy_(a.head.queries)
+        b.head.weight.copy_(a.head.linear.weight)
+        b.head.bias.copy_(a.head.linear.bias)
+    expected = b(x)
+    torch.testing.assert_close(a(x), expected)
+    grads = [
+        torch.autograd.grad(y.logsumexp(1).sum(), p)
+        for y, p in ((a(x), a.head.queries), (expected, b.prompts))
+    ]
+    torch.testing.assert_close(*grads)
+    saved = [saved_bytes(lambda m: m(x).logsumexp(1).sum(), m) for m in (a, b)]
+    assert saved[0] < saved[1] / 5
+
+
 def test_rows(monkeypatch):
     times = {"stock": 2.0, "checkpointing": 3.0}
     monkeypatch.setattr(harness, "interleaved_medians", lambda calls, timer, seconds: times)
     modes = (STOCK, CHECKPOINTING)
-    images, rows = measure([IMAGES, TEXTS], modes, "cpu", harness.cpu_timer, 0.0)
+    images, rows = measure([(IMAGES, modes), (TEXTS, modes)], "cpu", harness.cpu_timer, 0.0)
     assert {row["model"] for row in images} == {IMAGES.model}
     assert [row["mode"] for row in rows] == ["stock", "checkpointing"]
     assert [row["relative_time"] for row in rows] == [1.0, 1.5]
@@ -119,9 +149,12 @@ def test_program(tmp_path):
     record = json.loads(output.read_text())
     assert record["unchecked"] is True and record["seed"] == 0 and record["threads"] == 1
     found = [(row["model"], row["mode"]) for row in record["rows"]]
-    assert found == [(workload.model, mode.name) for workload in QUICK for mode in MODES]
+    assert found == [
+        (workload.model, mode.name) for workload, modes in QUICK_PAIRS for mode in modes
+    ]
     for row in record["rows"]:
-        assert row["seconds"] > 0 and row["saved_bytes_per_sample"] > 0
+        forward_only = row["mode"] == FORWARD.name
+        assert row["seconds"] > 0 and (row["saved_bytes_per_sample"] > 0) != forward_only
         assert row["mode"] in done.stdout
 
 

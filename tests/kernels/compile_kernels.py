@@ -4,6 +4,7 @@ interprets it cannot compile.
 """
 
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -19,12 +21,34 @@ from memtl import kernels
 
 ITEMSIZE = {"u8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+UNALIGNED = ("scale", "H", "T", "N")
+"""Arguments that are no multiples of 16; pointers and sizes are, as those of whole tensors are."""
+VECTOR_LOAD = r"ld\.global\.v[24]|cp\.async\.[^;]*0x10"
+LAUNCH = ("num_warps", "num_stages")
+"""Constants that are Triton's, not the kernel's."""
+
 bits = kernels.bits
+query_attention = importlib.import_module("memtl.kernels.query_attention")  # not the launcher
 
 
 def variants():
-    """kernel, dtype, its arguments' types, its constants; pointers and sizes are multiples of 16,
-    as those of whole tensors are."""
+    """kernel, dtype, its arguments' types, its constants."""
+    yield from bits_variants()
+    for dtype, width in (
+        ("fp32", 16),
+        ("fp16", 64),
+        *itertools.product(("bf16", "fp32", "fp64"), (64, 256)),
+    ):
+        yield from query_attention_variants(dtype, width, "*fp32" if width == 64 else f"*{dtype}")
+
+
+def bits_variants():
     signature = {"mask_ptr": "*u8", "bits_ptr": "*u8", "numel": "i64"}
     yield bits._bits_pack_kernel, "u8", signature, {"BLOCK": bits._block(1)}
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
@@ -32,6 +56,33 @@ def variants():
         signature = {"x_ptr": x, "bits_ptr": "*u8", "y_ptr": x, "scale": "fp64", "numel": "i64"}
         block = bits._block(ITEMSIZE[dtype])
         yield bits._bits_apply_kernel, dtype, signature, {"BLOCK": block}
+
+
+def query_attention_variants(dtype, width, jacobian):
+    """Heads of ``width`` features that lie beside each other; a mask for all but the narrowest."""
+    x, strides = f"*{dtype}", ("i32", "i32", "i32", "constexpr")
+    tensors = {"q_ptr": x, "k_ptr": x, "v_ptr": x, "mask_ptr": x}
+    sizes = {"scale": "fp64", **dict.fromkeys("HTNde", "i32")}
+    sizes |= {"q_strides": strides, "k_strides": strides, "v_strides": strides}
+    sizes |= {"mask_strides": ("i32", "i32", "i32")}
+    module, given = query_attention, (DTYPES[dtype], width, width)
+    for kernel, signature, constants in (
+        (module._out_kernel, tensors | {"out_ptr": x}, module._out_options(*given)),
+        (
+            module._jacobian_kernel,
+            tensors | {"out_ptr": x, "jacobian_ptr": jacobian},
+            module._jacobian_options(*given),
+        ),
+        (
+            module._grad_kernel,
+            {"grad_out_ptr": x, **tensors, "grad_ptr": x, "grad_out_strides": strides},
+            module._grad_options(*given),
+        ),
+    ):
+        signature |= sizes
+        stride_one = {(i, 3): 1 for i, types in enumerate(signature.values()) if types == strides}
+        no_mask = {"mask_ptr": None} if width < 64 else {}
+        yield kernel, dtype, signature, constants | stride_one | no_mask
 
 
 def local_bytes(cubin: bytes) -> int | None:
@@ -49,30 +100,38 @@ def local_bytes(cubin: bytes) -> int | None:
 
 
 def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
-    # A constant has the type "constexpr"; divisibility is an attribute by position (triton >= 3.3).
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t != "fp64"
-    }
-    signature = signature | dict.fromkeys(constants, "constexpr")
+    # A constant has the type "constexpr"; divisibility is an attribute by position (triton >= 3.3),
+    # in a tuple by two.
+    options = {name: constants[name] for name in LAUNCH if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in LAUNCH}
+    aligned = {}
+    for i, (name, types) in enumerate(signature.items()):
+        if name not in UNALIGNED:
+            paths = [(i, j) for j in range(len(types))] if isinstance(types, tuple) else [(i,)]
+            aligned |= {path: [["tt.divisibility", 16]] for path in paths if path not in constants}
+    names = [name for name in constants if isinstance(name, str)]
+    signature = signature | dict.fromkeys(names, "constexpr")
     source = ASTSource(kernel, signature, constants, aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "name": kernel.__name__,
         "dtype": dtype,
         "capability": capability,
+        "constants": ", ".join(f"{k}={v}" for k, v in constants.items()),
         "cubin_bytes": len(result.asm["cubin"]),
         "shared": result.metadata.shared,
         "local_bytes": local_bytes(result.asm["cubin"]),
-        "vector_loads": len(re.findall(r"ld\.global\.v[24]", result.asm["ptx"])),
+        "vector_loads": len(re.findall(VECTOR_LOAD, result.asm["ptx"])),
         "rounds_to_nearest": len(re.findall(r"cvt\.rn\.bf16", result.asm["ptx"])),
     }
 
 
 def written() -> list[str]:
-    """The kernels that memtl.kernels defines."""
+    """The kernels that memtl.kernels defines; what they call has other names."""
     modules = [f"memtl.kernels.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
     members = [pair for m in modules for pair in vars(importlib.import_module(m)).items()]
-    return sorted(name for name, value in members if isinstance(value, triton.JITFunction))
+    functions = [name for name, value in members if isinstance(value, triton.JITFunction)]
+    return sorted(name for name in functions if name.endswith("_kernel"))
 
 
 if __name__ == "__main__":

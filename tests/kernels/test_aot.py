@@ -35,7 +35,8 @@ def compiled(output) -> list[dict]:
 
 
 def name(kernel: dict) -> str:
-    return f"{kernel['name']} {kernel['dtype']} sm_{kernel['capability']}"
+    constants = kernel["constants"]
+    return f"{kernel['name']} {kernel['dtype']} sm_{kernel['capability']} ({constants})"
 
 
 def test_every_kernel_is_compiled(output):

@@ -72,6 +72,7 @@ EQUAL = {
     "bits_pack_between": "bits_pack(~(x <= 0))",
     "bits_apply": "torch.where(mask, x * scale, 0)",
     "attention_grad": "backward alone, from all that autograd keeps",
+    "query_attention_grad": "backward alone, from all that autograd keeps",
 }
 
 

@@ -124,6 +124,20 @@ def test_what_tells_data_apart(root):
     assert data() != before
 
 
+def test_what_a_folder_has(root, tmp_path):
+    for name in ("zebra", "cifar", "apple"):
+        write_vtab(root / name)
+    (root / "notes").mkdir()
+    (root / "cifar" / "test.txt").unlink()  # load_vtab will say so; it is not passed over
+    assert vtab.datasets(root) == ["cifar", "eurosat", "apple", "zebra"]
+    with pytest.raises(
+        ValueError, match=r"no folder in .*notes has a list of images .train800.txt"
+    ):
+        vtab.datasets(root / "notes")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*gone"):
+        vtab.datasets(tmp_path / "gone")
+
+
 def test_missing_folder_and_list(root):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*/svhn$"):
         load_vtab(root, "svhn", normalise="none")
@@ -198,7 +212,7 @@ def test_wrong_arguments(root):
 
 def test_missing_pillow_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
+    with pytest.raises(ImportError, match=r"Pillow: pip install memtl\[demo\]"):
         load_vtab(root, "eurosat", normalise="none")
 
 

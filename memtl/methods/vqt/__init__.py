@@ -4,7 +4,8 @@ Tu, Mai and Chao: Visual Query Tuning: Towards Effective Usage of Intermediate R
 Parameter and Memory Efficient Transfer Learning, CVPR 2023.
 """
 
+from .cache import CachedBatch, FeatureCache, FromCache
 from .config import VQTConfig
 from .head import VQTHead
 
-__all__ = ["VQTConfig", "VQTHead"]
+__all__ = ["CachedBatch", "FeatureCache", "FromCache", "VQTConfig", "VQTHead"]

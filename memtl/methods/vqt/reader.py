@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,14 @@ class Answering(Tap):
         )
 
 
+@dataclasses.dataclass
+class Noted:
+    """What a backbone gives: of each block what its attentions read, and the model's feature."""
+
+    seen: list[list[Attended]] = dataclasses.field(default_factory=list)
+    features: Tensor | None = None
+
+
 class QueryReader(Reader):
     """Sends the queries of each block through it, once its tokens have passed."""
 
@@ -88,6 +97,16 @@ class QueryReader(Reader):
         self.keep = keep
         self.jacobian = jacobian
         self.queries = queries
+        self.noted: Noted | None = None
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[Noted]:
+        """Inside, a call of the model notes what its backbone gives, and sends no query."""
+        self.noted = noted = Noted()
+        try:
+            yield noted
+        finally:
+            self.noted, self.armed = None, False
 
     def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         enabled = torch.is_grad_enabled()
@@ -100,7 +119,10 @@ class QueryReader(Reader):
                 "F.scaled_dot_product_attention, so queries cannot read it (timm: fused_attn, "
                 'transformers: attn_implementation="sdpa"; windows are not supported)'
             )
-        self.gathered.append(self.read(index, run, batch, seeing.seen))
+        if self.noted is not None:
+            self.noted.seen.append(seeing.seen)
+        else:
+            self.gathered.append(self.read(index, run, batch, seeing.seen))
         return output
 
     def read(self, index: int, run: Callable[..., Any], batch: int, seen: list[Attended]) -> Tensor:
