@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.bytecode import calls_of
+from ..nn.swap import original_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +53,19 @@ class Backbone:
 
 
 def attention_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the blocks of a transformer: the members of the one list, each of which calls
-    ``F.scaled_dot_product_attention`` in one place.
+    """Names of the blocks of a transformer: the members of the one list, each of which takes the
+    tokens and calls ``F.scaled_dot_product_attention`` in one place.
 
     Raises:
-        ValueError: there is no such list, or several (networks in stages).
+        ValueError: there is no such list, or several (networks in stages), or tokens change their
+            width on the way.
     """
     found = [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         and len(module)
-        and all(_attends(block) == 1 for block in module)
+        and all(_attends(block) == 1 and _takes_tokens_alone(block) for block in module)
     ]
     kind = type(model).__name__
     if not found:
@@ -75,7 +78,16 @@ def attention_blocks(model: nn.Module) -> tuple[str, ...]:
             f"this {kind} has {len(found)} lists of attention blocks ({', '.join(found)}), but the "
             "method needs one, through which the same tokens pass"
         )
-    return tuple(f"{found[0]}.{name}" for name, _ in model.get_submodule(found[0]).named_children())
+    blocks = dict(model.get_submodule(found[0]).named_children())
+    if len(widths := {_token_width(block) for block in blocks.values()}) > 1:
+        raise ValueError(f"the tokens of this {kind} have several widths: {sorted(widths)}")
+    return tuple(f"{found[0]}.{name}" for name in blocks)
+
+
+def _takes_tokens_alone(block: nn.Module) -> bool:
+    """Class attention, say, takes patches and class token one by one."""
+    _, *parameters = inspect.signature(original_class(block).forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) <= 1
 
 
 def _attends(block: nn.Module) -> int:

@@ -15,7 +15,7 @@ from .transfer import Trained, TransferConfig
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbeConfig(TransferConfig):
     """The classifier trains and nothing else; the network stays in evaluation mode whatever
-    ``train()`` says, and keeps nothing for backward.
+    ``train()`` says. Kept for backward is the feature alone.
 
     Args:
         num_classes: of a new classifier; None to train the model's own.
@@ -34,5 +34,11 @@ class LinearProbeConfig(TransferConfig):
         classes = self.classes(own)
         freeze(model)
         self.classify(model, head, features, classes)
+        model.get_submodule(head).register_forward_pre_hook(copied)
         evaluate_all_but(model, head)
         return Trained.of(model)
+
+
+def copied(head: nn.Module, args: tuple) -> tuple:
+    """A hook: the feature is a view of all tokens as a rule, which it must not keep alive."""
+    return (args[0].clone(), *args[1:])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..nn.swap import swap
 from .frozen import evaluate_all_but
+
+CHECKPOINTED = (
+    "a model that is read layer by layer cannot be checkpointed: call "
+    "set_grad_checkpointing(False) or gradient_checkpointing_disable(); a frozen backbone keeps "
+    "nothing anyway"
+)
 
 
 class Reader:
@@ -27,11 +33,8 @@ class Reader:
 
     def arm(self, model: Any, args: Any) -> None:
         """A forward pre-hook of the model."""
-        if getattr(model, "grad_checkpointing", False):
-            raise RuntimeError(
-                "a model that is read layer by layer cannot be checkpointed: "
-                "model.set_grad_checkpointing(False); a frozen backbone keeps nothing anyway"
-            )
+        if getattr(model, "grad_checkpointing", False):  # timm's
+            raise RuntimeError(CHECKPOINTED)
         self.armed, self.gathered = True, []
 
     def take(self) -> list[Tensor]:
@@ -60,10 +63,15 @@ class ReadBlock:
     memtl_reader: Reader
     memtl_index: int
 
+    if TYPE_CHECKING:
+        training: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward  # type: ignore[misc]
         if not self.memtl_reader.armed:
             return run(*args, **kwargs)
+        if self.training and getattr(self, "gradient_checkpointing", False):  # transformers'
+            raise RuntimeError(CHECKPOINTED)
         return self.memtl_reader.block(self.memtl_index, run, args, kwargs)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import forward_owner
+from .swap import original_class
 from .table import CALLS, METHODS
 
 # nn.MultiheadAttention calls one function, whose body calls the rest.
@@ -19,11 +20,11 @@ _MULTI_HEAD = frozenset(CALLS) | {F.multi_head_attention_forward}
 
 
 def calls_of(module: nn.Module) -> frozenset[Callable]:
-    """The functions of :data:`CALLS` that the module's own code calls."""
-    owner = forward_owner(type(module))
-    if owner is nn.MultiheadAttention:
+    """The functions of :data:`CALLS` that the module's own code calls, converted or not."""
+    cls = original_class(module)
+    if forward_owner(cls) is nn.MultiheadAttention:
         return _MULTI_HEAD
-    return _class_calls(type(module))  # type: ignore[arg-type]
+    return _class_calls(cls)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -183,7 +183,8 @@ def unconvert(model: nn.Module) -> int:
         raise ValueError(f"nothing in this {type(model).__name__} is converted")
     for name, module in converted:
         if not issubclass(type(module).memtl_layer, Layer):  # type: ignore[attr-defined]
-            raise ValueError(f"{name!r} was changed by a method after the conversion")
+            what = repr(name) if name else f"this {type(module).__name__}"
+            raise ValueError(f"{what} was changed by a method after the conversion")
     for _, module in converted:
         unswap(module)
     return len(converted)

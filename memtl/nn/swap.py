@@ -55,6 +55,11 @@ def is_swapped(module: nn.Module) -> bool:
     return hasattr(type(module), "memtl_original")
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before any :func:`swap`."""
+    return _made_of(type(module))[0]
+
+
 def unswap(module: nn.Module) -> None:
     """Give ``module`` the class back that it had before the last :func:`swap`."""
     mixin = type(module).memtl_layer  # type: ignore[attr-defined]
