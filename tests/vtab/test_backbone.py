@@ -91,7 +91,7 @@ def test_weights_that_cannot_be_had(monkeypatch):
         _ = Backbone("test_vit", pretrained=True).source
 
 
-@pytest.mark.parametrize("name", ["vit_glyphs", "test_resnet"])
+@pytest.mark.parametrize("name", ["vit_glyphs", "cnn_glyphs", "test_resnet"])
 def test_the_linear_probe_is_the_network(name):
     backbone = Backbone(name, channels=1, size=32)
     probe, full = (method.build(4, 3) for method in methods(backbone))
