@@ -55,3 +55,13 @@ def record(model: nn.Module, configs: tuple[Config, ...]) -> None:
     model.__dict__.pop("memtl_applied", None)
     if configs:
         model.__dict__["memtl_applied"] = configs
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and parallel wrappers to which a method was applied."""
+    while not applied(model):
+        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inside, nn.Module):
+            break
+        model = inside
+    return model

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..files import sha256_of, write_aside
 from ..nn.report import plain_name
-from .applied import applied, apply
+from .applied import applied, apply, unwrapped
 from .config import config_from_dict
 from .transfer import Trained, owned
 
@@ -36,7 +36,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """
     from safetensors.torch import save_file
 
-    model = _inner(model)
+    model = unwrapped(model)
     configs = applied(model)
     if not configs:
         raise ValueError(f"no method was applied to this {type(model).__name__}: memtl.apply first")
@@ -77,7 +77,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Trained:
         ImportError: safetensors is not installed.
     """
     record, tensors = _read(Path(directory))
-    model = _inner(model)
+    model = unwrapped(model)
     configs = tuple(map(config_from_dict, record["methods"]))
     if not applied(model):
         for config in configs:
@@ -107,16 +107,6 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Trained:
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
     return Trained.of(model)
-
-
-def _inner(model: Any) -> Any:
-    """The model inside torch.compile's and parallel wrappers."""
-    while not applied(model):
-        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inside, nn.Module):
-            break
-        model = inside
-    return model
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

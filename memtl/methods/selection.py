@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..tasks import Split
 from ..training import History, Settings, fit
-from .applied import applied, record
+from .applied import applied, record, unwrapped
 from .backbone import classifier, linear_of
 from .config import Config
 from .features import OnFeatures, collect
@@ -124,7 +124,8 @@ def select_features(
         description="training the compact head",
     )
     parent.linear = compact.train(head.training)
-    record(model, tuple(_selected(config, count) for config in applied(model)))
+    own = unwrapped(model)
+    record(own, tuple(_selected(config, count) for config in applied(own)))
     return Selection(scores.cpu(), kept.cpu(), head.sizes, scoring, training)
 
 

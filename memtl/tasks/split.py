@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 
 class Images(Protocol):
-    """What training and evaluation ask of images; a tensor ``[n, ...]`` has it all."""
+    """What training and evaluation ask of images; a tensor ``[n, ...]`` has it all. A batch is a
+    tensor, or whatever else the model takes that has a length and ``to(device)``."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
-        """The images of a slice, or of an int64 tensor of positions, as one tensor."""
+    def __getitem__(self, index: slice | Tensor, /) -> Any:
+        """The images of a slice, or of an int64 tensor of positions, as one batch."""
         ...
 
-    def split(self, batch_size: int, /) -> Iterable[Tensor]:
+    def split(self, batch_size: int, /) -> Iterable[Any]:
         """All of them in order, ``batch_size`` at a time, the last batch with what is left."""
         ...
 

@@ -17,14 +17,14 @@ import torch
 
 from .. import assets
 from ..report import check_device, environment, mean_std
-from ..tasks import Split, VtabTask, load_digits_vtab, load_vtab
+from ..tasks import VtabTask, load_digits_vtab, load_vtab
 from ..tasks.vtab import DATASETS, NORMALISATIONS, OTHER, datasets
 from ..training import Way, costs
 from .backbone import Backbone
 from .method import Grid, Method
 from .methods import methods
 from .page import costs_table, page
-from .protocol import Outcome, Protocol, prepared
+from .protocol import Outcome, Protocol
 from .runs import Runs
 from .summary import DIVERGED, Summary, percent
 
@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         options.model, 3 if options.data else 1, options.size, options.pretrained,
         options.checkpoint,
     )  # fmt: skip
-    chosen = _methods(options, backbone)
+    chosen = _methods(options, methods(backbone, options.output / "cache"))
     tasks = _tasks(options, backbone.image_size)
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -158,12 +158,10 @@ def _dataset(task: VtabTask) -> dict[str, Any]:
 
 def _way(method: Method, task: VtabTask, batch: int, device: str) -> Way:
     index = torch.arange(batch)
-    images = Split(task.train.images[index], task.train.labels[index])
-    taken = prepared(method, task.num_classes, images, device)
     return Way(
         lambda: method.build(task.num_classes, 0).to(device),
-        taken.images[index].to(device),
-        taken.labels.to(device),
+        task.train.images[index].to(device),
+        task.train.labels[index].to(device),
     )
 
 
@@ -179,15 +177,18 @@ def _protocol(options: argparse.Namespace) -> Protocol:
     )
 
 
-def _methods(options: argparse.Namespace, backbone: Backbone) -> list[Method]:
+def _methods(options: argparse.Namespace, possible: Sequence[Method]) -> list[Method]:
     """Those asked for, with grids of one size."""
-    known = {method.name: method for method in methods(backbone)}
+    known = {method.name: method for method in possible}
     for name in options.methods or ():
         if name not in known:
             raise ValueError(f"--methods {name}: unknown, known are {', '.join(known)}")
     chosen = [known[name] for name in dict.fromkeys(options.methods or known)]
     if options.grid:
         chosen = [dataclasses.replace(method, grid=options.grid) for method in chosen]
+    if options.weight_decays:
+        decays = tuple(options.weight_decays)
+        chosen = [dataclasses.replace(m, grid=Grid(m.grid.learning_rates, decays)) for m in chosen]
     sizes = {method.name: len(method.grid) for method in chosen}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -273,10 +274,19 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, metavar="FILE",
         help="weights for that timm model; with neither they are random",
     )  # fmt: skip
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="some of the methods (all that the model can be trained by; LoRA needs peft)",
+    )
     parser.add_argument(
         "--grid", type=_grid, metavar="lr=...,wd=...",
         help=f"candidates for every method (each has its own; {grid}, where what trains is new)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-decays", type=float, nargs="+", metavar="X",
+        help="candidates in the place of those in each method's grid",
     )  # fmt: skip
     parser.add_argument(
         "--epochs", type=int, metavar="N", help=f"of each training ({default.epochs})"
@@ -296,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
         "--output", type=Path, default=Path("runs", "vtab"), metavar="DIR",
-        help="where runs.jsonl, vtab.json and vtab.html are written (runs/vtab)",
+        help="where runs.jsonl, vtab.json, vtab.html and caches are written (runs/vtab)",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true",

@@ -2,54 +2,153 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..methods import (
+    AdaptFormerConfig,
+    Head2ToeConfig,
+    LinearProbeConfig,
+    LowBitConfig,
+    VPTConfig,
+    VQTConfig,
+    apply,
+    select_features,
+)
+from ..methods.backbone import attention_blocks, classifier, linear_of
+from ..methods.features import collect
+from ..methods.transfer import TransferConfig
+from ..methods.vqt import CachedBatch, FeatureCache, FromCache
+from ..methods.vqt.cache import fingerprint_of_images
 from ..tasks import Split
+from ..training import Settings, seeded
 from .backbone import Backbone
 from .method import Grid, Method
 
+# Where what trains is new and sits in the backbone, and where everything was trained already.
+INSIDE = Grid(learning_rates=(5e-2, 2e-2, 1e-2, 5e-3, 2e-3))
+EVERYTHING = Grid(learning_rates=(1e-2, 5e-3, 2.5e-3, 1e-3, 5e-4))
+LORA_RANK = 8
+SELECTED = 0.5
+CACHED_IMAGES = 1000
+"""Splits of more images are read anew each time: a test split is read once a training."""
 
-def methods(backbone: Backbone) -> list[Method]:
-    """All of them, on that network, in the order of the tables."""
+
+def methods(backbone: Backbone, cache: Path) -> list[Method]:
+    """Those that the network can be trained by, in the order of the tables: a network without
+    attention blocks by its last layer and as a whole; LoRA where peft is installed.
+
+    Args:
+        cache: folder for what the frozen network gives to VQT's queries, 2 * blocks * tokens *
+            width numbers an image.
+    """
+
+    def build(*configs: Any, before: Callable[[nn.Module], object] = lambda model: None):
+        def built(num_classes: int, seed: int) -> nn.Module:
+            model = backbone.build(num_classes, seed)
+            with seeded(seed):
+                before(model)
+                for config in configs:
+                    if isinstance(config, TransferConfig):
+                        config = dataclasses.replace(config, num_classes=num_classes)
+                    apply(model, config)
+            return Prepared(model)
+
+        return built
+
+    def cached(model: nn.Module, split: Split) -> Split:
+        return _cached(model, split, cache)
+
+    probe = Method("linear probe", build(LinearProbeConfig()), prepare_data=_features)
+    full = Method("full fine-tuning", backbone.build, EVERYTHING)
+    try:
+        attention_blocks(backbone.source)
+    except ValueError:
+        return [probe, full]
+    vqt, on_top = VQTConfig(), VQTConfig(train_backbone=True)
+    lora = [
+        Method("LoRA", build(before=_lora), INSIDE),
+        Method("VQT + LoRA", build(on_top, before=_lora), INSIDE),
+    ]
     return [
+        probe,
+        Method("Head2Toe", build(Head2ToeConfig()), prepare_data=_features),
+        Method("VQT", build(vqt), prepare_data=cached),
+        Method(f"VQT, {SELECTED:.0%} kept", build(vqt), prepare_data=cached, finish=_select),
+        Method("VPT-deep", build(VPTConfig()), INSIDE),
+        Method("AdaptFormer", build(AdaptFormerConfig()), INSIDE),
+        Method("VQT + AdaptFormer", build(AdaptFormerConfig(), on_top), INSIDE),
         Method(
-            "linear probe",
-            lambda num_classes, seed: LinearProbe(backbone.build(num_classes, seed)),
-            prepare_data=features,
+            "the same, at 4 bits",
+            build(LowBitConfig(bits=4), AdaptFormerConfig(), on_top),
+            INSIDE,
         ),
-        Method(
-            "full fine-tuning",
-            backbone.build,
-            # a hundredth of the rates of what is new, where everything is trained already
-            Grid(learning_rates=(1e-2, 5e-3, 2.5e-3, 1e-3, 5e-4)),
-        ),
+        *(lora if importlib.util.find_spec("peft") else []),
+        full,
     ]
 
 
-class LinearProbe(nn.Module):
-    """The last layer of a network of timm's, which takes what the rest, frozen, makes of images."""
+class Prepared(nn.Module):
+    """A model that also takes, in the place of images, what :func:`_features` or :func:`_cached`
+    made of them."""
 
-    def __init__(self, network: Any):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.network = network.requires_grad_(False)
-        self.head = network.get_classifier().requires_grad_(True)
+        self.module = model
 
-    def forward(self, features: Tensor) -> Tensor:
-        """``[n, D]`` -> logits ``[n, num_classes]``."""
-        return self.head(features)
+    def get_classifier(self) -> Any:
+        """The model's own."""
+        return classifier(self.module)[1]
+
+    def forward(self, x: Tensor | CachedBatch) -> Tensor:
+        if isinstance(x, CachedBatch):
+            return FromCache(self.module)(x)
+        if x.dim() == 2:
+            head = linear_of(self.get_classifier())
+            return F.linear(x, head.weight, head.bias)
+        return self.module(x)
 
 
-@torch.no_grad()
-def features(model: nn.Module, split: Split) -> Split:
-    """What reaches the last layer of a :class:`LinearProbe`, ``[n, D]``, for every image."""
-    network: Any = model.network
-    network.eval()
-    device = next(network.parameters()).device
-    batches = [
-        network.forward_head(network.forward_features(images.to(device)), pre_logits=True).cpu()
-        for images in split.images.split(256)
-    ]
-    return Split(torch.cat(batches), split.labels)
+def _features(model: nn.Module, split: Split) -> Split:
+    """What reaches the linear classifier, [n, D], for every image."""
+    return Split(collect(model, split.images).cpu(), split.labels)
+
+
+def _cached(model: nn.Module, split: Split, directory: Path) -> Split:
+    """What the queries read, from a cache that is built where there is none."""
+    if len(split) > CACHED_IMAGES:
+        return split
+    network: Any = model.module
+    name = hashlib.sha256(fingerprint_of_images(split.images).encode()).hexdigest()[:16]
+    place = directory / name
+    try:
+        found = FeatureCache.open(place, network, split.images)
+    except FileNotFoundError:
+        found = FeatureCache.build(place, network, split.images)
+    return Split(found, split.labels)
+
+
+def _select(model: nn.Module, split: Split, settings: Settings) -> nn.Module:
+    """Half the learning rate, as the paper has it."""
+    half = dataclasses.replace(settings, learning_rate=settings.learning_rate / 2)
+    select_features(model, split, SELECTED, half, progress=False)
+    return model
+
+
+def _lora(model: nn.Module) -> None:
+    """Low-rank updates of the projections to queries, keys and values, and the classifier."""
+    import peft
+
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=["qkv"]), model
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    linear_of(classifier(model)[1]).requires_grad_(True)

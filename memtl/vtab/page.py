@@ -29,9 +29,9 @@ augmentation.
 Bytes saved for backward are counted on one training batch of {measured}, from what the model is
 given to the loss: every storage that autograd holds between forward and backward, once; parameters
 are left out. The peak is what one forward and backward need beyond the model and its gradients.
-Times are medians of whole steps (forward, loss, backward, Adam), the methods taking turns. A method
-that trains from features, computed once by a frozen network, is measured from those. Trainable
-parameters include the last layer, of {measured}.
+Times are medians of whole steps (forward, loss, backward, Adam), the methods taking turns. All are
+of steps on images; where the network is frozen, the trainings themselves took what it gives from a
+cache, computed once. Trainable parameters include the last layer, of {measured}.
 """
 """What a reader must know to read the figures rightly."""
 

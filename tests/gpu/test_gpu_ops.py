@@ -166,7 +166,7 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
-    queries = {"query_attention", "query_attention_grad"}
+    queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
     assert {*EXACT, *sums, *norms, *queries, *CURVES} == set(_ops.NAMES)
 
 
@@ -358,37 +358,6 @@ def test_attention_grad(case, dtype):
         # Twice the error of torch's own kernels in this dtype, and one rounding of the result.
         band = torch.finfo(dtype).eps * e.abs().max()
         assert (a - e).abs().max() <= 2 * (p - e).abs().max() + band
-
-
-@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
-def test_query_attention(dtype):
-    """In another order of summation, and with a rounding to the dtype."""
-    shapes = (
-        (2, 3, 1, 197, 64, 64),
-        (1, 2, 33, 7, 5, 9),
-        (2, 1, 2, 1500, 64, 32),
-        (2, 2, 2, 0, 4, 3),
-    )
-    for batch, heads, t, n, d, e in shapes:
-        sizes = ((batch, heads, t, e), (1, heads, t, d), (batch, heads, n, d), (batch, heads, n, e))
-        g, q, k, v = (draw(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes))
-        mask = draw(batch, 1, n, seed=9)
-        mask[mask > 1] = -torch.inf
-        u = max(torch.finfo(dtype).eps, 1e-5 if dtype != torch.float64 else 1e-13)
-        for given in (None, mask):
-            arguments = q, k, v, given, d**-0.5
-            wide = torch.promote_types(dtype, torch.float32)
-            expected = (
-                *reference.query_attention(*arguments, wide),
-                reference.query_attention_grad(g, *arguments),
-            )
-            actual = (
-                *torch.ops.memtl.query_attention(*to_device(arguments), wide),
-                torch.ops.memtl.query_attention_grad(*to_device((g, *arguments))),
-            )
-            for found, wanted in zip(actual, expected, strict=True):
-                assert found.is_contiguous() and found.dtype == wanted.dtype
-                assert_within(found.cpu(), wanted, u * (1 + wanted.double().abs()))
 
 
 def test_attention_grad_replays_dropout():

@@ -65,8 +65,8 @@ class CachedBatch:
 
 
 class FromCache(nn.Module):
-    """A VQT model that takes a :class:`CachedBatch` in the place of images: the queries and the
-    head of ``model`` itself, whose training this is.
+    """A VQT model that takes a :class:`CachedBatch` in the place of images, or images: the queries
+    and the head of ``model`` itself, whose training this is.
 
     Raises:
         TypeError: VQT was not applied to ``model``.
@@ -75,16 +75,19 @@ class FromCache(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        _head(model)
         self.model = model
-        self.head = _head(model)
 
-    def forward(self, batch: CachedBatch) -> Tensor:
-        reader, found = self.head.reader, []
+    def forward(self, batch: CachedBatch | Tensor) -> Tensor:
+        if isinstance(batch, Tensor):
+            return self.model(batch)
+        head = _head(self.model)
+        reader, found = head.reader, []
         for index, block in enumerate(_blocks(self.model)):
             run = super(ReadBlock, block).forward  # type: ignore[misc]
             found.append(reader.read(index, run, len(batch), batch.block(index)))
         reader.armed, reader.gathered = True, found
-        return self.head(batch.features)
+        return head(batch.features)
 
 
 class FeatureCache:
