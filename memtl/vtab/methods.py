@@ -24,7 +24,6 @@ from ..methods import (
 )
 from ..methods.backbone import attention_blocks, classifier, linear_of
 from ..methods.features import collect
-from ..methods.transfer import TransferConfig
 from ..methods.vqt import CachedBatch, FeatureCache, FromCache
 from ..methods.vqt.cache import fingerprint_of_images
 from ..tasks import Split
@@ -56,8 +55,6 @@ def methods(backbone: Backbone, cache: Path) -> list[Method]:
             with seeded(seed):
                 before(model)
                 for config in configs:
-                    if isinstance(config, TransferConfig):
-                        config = dataclasses.replace(config, num_classes=num_classes)
                     apply(model, config)
             return Prepared(model)
 

@@ -6,7 +6,7 @@ import torch
 from memtl import assets
 from memtl.tasks import Split
 from memtl.vtab import Backbone, methods
-from memtl.vtab.methods import features
+from memtl.vtab.methods import _features
 
 timm = pytest.importorskip("timm")
 
@@ -92,13 +92,15 @@ def test_weights_that_cannot_be_had(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vit_glyphs", "cnn_glyphs", "test_resnet"])
-def test_the_linear_probe_is_the_network(name):
+def test_the_linear_probe_is_the_network(name, tmp_path):
     backbone = Backbone(name, channels=1, size=32)
-    probe, full = (method.build(4, 3) for method in methods(backbone))
+    probe, *_, full = (method.build(4, 3) for method in methods(backbone, tmp_path))
     images = torch.randn(5, 1, 32, 32)
-    prepared = features(probe, Split(images, torch.zeros(5, dtype=torch.int64)))
+    prepared = _features(probe, Split(images, torch.zeros(5, dtype=torch.int64)))
+    assert prepared.images.dim() == 2
     torch.testing.assert_close(probe(prepared.images), full.eval()(images))
-    head = probe.network.get_classifier()
+    torch.testing.assert_close(probe(images), full(images))
+    head = probe.get_classifier()
     trained = {id(p) for p in probe.parameters() if p.requires_grad}
     assert trained == {id(head.weight), id(head.bias)}
     assert all(p.requires_grad for p in full.parameters())

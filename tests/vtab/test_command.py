@@ -60,7 +60,9 @@ def test_on_the_digits_with_the_shipped_network(tmp_path, capsys, monkeypatch):
 
 def test_on_a_folder(root, tmp_path, capsys):
     output = tmp_path / "found"
+    names = ["linear probe", "full fine-tuning"]
     arguments = ["vtab", "--quick", *SMALL, "--data", str(root), "--normalise", "half"]
+    arguments += ["--methods", *names]
     assert main([*arguments, "--output", str(output)]) == 0
     text = capsys.readouterr().out
     record = json.loads((output / "vtab.json").read_text())
@@ -68,7 +70,6 @@ def test_on_a_folder(root, tmp_path, capsys):
     assert record["datasets"]["mine"]["classes"] == 3
     assert record["datasets"]["mine"]["classes_from"] == "the largest label, and one more"
     assert record["datasets"]["svhn"]["classes"] == 10
-    names = ["linear probe", "full fine-tuning"]
     assert [(o["dataset"], o["method"]) for o in record["outcomes"]] == [
         (d, m) for d in record["datasets"] for m in names
     ]
@@ -96,6 +97,20 @@ def test_on_a_folder(root, tmp_path, capsys):
     assert json.loads((output / "vtab.json").read_text())["outcomes"] == record["outcomes"]
 
 
+def test_every_method_on_a_folder(root, tmp_path, capsys):
+    arguments = ["vtab", "--quick", *SMALL, "--data", str(root), "--normalise", "half"]
+    arguments += ["--datasets", "mine", "--seeds", "1", "--weight-decays", "0.001"]
+    assert main([*arguments, "--output", str(tmp_path / "o")]) == 0
+    record = json.loads((tmp_path / "o" / "vtab.json").read_text())
+    found = {o["method"]: o for o in record["outcomes"]}
+    assert {"Head2Toe", "VQT", "VPT-deep", "AdaptFormer", "VQT + AdaptFormer"} < set(found)
+    assert all(o["mean"] is not None and o["chosen"][1] == 0.001 for o in found.values())
+    kept = {name: cost["saved_bytes"] for name, cost in record["costs"].items()}
+    assert kept["linear probe"] < kept["Head2Toe"] < kept["VQT"] < kept["AdaptFormer"] / 3
+    assert kept["the same, at 4 bits"] < kept["VQT + AdaptFormer"] / 2
+    assert len(list((tmp_path / "o" / "cache").iterdir())) == 4  # train, val, trainval, test
+
+
 def test_choices(root, tmp_path, capsys):
     arguments = [
         "vtab", *SMALL, "--data", str(root), "--normalise", "none", "--datasets", "mine",
@@ -121,7 +136,7 @@ def test_grids_of_different_sizes_are_not_compared(monkeypatch, tmp_path, capsys
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, classes))
 
     two = [Method("a", build), Method("b", build, Grid((1.0,), (0.0,)))]
-    monkeypatch.setattr(command, "methods", lambda backbone: two)
+    monkeypatch.setattr(command, "methods", lambda backbone, cache: two)
     arguments = ["vtab", "--quick", "--output", str(tmp_path)]
     assert main(arguments) == 2
     assert "grids of one size, not a 20, b 1: give --grid" in capsys.readouterr().err
@@ -140,7 +155,7 @@ def test_grids_of_different_sizes_are_not_compared(monkeypatch, tmp_path, capsys
         (["--data", "/", "--normalise", "half"], "vit_glyphs takes images of 1 channel"),
         (["--model", "nope"], "timm has no model 'nope'"),
         (["--model", "test_vit", "--checkpoint", "/no/such.pt"], "there is no checkpoint /no/such"),
-        (["--methods", "magic"], "--methods magic: unknown, known are linear probe, full"),
+        (["--methods", "magic"], "--methods magic: unknown, known are linear probe, Head2Toe"),
         (["--size", "0", "--model", "test_vit"], "size must be at least 1 pixel, got 0"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
