@@ -26,8 +26,7 @@ class QueryAttentionFunction(Function):
         ctx.shared, ctx.dtype = q.shape[0] == 1 != k.shape[0], q.dtype
         _, j = output
         ctx.mark_non_differentiable(j)
-        # k and v are views of a larger tensor as a rule, which they must not keep alive.
-        ctx.save_for_backward(*((j,) if jacobian else (q, k.contiguous(), v.contiguous(), mask)))
+        ctx.save_for_backward(*((j,) if jacobian else (q, _alone(k), _alone(v), mask)))
 
     @staticmethod
     @first_order
@@ -43,6 +42,15 @@ class QueryAttentionFunction(Function):
         if ctx.shared:
             grad = grad.sum(0, keepdim=True)
         return grad.to(ctx.dtype), None, None, None, None, None
+
+
+def _alone(t: Tensor) -> Tensor:
+    """t, or a copy: keys and values are views of a larger tensor as a rule, which they must not
+    keep alive."""
+    if not t.is_contiguous() or torch.compiler.is_compiling():
+        return t.contiguous()
+    whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    return t if whole else t.clone()
 
 
 def bytes_kept(q: Tensor, k: Tensor, v: Tensor, jacobian: torch.dtype | None) -> int:

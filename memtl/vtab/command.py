@@ -95,7 +95,9 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         "means": {mean.label: mean.values for mean in summary.means()},
         "wall_seconds": time.perf_counter() - started,
     }
-    print(f"\n{summary.table()}\n\n{costs_table(summary, cost, batch)}\n")
+    if len(summary.datasets) > 1:
+        print(f"\n{summary.table()}")
+    print(f"\n{costs_table(summary, cost, batch)}\n")
     if options.quick:
         print("a quick run: too short for its accuracies and times to mean anything")
     (options.output / "vtab.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..report import Page, Point, Table, origin, tradeoff
+from ..report import Page, Point, Table, mean_std, origin, tradeoff
 from ..tasks.vtab import DATASETS, OTHER
 from ..training import Cost
 from .method import Grid
@@ -37,7 +37,8 @@ cache, computed once. Trainable parameters include the last layer, of {measured}
 
 
 def costs_table(summary: Summary, costs: Mapping[str, Cost], batch: int) -> Table:
-    """The mean accuracy of each method beside what it costs, measured on ``batch`` images."""
+    """The mean accuracy of each method, with its deviation over the seeds, beside what it costs,
+    measured on ``batch`` images."""
     return Table(
         (
             "method", f"{summary.overall.label}, %", "saved KiB/sample", "peak MiB",
@@ -46,7 +47,7 @@ def costs_table(summary: Summary, costs: Mapping[str, Cost], batch: int) -> Tabl
         tuple(
             (
                 method,
-                percent(summary.overall.values[method]),
+                _over_seeds(summary, method),
                 f"{cost.saved_bytes / batch / KIB:,.1f}",
                 "n/a" if cost.peak_bytes is None else f"{cost.peak_bytes / MIB:,.0f}",
                 f"{cost.trainable:,}",
@@ -55,6 +56,12 @@ def costs_table(summary: Summary, costs: Mapping[str, Cost], batch: int) -> Tabl
             for method, cost in costs.items()
         ),
     )  # fmt: skip
+
+
+def _over_seeds(summary: Summary, method: str) -> str:
+    seeds = summary.by_seed(method)
+    found = percent(summary.overall.values[method])
+    return mean_std([100 * a for a in seeds]) if seeds else found
 
 
 def page(

@@ -109,9 +109,10 @@ def test_auto_takes_the_jacobian_up_to_about_2_n_over_d_queries():
 
 
 @EVERY
-def test_a_view_keeps_no_qkv_alive(keep):
-    qkv = torch.randn(2, 30, 3, 3, 8)
-    k, v = qkv.permute(2, 0, 3, 1, 4)[1:]
+@pytest.mark.parametrize("apart", [False, True], ids=["interleaved", "one behind another"])
+def test_a_view_keeps_no_qkv_alive(keep, apart):
+    qkv = torch.randn(3, 2, 3, 30, 8) if apart else torch.randn(2, 30, 3, 3, 8)
+    k, v = (qkv if apart else qkv.permute(2, 0, 3, 1, 4))[1:]
     q = torch.randn(2, 3, 2, 8, requires_grad=True)
     expected = grads(stock, q, k, v)[1]
     out = M.query_attention(q, k, v, keep=keep)

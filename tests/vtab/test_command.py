@@ -106,8 +106,8 @@ def test_every_method_on_a_folder(root, tmp_path, capsys):
     assert {"Head2Toe", "VQT", "VPT-deep", "AdaptFormer", "VQT + AdaptFormer"} < set(found)
     assert all(o["mean"] is not None and o["chosen"][1] == 0.001 for o in found.values())
     kept = {name: cost["saved_bytes"] for name, cost in record["costs"].items()}
-    assert kept["linear probe"] < kept["Head2Toe"] < kept["VQT"] < kept["AdaptFormer"] / 3
-    assert kept["the same, at 4 bits"] < kept["VQT + AdaptFormer"] / 2
+    assert kept["linear probe"] < kept["Head2Toe"] < kept["VQT"] < kept["AdaptFormer"]
+    assert kept["the same, at 4 bits"] < 0.7 * kept["VQT + AdaptFormer"]
     assert len(list((tmp_path / "o" / "cache").iterdir())) == 4  # train, val, trainval, test
 
 

@@ -5,7 +5,6 @@ Parameter and Memory Efficient Transfer Learning, CVPR 2023.
 """
 
 from .cache import CachedBatch, FeatureCache, FromCache
-from .config import VQTConfig
-from .head import VQTHead
+from .tuning import VQTConfig, VQTHead
 
 __all__ = ["CachedBatch", "FeatureCache", "FromCache", "VQTConfig", "VQTHead"]

@@ -21,8 +21,8 @@ from ...files import sha256_of, write_aside
 from ...training import track
 from ..backbone import classifier
 from ..reading import ReadBlock
-from .head import VQTHead
 from .reader import Attended
+from .tuning import VQTHead
 
 if TYPE_CHECKING:
     from ...tasks import Images
