@@ -30,7 +30,7 @@ def apply(model: nn.Module, config: Config) -> Any:
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
     report = config.apply(model)
-    record(model, (*applied(model), config))
+    record(model, (*applied(model), config.resolved(model)))
     return report
 
 
@@ -46,7 +46,8 @@ def unconvert(model: nn.Module) -> int:
 
 
 def applied(model: nn.Module) -> tuple[Config, ...]:
-    """What :func:`apply` was given for this model, in that order."""
+    """What :func:`apply` was given for this model, in that order, and the number of classes filled
+    in where it was left open."""
     return model.__dict__.get("memtl_applied", ())
 
 

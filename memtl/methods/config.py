@@ -36,6 +36,10 @@ class Config(abc.ABC):
     def apply(self, model: nn.Module) -> Any:
         """Change ``model`` in place and return a report of what was done."""
 
+    def resolved(self, model: nn.Module) -> Config:
+        """This configuration with what it left to ``model``, to which it was applied, filled in."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :func:`config_from_dict` reads it back."""
         data: dict[str, Any] = {"method": self.method}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .backbone import classifier, linear_of
 from .config import Config
 
 
@@ -31,6 +32,11 @@ class TransferConfig(Config):
         if (classes := self.num_classes or own) is None:
             raise ValueError("num_classes must be given: this model has no classifier of its own")
         return classes
+
+    def resolved(self, model: nn.Module) -> Config:
+        """With the number of classes, for a model whose own classifier has another."""
+        classes = len(linear_of(classifier(model)[1]).weight)
+        return dataclasses.replace(self, num_classes=classes)
 
     def classify(self, model: nn.Module, name: str, features: int, classes: int) -> None:
         """Let the classifier of that name train: a new one, unless ``num_classes`` is None."""

@@ -6,16 +6,20 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import assets
+from ..methods import applied, save
+from ..methods.applied import unwrapped
 from ..report import check_device, environment, mean_std
 from ..tasks import VtabTask, load_digits_vtab, load_vtab
 from ..tasks.vtab import DATASETS, NORMALISATIONS, OTHER, datasets
@@ -25,7 +29,7 @@ from .method import Grid, Method
 from .methods import methods
 from .page import costs_table, page
 from .protocol import Outcome, Protocol
-from .runs import Runs
+from .runs import Key, Runs
 from .summary import DIVERGED, Summary, percent
 
 SHIPPED = "vit_glyphs"
@@ -69,7 +73,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             for method in chosen:
                 outcome = protocol.run(
                     task, method, runs, model=backbone.name, weights=backbone.weights,
-                    device=options.device,
+                    device=options.device, save=_saver(options),
                 )  # fmt: skip
                 print(_line(outcome), flush=True)
                 outcomes.append(outcome)
@@ -125,6 +129,20 @@ def _begin(
     if len(runs):
         print(f"runs.jsonl has {len(runs)} finished trainings: those of these settings are kept")
     print(flush=True)
+
+
+def _saver(options: argparse.Namespace) -> Callable[[nn.Module, Key], None] | None:
+    """Keeps what a method trained, of every run that is tested."""
+    if not options.save:
+        return None
+
+    def keep(model: nn.Module, key: Key) -> None:
+        if not applied(unwrapped(model)):
+            return
+        name = re.sub(r"\W+", "-", key.method).strip("-").lower()
+        save(model, options.output / "models" / key.dataset / f"{name}-{key.seed}")
+
+    return keep
 
 
 def _weights_from(backbone: Backbone) -> str:
@@ -309,6 +327,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("runs", "vtab"), metavar="DIR",
         help="where runs.jsonl, vtab.json, vtab.html and caches are written (runs/vtab)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save", action="store_true",
+        help="keep what was trained, of every run that is tested, in DIR/models, where memtl.load "
+        "finds it; not of LoRA alone (it is peft's) and of full fine-tuning, nor of runs that are "
+        "finished already",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true",

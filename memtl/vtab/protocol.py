@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 
 import memtl
 
@@ -96,12 +97,14 @@ class Protocol:
         model: str,
         weights: str,
         device: torch.device | str = "cpu",
+        save: Callable[[nn.Module, Key], object] | None = None,
         progress: bool | None = None,
     ) -> Outcome:
         """Do what ``runs`` does not have yet of a method on a dataset.
 
         Args:
             model, weights: of the network that ``method`` builds, for the keys of the runs.
+            save: called with every model that is trained to be tested.
         """
 
         done: list[Run] = []
@@ -117,7 +120,7 @@ class Protocol:
             )  # fmt: skip
             found = runs.find(key)
             if found is None:
-                found = self._train(key, task.num_classes, method, data, device, progress)
+                found = self._train(key, task.num_classes, method, data, device, save, progress)
                 runs.add(found)
             done.append(found)
             return found.accuracy
@@ -142,6 +145,7 @@ class Protocol:
         method: Method,
         data: Callable[[str], Split],
         device: torch.device | str,
+        save: Callable[[nn.Module, Key], object] | None,
         progress: bool | None,
     ) -> Run:
         started = time.perf_counter()
@@ -161,6 +165,8 @@ class Protocol:
                 with seeded(key.seed, device):
                     model = method.finish(model, train, settings)
             accuracy = evaluate(model, tested)
+            if save is not None and key.phase == "final":
+                save(model, key)
         except FloatingPointError as error:
             failure = str(error)
         return Run(key, accuracy, failure, time.perf_counter() - started)

@@ -135,5 +135,5 @@ def test_features_can_be_selected():
     settings = Settings(steps=4, batch_size=8, learning_rate=1e-2)
     selection = memtl.select_features(model, split, 0.2, settings, progress=False)
     assert len(selection.kept) == WIDTH
-    assert memtl.methods.applied(model) == (Head2ToeConfig(pool=2, selected=WIDTH),)
+    assert memtl.methods.applied(model) == (Head2ToeConfig(num_classes=5, pool=2, selected=WIDTH),)
     assert set(gradients(model, images())) == {"head.linear.weight", "head.linear.bias"}

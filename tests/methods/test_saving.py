@@ -52,6 +52,16 @@ def test_only_what_trains_is_saved_and_comes_back(model, tmp_path):
     memtl.load(fresh, tmp_path / "vqt")  # once more, into a model that has the method
 
 
+def test_the_pretrained_model_may_have_another_classifier(tmp_path):
+    model = vit()
+    memtl.apply(model, memtl.LinearProbeConfig())
+    assert applied(model) == (memtl.LinearProbeConfig(num_classes=5),)
+    memtl.save(model, tmp_path)
+    other = vit(num_classes=1000)
+    memtl.load(other, tmp_path)
+    assert_same(other.head.weight, model.head.weight)
+
+
 def test_saving_again_replaces(model, tmp_path):
     memtl.save(model, tmp_path)
     with torch.no_grad():

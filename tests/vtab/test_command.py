@@ -7,10 +7,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import memtl
 from memtl.cli import main
-from memtl.tasks import Split, VtabTask, load_digits_vtab
+from memtl.tasks import Split, VtabTask, load_digits_vtab, load_vtab
 from memtl.tasks.vtab import DATASETS
-from memtl.vtab import Grid, Method, command
+from memtl.training import evaluate
+from memtl.vtab import Backbone, Grid, Method, command
 from tests.helpers import write_vtab
 
 pytest.importorskip("timm")
@@ -99,7 +101,7 @@ def test_on_a_folder(root, tmp_path, capsys):
 
 def test_every_method_on_a_folder(root, tmp_path, capsys):
     arguments = ["vtab", "--quick", *SMALL, "--data", str(root), "--normalise", "half"]
-    arguments += ["--datasets", "mine", "--seeds", "1", "--weight-decays", "0.001"]
+    arguments += ["--datasets", "mine", "--seeds", "1", "--weight-decays", "0.001", "--save"]
     assert main([*arguments, "--output", str(tmp_path / "o")]) == 0
     record = json.loads((tmp_path / "o" / "vtab.json").read_text())
     found = {o["method"]: o for o in record["outcomes"]}
@@ -109,6 +111,17 @@ def test_every_method_on_a_folder(root, tmp_path, capsys):
     assert kept["linear probe"] < kept["Head2Toe"] < kept["VQT"] < kept["AdaptFormer"]
     assert kept["the same, at 4 bits"] < 0.7 * kept["VQT + AdaptFormer"]
     assert len(list((tmp_path / "o" / "cache").iterdir())) == 4  # train, val, trainval, test
+
+    saved = tmp_path / "o" / "models" / "mine"
+    assert {"vqt-1", "vqt-50-kept-1", "linear-probe-1", "vqt-lora-1"} < {
+        path.name for path in saved.iterdir()
+    }
+    task = load_vtab(root, "mine", normalise="half", size=32)
+    model = Backbone("test_vit", size=32).build(1000, 7)
+    memtl.load(model, saved / "vqt-50-kept-1")
+    assert evaluate(model, task.test) == found["VQT, 50% kept"]["accuracies"][0]
+    weights = {path.name: sum(f.stat().st_size for f in path.iterdir()) for path in saved.iterdir()}
+    assert weights["vqt-50-kept-1"] < 0.8 * weights["vqt-1"]
 
 
 def test_choices(root, tmp_path, capsys):
