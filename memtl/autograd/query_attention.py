@@ -26,7 +26,7 @@ class QueryAttentionFunction(Function):
         ctx.shared, ctx.dtype = q.shape[0] == 1 != k.shape[0], q.dtype
         _, j = output
         ctx.mark_non_differentiable(j)
-        ctx.save_for_backward(*((j,) if jacobian else (q, _alone(k), _alone(v), mask)))
+        ctx.save_for_backward(*((j,) if jacobian else (q, *map(_alone, (k, v, mask)))))
 
     @staticmethod
     @first_order
@@ -44,9 +44,11 @@ class QueryAttentionFunction(Function):
         return grad.to(ctx.dtype), None, None, None, None, None
 
 
-def _alone(t: Tensor) -> Tensor:
+def _alone(t: Tensor | None) -> Tensor | None:
     """t, or a copy: keys and values are views of a larger tensor as a rule, which they must not
     keep alive."""
+    if t is None:
+        return None
     if not t.is_contiguous() or torch.compiler.is_compiling():
         return t.contiguous()
     whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()

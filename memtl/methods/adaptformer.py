@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..nn.swap import swap
 from .backbone import Backbone
 from .frozen import evaluate_all_but, freeze
-from .reading import tokens, with_tokens
+from .reading import PerThread, tokens, with_tokens
 from .transfer import Trained, TransferConfig, check_count, check_probability, replace
 
 MLPS = ("mlp", "intermediate", "ffn")
@@ -96,6 +96,13 @@ def _mlp_branch(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     return mlp, norms[1]
 
 
+@dataclasses.dataclass
+class Adding:
+    """What is going to be added to a block's output."""
+
+    adding: Tensor | None = None
+
+
 class Adapter(nn.Module):
     """x [B, N, D] -> scale * Up(dropout(relu(Down(x)))) [B, N, D]."""
 
@@ -108,7 +115,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
-        self.adding: Tensor | None = None
+        self.state = PerThread(Adding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.dropout(F.relu(self.down(x)), self.dropout, self.training)) * self.scale
@@ -116,12 +123,12 @@ class Adapter(nn.Module):
     def read(self, module: nn.Module, args: tuple) -> None:
         """A pre-hook of the MLP and of its norm: x' is what the first of them reads, the norm in
         most networks, the MLP in those that normalise what it returns."""
-        if self.adding is None:
-            self.adding = self(args[0])
+        if self.state.now.adding is None:
+            self.state.now.adding = self(args[0])
 
     def take(self) -> Tensor:
         """What to add to the output of the block that has run."""
-        adding, self.adding = self.adding, None
+        adding, self.state.now.adding = self.state.now.adding, None
         assert adding is not None
         return adding
 
@@ -136,6 +143,6 @@ class AdaptedBlock:
         adapter: Adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.adapter.adding = None  # of a run that did not end
+        self.adapter.state.now.adding = None  # of a run that did not end
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         return with_tokens(output, tokens(output) + self.adapter.take())

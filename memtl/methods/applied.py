@@ -1,4 +1,4 @@
-"""Applying a method, and what a model remembers of it."""
+"""Applying a method, and undoing a conversion."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from torch import nn
 
 from .. import nn as layers
 from .config import Config, ConversionConfig
+from .record import applied, record
+from .transfer import TransferConfig
 
 
 def apply(model: nn.Module, config: Config) -> Any:
     """Apply a method to ``model``, in place; the one entry point for every method.
 
     Args:
-        model: any ``torch.nn.Module``.
+        model: any ``torch.nn.Module``; a model wrapped by peft stands for the one inside where the
+            method trains a part of it.
         config: a method's configuration, such as :class:`memtl.BackRazorConfig`.
 
     Returns:
@@ -29,6 +32,8 @@ def apply(model: nn.Module, config: Config) -> Any:
         raise TypeError(
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
+    if isinstance(config, TransferConfig) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
     report = config.apply(model)
     record(model, (*applied(model), config.resolved(model)))
     return report
@@ -43,26 +48,3 @@ def unconvert(model: nn.Module) -> int:
     count = layers.unconvert(model)
     record(model, tuple(c for c in applied(model) if not isinstance(c, ConversionConfig)))
     return count
-
-
-def applied(model: nn.Module) -> tuple[Config, ...]:
-    """What :func:`apply` was given for this model, in that order, and the number of classes filled
-    in where it was left open."""
-    return model.__dict__.get("memtl_applied", ())
-
-
-def record(model: nn.Module, configs: tuple[Config, ...]) -> None:
-    """Make ``configs`` what :func:`applied` returns."""
-    model.__dict__.pop("memtl_applied", None)
-    if configs:
-        model.__dict__["memtl_applied"] = configs
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and parallel wrappers to which a method was applied."""
-    while not applied(model):
-        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inside, nn.Module):
-            break
-        model = inside
-    return model

@@ -131,7 +131,9 @@ def linear_classifier(model: Any, width: int | None = None) -> tuple[str, int, i
     if isinstance(head, nn.Linear):
         return name, head.in_features, head.out_features
     if not isinstance(head, nn.Identity):
-        raise ValueError(f"expected a linear classifier, but {name} is {type(head).__name__}")
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        hint = "; leave it to the method: no modules_to_save" if kind.startswith("peft.") else ""
+        raise ValueError(f"expected a linear classifier, but {name} is {kind}{hint}")
     config = getattr(model, "config", None)
     for holder, size in (
         (model, "head_hidden_size"),

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training import evaluating
 from .backbone import classifier, linear_of
 from .head import ChunkedHead
+from .record import unwrapped
 
 if TYPE_CHECKING:
     from ..tasks import Images
@@ -21,7 +23,7 @@ def collect(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor
 
     Of a head on chunks they are the normalised chunks side by side, those selected only.
     """
-    head = linear_of(classifier(model)[1])
+    head = linear_of(classifier(unwrapped(model))[1])
     device = head.weight.device
     read: list[Tensor] = []
 
@@ -29,12 +31,9 @@ def collect(model: nn.Module, images: Images, *, batch_size: int = 64) -> Tensor
         (x,) = args
         read.append(head.normalized(x) if isinstance(head, ChunkedHead) else x.clone())
 
-    training = model.training
-    model.eval()
-    with head.register_forward_pre_hook(note):
+    with evaluating(model), head.register_forward_pre_hook(note):
         for batch in images.split(batch_size):
             model(batch.to(device))
-    model.train(training)
     return torch.cat(read)
 
 

@@ -80,7 +80,7 @@ class PoolReader(Reader):
     def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with torch.no_grad():
             output = run(*args, **kwargs)
-            self.gathered.append(pooled(tokens(output), self.pool))
+            self.now.gathered.append(pooled(tokens(output), self.pool))
         return output
 
 

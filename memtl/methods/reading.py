@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..nn.swap import swap
 from .frozen import evaluate_all_but
+
+State = TypeVar("State")
 
 CHECKPOINTED = (
     "a model that is read layer by layer cannot be checkpointed: call "
@@ -17,25 +22,67 @@ CHECKPOINTED = (
 )
 
 
+class PerThread(Generic[State]):
+    """A state for every thread that calls a model. Copies start afresh.
+
+    torch.compile does not trace what is local to a thread; it sees one state, whose changes become
+    part of what it compiles.
+    """
+
+    def __init__(self, fresh: Callable[[], State]) -> None:
+        self._fresh = fresh
+        self._traced = fresh()
+        self._local = threading.local()
+
+    @property
+    def now(self) -> State:
+        """That of this thread."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        if not hasattr(self._local, "state"):
+            self._local.state = self._fresh()
+        return self._local.state
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._fresh,)
+
+
+@dataclasses.dataclass
+class Reading:
+    """Whether the model is being called as a whole, and what its blocks have given so far."""
+
+    armed: bool = False
+    gathered: list[Tensor] = dataclasses.field(default_factory=list)
+
+
 class Reader:
     """Takes something at every block, for a classifier that reads it at the end.
 
-    One pass: the model's forward arms the reader (:meth:`arm`, a forward hook), every block hands
-    itself to :meth:`block`, the classifier takes what was gathered (:meth:`take`). Where the model
-    is not called as a whole, ``forward_features`` say, blocks do what they always did.
+    One call: the model's forward arms the reader (:meth:`arm`, a hook), every block hands itself to
+    :meth:`block`, the classifier takes what was gathered (:meth:`take`); however the call ends, the
+    reader is disarmed (:meth:`disarm`, another). Where the model is not called as a whole,
+    ``forward_features`` say, blocks do what they always did.
     """
 
     def __init__(self, depth: int, trains_backbone: bool) -> None:
         self.depth = depth
         self.trains_backbone = trains_backbone
-        self.armed = False
-        self.gathered: list[Tensor] = []
+        self._reading = PerThread(Reading)
+
+    @property
+    def now(self) -> Reading:
+        """The call that this thread is in."""
+        return self._reading.now
 
     def arm(self, model: Any, args: Any) -> None:
         """A forward pre-hook of the model."""
         if getattr(model, "grad_checkpointing", False):  # timm's
             raise RuntimeError(CHECKPOINTED)
-        self.armed, self.gathered = True, []
+        self.now.armed, self.now.gathered = True, []
+
+    def disarm(self, *_: Any) -> None:
+        """A forward hook of the model, called after a failure as well."""
+        self.now.armed, self.now.gathered = False, []
 
     def take(self) -> list[Tensor]:
         """What the blocks gave, in order.
@@ -43,8 +90,8 @@ class Reader:
         Raises:
             RuntimeError: not every block has run since the model was called.
         """
-        gathered, armed = self.gathered, self.armed
-        self.armed, self.gathered = False, []
+        gathered, armed = self.now.gathered, self.now.armed
+        self.disarm()
         if not armed or len(gathered) != self.depth:
             raise RuntimeError(
                 f"the classifier needs something of each of {self.depth} blocks and got it of "
@@ -68,7 +115,7 @@ class ReadBlock:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward  # type: ignore[misc]
-        if not self.memtl_reader.armed:
+        if not self.memtl_reader.now.armed:
             return run(*args, **kwargs)
         if self.training and getattr(self, "gradient_checkpointing", False):  # transformers'
             raise RuntimeError(CHECKPOINTED)
@@ -87,6 +134,7 @@ def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader)
     for index, module in enumerate(modules):
         swap(module, ReadBlock, memtl_reader=reader, memtl_index=index)
     model.register_forward_pre_hook(reader.arm)
+    model.register_forward_hook(reader.disarm, always_call=True)
     if not reader.trains_backbone:
         evaluate_all_but(model, head)
 

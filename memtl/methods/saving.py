@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,23 @@ from torch import nn
 
 from ..files import sha256_of, write_aside
 from ..nn.report import plain_name
-from .applied import applied, apply, unwrapped
+from .applied import apply
 from .config import config_from_dict
+from .record import applied, unwrapped
 from .transfer import Trained, owned
 
 CONFIG = "memtl.json"
+OURS = re.compile(r"weights-[0-9a-f]{12}\.safetensors")
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write what was applied to ``model`` and what trains in it to ``directory``: ``memtl.json``
     and the file of weights that it names.
 
-    Weights are the parameters that require a gradient and the buffers beside them, by their names
-    in the model, without the prefixes of torch.compile and of parallel wrappers. A save that is
-    interrupted leaves the save that was there before.
+    Weights are the parameters that require a gradient, all that the methods made, and buffers (see
+    :func:`memtl.methods.transfer.owned`), by their names in the model, without the prefixes of
+    torch.compile and of parallel wrappers. A save that is interrupted leaves the save that was
+    there before; what another save of memtl left in ``directory`` is deleted.
 
     Returns:
         The directory.
@@ -53,13 +57,14 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     text = json.dumps(record, indent=2) + "\n"
     write_aside(directory / CONFIG, lambda path: path.write_text(text))  # from here on it counts
     for old in directory.glob("weights-*.safetensors"):
-        if old != weights:
+        if OURS.fullmatch(old.name) and old != weights:
             old.unlink()
     return directory
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Trained:
-    """Apply to ``model`` what was applied to the saved one, and give it the saved weights.
+    """Apply to ``model`` what was applied to the saved one, and give it the saved weights, in the
+    dtypes that it has. Where the weights do not fit, the methods stay applied.
 
     Args:
         model: the pre-trained model, as it was before any method was applied; or one to which
@@ -72,8 +77,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Trained:
     Raises:
         FileNotFoundError: there is no save in ``directory``, or its weights are missing.
         ValueError: the files are damaged, or are not those of one save; other methods were applied
-            to ``model``; an entry is missing, unknown, or of another shape or dtype than the
-            model's, which is then named.
+            to ``model``; an entry is missing, unknown, or of another shape than the model's, which
+            is then named.
         ImportError: safetensors is not installed.
     """
     record, tensors = _read(Path(directory))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..tasks import Split
 from ..training import History, Settings, fit
-from .applied import applied, record, unwrapped
 from .backbone import classifier, linear_of
 from .config import Config
 from .features import OnFeatures, collect
 from .head import ChunkedHead
+from .record import applied, record, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ def select_features(
 
     Memory: the features, [images, features], are held.
     """
-    _, parent = classifier(model)
+    own = unwrapped(model)
+    _, parent = classifier(own)
     head = linear_of(parent)
     if not isinstance(head, ChunkedHead):
         raise TypeError(
@@ -124,7 +125,6 @@ def select_features(
         description="training the compact head",
     )
     parent.linear = compact.train(head.training)
-    own = unwrapped(model)
     record(own, tuple(_selected(config, count) for config in applied(own)))
     return Selection(scores.cpu(), kept.cpu(), head.sizes, scoring, training)
 

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from .backbone import classifier, linear_of
 from .config import Config
+from .frozen import FrozenBackbone
+from .record import applied
+
+_HERE = __name__.rpartition(".")[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,20 +125,26 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def replace_classifier(model: nn.Module, name: str, head: nn.Module, classes: int) -> None:
     """Put ``head`` in the place of the classifier of that name."""
     replace(model, name, head)
-    for count in ("num_classes", "num_labels"):  # what timm and transformers believe it is
-        if hasattr(model, count):
-            setattr(model, count, classes)
+    # What timm and transformers believe it is; the latter's losses go by the configuration.
+    for holder in (model, getattr(model, "config", None)):
+        for count in ("num_classes", "num_labels"):
+            if isinstance(getattr(holder, count, None), int):
+                setattr(holder, count, classes)
 
 
 def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What has to be kept of a trained model, by name: the parameters that train, and the buffers
-    of the modules they are in (running statistics, the index of selected features)."""
-    for prefix, module in model.named_modules():
-        parameters = list(module.named_parameters(recurse=False))
-        trains = [(n, p) for n, p in parameters if p.requires_grad]
-        if not trains:
-            continue
-        persistent = set(module.state_dict()) - {n for n, _ in module.named_parameters()}
-        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n in persistent]
-        for name, tensor in trains + buffers:
-            yield (f"{prefix}.{name}" if prefix else name), tensor.detach()
+    """What has to be kept of a trained model, by name: the parameters that train; all that a method
+    made, frozen since or not; persistent buffers (running statistics, the index of selected
+    features), of a network that a method keeps in evaluation mode those beside the former alone."""
+    made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_HERE)]
+    if any(isinstance(config, TransferConfig) for config in applied(model)):
+        made.append(classifier(model)[0])
+    inside = tuple(f"{name}." for name in made)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    beside = {name.rpartition(".")[0] for name in parameters}
+    everywhere = not isinstance(model, FrozenBackbone)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = name in parameters or name.startswith(inside)
+        buffer = not isinstance(tensor, nn.Parameter)
+        if own or (buffer and (everywhere or name.rpartition(".")[0] in beside)):
+            yield name, tensor.detach()

@@ -1,7 +1,7 @@
 """Fine-tuning a classifier: one small loop, what it costs, and the bar that shows how far it is."""
 
 from .cost import Cost, Way, costs
-from .loop import OPTIMIZERS, History, Settings, Step, evaluate, fit, seeded
+from .loop import OPTIMIZERS, History, Settings, Step, evaluate, evaluating, fit, seeded
 from .progress import track
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Way",
     "costs",
     "evaluate",
+    "evaluating",
     "fit",
     "seeded",
     "track",

@@ -215,6 +215,18 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in evaluation mode; afterwards every module is in the mode it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
     """The fraction of ``split`` that ``model``, in evaluation mode, classifies correctly.
@@ -224,13 +236,11 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
     """
     if not len(split):
         raise ValueError("cannot evaluate on an empty split")
-    device, training = _device(model), model.training
-    model.eval()
-    right = 0
+    device, right = _device(model), 0
     batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-    for images, labels in batches:
-        right += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
-    model.train(training)
+    with evaluating(model):
+        for images, labels in batches:
+            right += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
     return right / len(split)
 
 

@@ -128,7 +128,7 @@ def test_a_run_that_fails_leaves_nothing_behind():
         model(images(3))
     failing.remove()
     assert_same(logits(model, x), expected)
-    assert all(block.adapter.adding is None for block in model.blocks)
+    assert all(block.adapter.state.now.adding is None for block in model.blocks)
 
 
 def test_blocks_whose_mlp_is_not_to_be_told():

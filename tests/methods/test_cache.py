@@ -138,7 +138,7 @@ def test_what_cannot_be_cached(tmp_path, model, data, cache):
     with pytest.raises(ValueError, match="empty split"):
         FeatureCache.build(tmp_path / "x", model, data.images[:0])
     with pytest.raises(ValueError, match="dtype must be one of"):
-        FeatureCache.build(tmp_path / "x", model, data.images, dtype="int8")
+        FeatureCache.build(tmp_path / "x", model, data.images, dtype="fp32")
     trained = vit()
     memtl.apply(trained, memtl.VQTConfig(train_backbone=True))
     with pytest.raises(ValueError, match="reads what changes"):
@@ -146,3 +146,98 @@ def test_what_cannot_be_cached(tmp_path, model, data, cache):
     with pytest.raises(IndexError, match=r"positions must be in 0 \.\. 22"):
         cache[torch.tensor([23])]
     json.loads((cache.directory / "cache.json").read_text())
+    with pytest.raises(TypeError, match=r"int64, got torch\.bool"):
+        cache[torch.ones(23, dtype=torch.bool)]
+    with pytest.raises(IndexError, match="no position"):
+        cache[0:0]
+
+
+@pytest.mark.parametrize("change", ["pooling", "activation", "precision"])
+def test_another_computation_from_the_same_weights_is_refused(cache, model, data, change):
+    match change:
+        case "pooling":
+            model.global_pool = "avg"
+        case "activation":
+            for block in model.blocks:
+                block.mlp.act = nn.ReLU()
+        case "precision":
+            model.bfloat16()
+    images_ = data.images.to(model.head.queries.dtype)
+    with pytest.raises(ValueError, match="computes something else|made of other weights"):
+        FeatureCache.open(cache.directory, model, images_)
+
+
+def test_a_cache_of_autocast_is_not_one_of_float32(tmp_path, model, data):
+    with torch.autocast("cpu", torch.bfloat16):
+        FeatureCache.build(tmp_path / "c", model, data.images, progress=False)
+        FeatureCache.open(tmp_path / "c", model, data.images)
+    with pytest.raises(ValueError, match="computes something else"):
+        FeatureCache.open(tmp_path / "c", model, data.images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes(tmp_path, model, data, dtype):
+    model, x = model.to(dtype), data.images.to(dtype)
+    FeatureCache.build(tmp_path / "c", model, x, progress=False)
+    batch = FeatureCache.open(tmp_path / "c", model, x)[:4]
+    assert batch.keys.dtype == dtype
+    expected = model(x[:4])
+    unit = torch.finfo(dtype).eps
+    assert_within(FromCache(model)(batch), expected, 20 * unit * expected.abs().max().item())
+
+
+def test_masks_of_each_image_cannot_be_cached(tmp_path, model, data):
+    def masked(block, args, kwargs):
+        x = args[0]
+        return args, {"attn_mask": (x[:, :1, :1] * torch.ones(1, x.shape[1], x.shape[1]))[:, None]}
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(masked, with_kwargs=True)
+    with pytest.raises(ValueError, match="the mask of block 0 differs from image to image"):
+        FeatureCache.build(tmp_path / "c", model, data.images, progress=False)
+
+
+def test_a_build_that_was_ended_is_not_in_the_way(tmp_path, model, data, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    read, calls = module.read, []
+
+    def ended(*args):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(module, "read", ended)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.build(tmp_path / "c", model, data.images, batch_size=8, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.building"]
+    monkeypatch.setattr(module, "read", read)
+    assert len(FeatureCache.build(tmp_path / "c", model, data.images, progress=False)) == 23
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_selection_and_saving_through_the_wrapper(tmp_path, cache, model, data):
+    wrapped, split = FromCache(model), Split(cache, data.labels)
+    settings = Settings(steps=2, batch_size=8)
+    memtl.select_features(wrapped, split, 0.5, settings, progress=False)
+    assert model.head.linear.weight.shape == (5, 56)
+    memtl.save(wrapped, tmp_path / "s")
+    fresh = vit()
+    own = model.state_dict()
+    fresh.load_state_dict({n: own.get(n, t) for n, t in fresh.state_dict().items()})
+    memtl.load(fresh, tmp_path / "s")
+    assert_same(fresh.eval()(data.images), model.eval()(data.images))
+
+
+def test_modes_survive_a_failure(model, data, tmp_path):
+    model.train()
+    model.blocks[0].mlp.train()
+    modes = [m.training for m in model.modules()]
+    wrong = torch.randn(4, 1, 16, 16)
+    with pytest.raises(RuntimeError):
+        FeatureCache.build(tmp_path / "c", model, wrong, progress=False)
+    with pytest.raises(RuntimeError):
+        evaluate(model, Split(wrong, torch.zeros(4)))
+    assert [m.training for m in model.modules()] == modes
+    evaluate(model, data)
+    assert [m.training for m in model.modules()] == modes

@@ -135,16 +135,14 @@ def test_what_cannot_be_loaded(model, tmp_path):
         memtl.load(other, tmp_path)
     with pytest.raises(ValueError, match=r"linear\.weight' is \[4, 112\] .* needs \[4, 80\]"):
         memtl.load(vit(depth=2), tmp_path)
-    frozen = vit()
-    memtl.apply(frozen, memtl.VQTConfig(num_queries=2, num_classes=4))
-    frozen.head.linear.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"has 'head\.linear\.bias', which does not train"):
-        memtl.load(frozen, tmp_path)
     trained = vit()
     memtl.apply(trained, memtl.VQTConfig(num_queries=2, num_classes=4))
     trained.norm.bias.requires_grad_()
     with pytest.raises(ValueError, match=r"lacks 'norm\.bias' \(1 missing"):
         memtl.load(trained, tmp_path)
+    memtl.save(trained, tmp_path / "more")
+    with pytest.raises(ValueError, match=r"has 'norm\.bias', which does not train"):
+        memtl.load(vit(), tmp_path / "more")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "record", "unknown"])
@@ -168,3 +166,62 @@ def test_damaged_files_are_named(model, tmp_path, damage):
     culprit = {"record": "memtl.json is damaged", "unknown": "'magic'"}.get(damage, weights.name)
     with pytest.raises((ValueError, FileNotFoundError), match=culprit):
         memtl.load(vit(), tmp_path)
+
+
+def test_other_files_are_left_alone(model, tmp_path):
+    (tmp_path / "weights-best.safetensors").write_bytes(b"mine")
+    memtl.save(model, tmp_path)
+    memtl.save(model, tmp_path)
+    assert (tmp_path / "weights-best.safetensors").read_bytes() == b"mine"
+
+
+def test_what_a_method_made_is_saved_frozen_or_not(model, tmp_path):
+    model.head.queries.requires_grad_(False)
+    memtl.save(model, tmp_path)
+    fresh, _ = reloaded(model, tmp_path)
+    assert_same(fresh.head.queries, model.head.queries)
+    probe = vit()
+    memtl.apply(probe, memtl.LinearProbeConfig())
+    memtl.save(probe.requires_grad_(False), tmp_path / "probe")
+    fresh = vit()
+    memtl.load(fresh, tmp_path / "probe")
+    assert_same(fresh.head.weight, probe.head.weight)
+
+
+def test_running_statistics_of_a_converted_network(tmp_path):
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 2))
+
+    model = net()
+    memtl.apply(model, memtl.LowBitConfig())
+    model[1].requires_grad_(False)
+    model(images().images)
+    memtl.save(model, tmp_path)
+    fresh = net()
+    fresh[1].requires_grad_(False)
+    memtl.load(fresh, tmp_path)
+    assert_same(fresh[1].running_var, model[1].running_var)
+    assert fresh[1].running_var.ne(1).all()
+
+
+def test_peft_wrappers_stand_for_the_model_inside(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "target_modules": ["qkv"], "init_lora_weights": False}
+    wrapped = peft.get_peft_model(vit(), peft.LoraConfig(**options))
+    memtl.apply(wrapped, memtl.VQTConfig(num_classes=3, train_backbone=True))
+    x = images().images
+    expected = wrapped.eval()(x)
+    assert expected.shape == (12, 3)
+    memtl.save(wrapped, tmp_path)
+    fresh = vit()
+    own = {
+        n.replace("base_layer.", ""): t for n, t in wrapped.get_base_model().state_dict().items()
+    }
+    fresh.load_state_dict(
+        {n: own.get(n, t) for n, t in fresh.state_dict().items() if "head" not in n}, strict=False
+    )
+    fresh = peft.get_peft_model(fresh, peft.LoraConfig(**options))
+    memtl.load(fresh, tmp_path)
+    assert_same(fresh.eval()(x), expected)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged.eval()(x), expected, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files import sha256_of, write_aside
-from ...training import track
+from ...training import evaluating, track
 from ..backbone import classifier
 from ..reading import ReadBlock
 from .reader import Attended
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 INDEX = "cache.json"
 SHARD_BYTES = 2**28
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUILDING = "building"
+DTYPES = {None: None, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,23 @@ class CachedBatch:
         features, keys, values = (t.to(device) for t in (self.features, self.keys, self.values))
         return CachedBatch(features, keys, values, masks, self.scales)
 
+    def agrees_with(self, other: CachedBatch, rounding: float) -> bool:
+        """Whether another computation gives the same, but for ``rounding``, relative to the largest
+        entry, of keys and values and a thousandth for an order of summation."""
+        if (self.scales, self.keys.dtype) != (other.scales, other.keys.dtype):
+            return False
+        pairs = [(self.features, other.features, 1e-3)]
+        pairs += [(a, b, 1e-3 + rounding) for a, b in zip(self._kv(), other._kv(), strict=True)]
+        for ours, theirs in zip(self.masks, other.masks, strict=True):
+            if (ours is None) != (theirs is None):
+                return False
+            if ours is not None and theirs is not None:
+                pairs.append((ours, theirs, 1e-3))
+        return all(_close(a.cpu().float(), b.cpu().float(), bound) for a, b, bound in pairs)
+
+    def _kv(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
     def block(self, index: int) -> list[Attended]:
         """What the queries of one block read."""
         key, value = self.keys[:, index], self.values[:, index]
@@ -76,17 +95,21 @@ class FromCache(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         _head(model)
-        self.model = model
+        self.module = model
+
+    def get_classifier(self) -> VQTHead:
+        """The model's own."""
+        return _head(self.module)
 
     def forward(self, batch: CachedBatch | Tensor) -> Tensor:
         if isinstance(batch, Tensor):
-            return self.model(batch)
-        head = _head(self.model)
+            return self.module(batch)
+        head = _head(self.module)
         reader, found = head.reader, []
-        for index, block in enumerate(_blocks(self.model)):
+        for index, block in enumerate(_blocks(self.module)):
             run = super(ReadBlock, block).forward  # type: ignore[misc]
             found.append(reader.read(index, run, len(batch), batch.block(index)))
-        reader.armed, reader.gathered = True, found
+        reader.now.armed, reader.now.gathered = True, found
         return head(batch.features)
 
 
@@ -94,8 +117,8 @@ class FeatureCache:
     """Images as their :class:`CachedBatch`, in files: in the place of ``Split.images``.
 
     ``build`` computes, ``open`` finds again. A cache knows the weights and the images that it was
-    made of, and is refused for others; every file is checked against its sha256 when it is first
-    read.
+    made of, and is refused for others, and for a network that makes something else of the first
+    image and the last; every file is checked against its sha256 when it is first read.
     """
 
     def __init__(self, directory: Path, record: dict[str, Any]) -> None:
@@ -107,6 +130,9 @@ class FeatureCache:
             starts.append(starts[-1] + shard["images"])
         self._starts = torch.tensor(starts)
         constants = self._load(directory / record["constants"]["file"], record["constants"])
+        self._dtype: torch.dtype = getattr(torch, record["computed"])
+        rounded = record["stored"] != record["computed"]
+        self._rounding = torch.finfo(getattr(torch, record["stored"])).eps if rounded else 0.0
         self._masks = tuple(
             constants.get_tensor(name) if (name := f"mask.{i}") in constants.keys() else None
             for i in range(len(record["scales"]))
@@ -119,22 +145,25 @@ class FeatureCache:
         model: nn.Module,
         images: Images,
         *,
-        dtype: str = "fp32",
+        dtype: str | None = None,
         batch_size: int = 32,
         progress: bool | None = None,
     ) -> FeatureCache:
         """Compute and write the cache of ``images``.
 
         Args:
-            directory: new or empty; the cache is in it when it is whole, and not before.
+            directory: new or empty. The cache is built in a folder beside it, NAME.building, which
+                takes its name when it is whole; what a build that was ended has left is replaced.
             model: to which VQT was applied.
             images: in the order in which they will be asked for.
-            dtype: of keys and values: "fp32", or "bf16" for half the bytes, rounded.
+            dtype: of keys and values: None for the one in which they are computed, or "bf16", half
+                the bytes of float32, rounded.
             batch_size: images a forward pass.
             progress: as in :func:`memtl.training.track`.
 
         Raises:
-            TypeError, ValueError: as :class:`FromCache`; ``dtype`` is neither; no images.
+            TypeError, ValueError: as :class:`FromCache`; ``dtype`` is neither; no images; masks of
+                attention that differ from image to image.
             FileExistsError: there is something in ``directory``.
         """
         if dtype not in DTYPES:
@@ -144,20 +173,22 @@ class FeatureCache:
         directory = Path(directory)
         if directory.exists() and any(directory.iterdir()):
             raise FileExistsError(f"{directory} is not empty: FeatureCache.open, or another place")
-        directory.mkdir(parents=True, exist_ok=True)
-        writer = _Writer(directory, _head(model), DTYPES[dtype])
+        building = directory.with_name(f"{directory.name}.{BUILDING}")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        writer = _Writer(building, _head(model), DTYPES[dtype])
         batches = images.split(batch_size)
         total = -(-len(images) // batch_size)
         for batch in track(batches, "caching features", progress=progress, total=total):
-            writer.add(_read(model, batch))
+            writer.add(read(model, batch))
         record = {
-            "weights": fingerprint(_backbone_tensors(model)),
+            "weights": fingerprint_of_backbone(model),
             "images": fingerprint_of_images(images),
-            "dtype": dtype,
             **writer.finish(),
         }
         text = json.dumps(record, indent=1)
-        write_aside(directory / INDEX, lambda path: path.write_text(text))
+        write_aside(building / INDEX, lambda path: path.write_text(text))
+        os.replace(building, directory)
         return cls(directory, record)
 
     @classmethod
@@ -174,13 +205,14 @@ class FeatureCache:
         try:
             record = json.loads((directory / INDEX).read_text())
             made_of = {what: record[what] for what in ("weights", "images")}
-            record["shards"], record["constants"], record["scales"]
+            for entry in ("shards", "constants", "scales", "computed", "stored"):
+                record[entry]
         except FileNotFoundError:
             raise FileNotFoundError(f"{directory} holds no finished cache: no {INDEX}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory / INDEX} is damaged: {error}") from error
         given = {
-            "weights": fingerprint(_backbone_tensors(model)),
+            "weights": fingerprint_of_backbone(model),
             "images": fingerprint_of_images(images),
         }
         for what, found in given.items():
@@ -189,21 +221,35 @@ class FeatureCache:
                     f"{directory} was made of other {what}: sha256 {made_of[what][:12]}..., these "
                     f"have {found[:12]}..."
                 )
-        return cls(directory, record)
+        cache = cls(directory, record)
+        # The same weights compute something else with another pooling, activation or precision.
+        for index in {0, len(cache) - 1}:
+            one = slice(index, index + 1)
+            if not cache[one].agrees_with(read(model, images[one]), cache._rounding):
+                raise ValueError(
+                    f"{directory} was made by a network that computes something else from the same "
+                    "weights: its pooling, an activation, its precision, a library's version"
+                )
+        return cache
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: slice | Tensor) -> CachedBatch:
-        """The images of a slice, or of an int64 tensor of positions.
+        """The images of a slice, or of an int64 tensor of positions; one at least.
 
         Raises:
+            TypeError: positions that are no integers.
             ValueError: a file is damaged, truncated or altered.
-            IndexError: a position outside the cache.
+            IndexError: a position outside the cache, or none.
         """
         if isinstance(index, slice):
             index = torch.arange(len(self))[index]
-        if len(index) and not (0 <= int(index.min()) and int(index.max()) < len(self)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"positions must be int64, got {index.dtype}")
+        if not len(index):
+            raise IndexError("no position was given")
+        if not (0 <= int(index.min()) and int(index.max()) < len(self)):
             raise IndexError(f"positions must be in 0 .. {len(self) - 1}")
         shards = torch.searchsorted(self._starts, index, right=True) - 1
         rows = [
@@ -212,10 +258,13 @@ class FeatureCache:
                 shards.tolist(), (index - self._starts[shards]).tolist(), strict=True
             )
         ]
-        dtype = DTYPES["fp32"]
         features, keys, values = (torch.stack(t) for t in zip(*rows, strict=True))
         return CachedBatch(
-            features, keys.to(dtype), values.to(dtype), self._masks, tuple(self._record["scales"])
+            features,
+            keys.to(self._dtype),
+            values.to(self._dtype),
+            self._masks,
+            tuple(self._record["scales"]),
         )
 
     def split(self, batch_size: int) -> Iterator[CachedBatch]:
@@ -258,6 +307,13 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of_backbone(model: nn.Module) -> str:
+    """sha256 of the weights and buffers of a model, its classifier's left out."""
+    name, _ = classifier(model)
+    state = model.state_dict()
+    return fingerprint((n, state[n]) for n in sorted(state) if not n.startswith(f"{name}."))
+
+
 def fingerprint_of_images(images: Images) -> str:
     """sha256 of what the images are; those that know it by themselves (files) are asked."""
     if hasattr(images, "fingerprint"):
@@ -268,7 +324,7 @@ def fingerprint_of_images(images: Images) -> str:
 class _Writer:
     """Gathers what images gave until a shard is full, and writes it."""
 
-    def __init__(self, directory: Path, head: VQTHead, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, head: VQTHead, dtype: torch.dtype | None) -> None:
         self.directory, self.dtype = directory, dtype
         self.depth = head.reader.depth
         self.waiting: list[dict[str, Tensor]] = []
@@ -279,10 +335,15 @@ class _Writer:
     def add(self, batch: CachedBatch) -> None:
         if self.constants is None:
             self.constants = batch
+        for index, (mask, first) in enumerate(zip(batch.masks, self.constants.masks, strict=True)):
+            if mask is None or first is None:
+                continue
+            if (mask.dim() == 4 and len(mask) > 1) or not torch.equal(mask, first):
+                raise ValueError(f"the mask of block {index} differs from image to image")
         tensors = {
             "features": batch.features.cpu(),
-            "keys": batch.keys.to("cpu", self.dtype),
-            "values": batch.values.to("cpu", self.dtype),
+            "keys": batch.keys.to("cpu", self.dtype or batch.keys.dtype),
+            "values": batch.values.to("cpu", self.dtype or batch.values.dtype),
         }
         self.waiting.append(tensors)
         self.bytes += sum(t.nbytes for t in tensors.values())
@@ -295,13 +356,19 @@ class _Writer:
             self._flush()
         assert self.constants is not None
         masks = {
-            f"mask.{i}": mask.cpu().contiguous()
+            f"mask.{i}": mask.cpu().contiguous().clone()
             for i, mask in enumerate(self.constants.masks)
             if mask is not None
         }
         constants = self._write("constants.safetensors", masks)
-        scales = list(self.constants.scales)
-        return {"shards": self.shards, "constants": constants, "scales": scales}
+        computed = self.constants.keys.dtype
+        return {
+            "shards": self.shards,
+            "constants": constants,
+            "scales": list(self.constants.scales),
+            "computed": _name(computed),
+            "stored": _name(self.dtype or computed),
+        }
 
     def _flush(self) -> None:
         tensors = {n: torch.cat([w[n] for w in self.waiting]) for n in self.waiting[0]}
@@ -329,21 +396,12 @@ def _blocks(model: nn.Module) -> list[ReadBlock]:
     return [module for module in model.modules() if isinstance(module, ReadBlock)]
 
 
-def _backbone_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    name, _ = classifier(model)
-    state = model.state_dict()
-    return [(n, state[n]) for n in sorted(state) if not n.startswith(f"{name}.")]
-
-
 @torch.no_grad()
-def _read(model: nn.Module, images: Tensor) -> CachedBatch:
-    """Run the backbone alone on some images."""
+def read(model: nn.Module, images: Tensor) -> CachedBatch:
+    """What the backbone gives of some images; no query is sent."""
     head = _head(model)
-    training = model.training
-    model.eval()
-    with head.reader.noting() as noted:
+    with evaluating(model), head.reader.noting() as noted:
         model(images.to(head.queries.device))
-    model.train(training)
     if several := [i for i, seen in enumerate(noted.seen) if len(seen) != 1]:
         raise ValueError(
             f"block {several[0]} has {len(noted.seen[several[0]])} attentions, not one"
@@ -357,3 +415,11 @@ def _read(model: nn.Module, images: Tensor) -> CachedBatch:
         tuple(a.mask for a in seen),
         tuple(a.scale for a in seen),
     )
+
+
+def _close(a: Tensor, b: Tensor, bound: float) -> bool:
+    return a.shape == b.shape and bool(((a - b).abs() <= bound * b.abs().max()).all())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...functional import query_attention
 from ...nn.calls import Tap
-from ..reading import Reader, tokens
+from ..reading import PerThread, Reader, tokens
 
 JACOBIAN_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -82,6 +82,13 @@ class Noted:
     features: Tensor | None = None
 
 
+@dataclasses.dataclass
+class Noting:
+    """Where what a backbone gives is noted, if it is."""
+
+    noted: Noted | None = None
+
+
 class QueryReader(Reader):
     """Sends the queries of each block through it, once its tokens have passed."""
 
@@ -97,16 +104,21 @@ class QueryReader(Reader):
         self.keep = keep
         self.jacobian = jacobian
         self.queries = queries
-        self.noted: Noted | None = None
+        self._noting = PerThread(Noting)
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[Noted]:
         """Inside, a call of the model notes what its backbone gives, and sends no query."""
-        self.noted = noted = Noted()
+        self._noting.now.noted = noted = Noted()
         try:
             yield noted
         finally:
-            self.noted, self.armed = None, False
+            self._noting.now.noted = None
+
+    @property
+    def noted(self) -> Noted | None:
+        """Where to note, inside :meth:`noting`."""
+        return self._noting.now.noted
 
     def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         enabled = torch.is_grad_enabled()
@@ -122,7 +134,7 @@ class QueryReader(Reader):
         if self.noted is not None:
             self.noted.seen.append(seeing.seen)
         else:
-            self.gathered.append(self.read(index, run, batch, seeing.seen))
+            self.now.gathered.append(self.read(index, run, batch, seeing.seen))
         return output
 
     def read(self, index: int, run: Callable[..., Any], batch: int, seen: list[Attended]) -> Tensor:

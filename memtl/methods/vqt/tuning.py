@@ -35,7 +35,8 @@ class VQTConfig(TransferConfig):
     frozen block beside the tokens, attend to them and not to each other, and end there. The head
     reads the model's own feature and every Z'_m, each normalised to length 1. The tokens are
     those of the unmodified model, bit for bit; nothing is kept of them for backward, and the model
-    stays in evaluation mode whatever ``train()`` says.
+    stays in evaluation mode whatever ``train()`` says. Nor does an input get a gradient. (All of
+    this without ``train_backbone``.)
 
     Args:
         num_queries: T, of every block.
