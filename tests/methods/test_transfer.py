@@ -343,7 +343,7 @@ def test_a_probe_of_what_has_no_linear_classifier():
         memtl.apply(nn.Sequential(nn.Linear(3, 3)), LinearProbeConfig())
     model = nn.Sequential(nn.Linear(3, 3))
     model.head = nn.Sequential(nn.Linear(3, CLASSES))
-    with pytest.raises(ValueError, match="expected a linear classifier, but head is Sequential"):
+    with pytest.raises(ValueError, match="expected a linear classifier, but head is .*Sequential"):
         memtl.apply(model, LinearProbeConfig())
     model.head = nn.Identity()
     with pytest.raises(ValueError, match="cannot tell how many features head"):
