@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memtl.files import sha256_of
 from memtl.tasks import digits
 from memtl.tasks.split import Split
 
@@ -155,7 +156,8 @@ class VtabTask:
         name: The dataset's name, that of its folder.
         group: One of :data:`GROUPS`, or :data:`OTHER`.
         num_classes: Number of labels.
-        data: What tells these images and splits from others of that name.
+        data: What tells these images and splits from others of that name: of a folder, the lists,
+            the size in bytes of every image, and the content of those to learn from.
         train: 800 images to learn from while hyper-parameters are chosen.
         val: 200 images to choose them on.
         trainval: Both, to learn from once they are chosen.
@@ -175,7 +177,7 @@ class VtabTask:
 def load_vtab(
     root: str | PathLike[str], dataset: str, *, normalise: str, size: int = 224
 ) -> VtabTask:
-    """Return one dataset of a folder in the shared layout; no image is read yet.
+    """Return one dataset of a folder in the shared layout; no image is decoded yet.
 
     The number of classes is that of :data:`DATASETS`; of a dataset not listed there, the largest
     label of its lists and one more. The training images are kept once they are decoded.
@@ -211,6 +213,9 @@ def load_vtab(
             torch.tensor([label for _, label in listed[name]]),
         )
     _check_union(folder, *(listed[name] for name in LISTS[:3]))
+    with ThreadPoolExecutor() as pool:
+        for content in pool.map(sha256_of, [folder / p for p, _ in listed["train800val200"]]):
+            digest.update(content.encode())
     return VtabTask(
         dataset,
         group,
@@ -236,7 +241,7 @@ def datasets(root: str | PathLike[str]) -> list[str]:
 
 
 def _read(path: Path, classes: int | None, digest: hashlib._Hash) -> list[tuple[str, int]]:
-    """The paths and labels of a list, which ``digest`` is shown."""
+    """The paths and labels of a list, which ``digest`` is shown, with the sizes of the files."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
     content = path.read_bytes()
@@ -254,8 +259,10 @@ def _read(path: Path, classes: int | None, digest: hashlib._Hash) -> list[tuple[
                 f"{place}: label {label} is out of range: {path.parent.name} has {classes} classes"
             )
         image = image.rstrip()
-        if not (path.parent / image).is_file():
-            raise FileNotFoundError(f"{place}: there is no image {path.parent / image}")
+        file = path.parent / image
+        if not file.is_file():
+            raise FileNotFoundError(f"{place}: there is no image {file}")
+        digest.update(b"%d " % file.stat().st_size)
         entries.append((image, int(label)))
     if not entries:
         raise ValueError(f"{path} lists no image")

@@ -5,9 +5,21 @@ all, beside what a step keeps and takes. A way is a :class:`Method`; ``methods.p
 """
 
 from .backbone import Backbone
+from .caches import Caches
 from .method import Grid, Method
 from .methods import methods
 from .protocol import Outcome, Protocol
 from .runs import Key, Run, Runs
 
-__all__ = ["Backbone", "Grid", "Key", "Method", "Outcome", "Protocol", "Run", "Runs", "methods"]
+__all__ = [
+    "Backbone",
+    "Caches",
+    "Grid",
+    "Key",
+    "Method",
+    "Outcome",
+    "Protocol",
+    "Run",
+    "Runs",
+    "methods",
+]

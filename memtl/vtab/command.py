@@ -23,8 +23,9 @@ from ..methods.record import unwrapped
 from ..report import check_device, environment, mean_std
 from ..tasks import VtabTask, load_digits_vtab, load_vtab
 from ..tasks.vtab import DATASETS, NORMALISATIONS, OTHER, datasets
-from ..training import Way, costs
-from .backbone import Backbone
+from ..training import Way, costs, seeded
+from .backbone import Backbone, line
+from .caches import CACHE_GIB, GIB, Caches
 from .method import Grid, Method
 from .methods import methods
 from .page import costs_table, page
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options, argv)
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, NotImplementedError, ValueError, OSError) as error:
         print(f"memtl vtab: {error}", file=sys.stderr)
         return 2
 
@@ -57,8 +58,10 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         options.model, 3 if options.data else 1, options.size, options.pretrained,
         options.checkpoint,
     )  # fmt: skip
-    chosen = _methods(options, methods(backbone, options.output / "cache"))
+    caches = _caches(options)
+    asked = _methods(options, methods(backbone, caches))
     tasks = _tasks(options, backbone.image_size)
+    chosen, left_out = _served(asked, backbone, options)
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Runs(options.output / "runs.jsonl") as runs:
@@ -89,6 +92,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             "parameters": sum(p.numel() for p in backbone.source.parameters()),
         },
         "protocol": dataclasses.asdict(protocol),
+        "left_out": left_out,
+        "caches": {"folder": str(caches.folder), "bytes": caches.nbytes},
         "grids": {name: dataclasses.asdict(grid) for name, grid in grids.items()},
         "size": backbone.image_size,
         "normalisation": options.normalise or "that of the digits",
@@ -104,6 +109,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"\n{costs_table(summary, cost, batch)}\n")
     if options.quick:
         print("a quick run: too short for its accuracies and times to mean anything")
+    if caches.nbytes:
+        print(f"caches: {caches.folder}, {caches.nbytes / GIB:.3g} GiB")
     (options.output / "vtab.json").write_text(json.dumps(record, indent=2) + "\n")
     written = page(summary, cost, protocol, grids, record).write(options.output / "vtab.html")
     print(f"report: {written}")
@@ -153,8 +160,34 @@ def _weights_from(backbone: Backbone) -> str:
     return "timm's weights" if backbone.pretrained else "random weights"
 
 
+def _served(
+    asked: Sequence[Method], backbone: Backbone, options: argparse.Namespace
+) -> tuple[list[Method], dict[str, str]]:
+    """The methods that can serve the network, tried on two random images, and why others cannot.
+
+    Raises:
+        ValueError: ``--methods`` names one that cannot, or none can.
+    """
+    with seeded(0):
+        images = torch.randn(2, backbone.channels, *2 * [backbone.image_size])
+    left_out = {}
+    for method in asked:
+        try:
+            with torch.no_grad():
+                method.build(2, 0).to(options.device).eval()(images.to(options.device))
+        except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+            reason = line(error)
+            if options.methods:
+                raise ValueError(f"--methods {method.name}: {reason}") from error
+            print(f"left out: {method.name}: {reason}", flush=True)
+            left_out[method.name] = reason
+    if len(left_out) == len(asked):
+        raise ValueError(f"no method can train {backbone.name}")
+    return [method for method in asked if method.name not in left_out], left_out
+
+
 def _line(outcome: Outcome) -> str:
-    place = f"  {outcome.dataset:22}{outcome.method:22}"
+    place = f"  {outcome.dataset:22}{outcome.method:28}"
     if outcome.chosen is None:
         return place + DIVERGED
     rate, decay = outcome.chosen
@@ -219,6 +252,12 @@ def _methods(options: argparse.Namespace, possible: Sequence[Method]) -> list[Me
             for m in chosen
         ]
     return chosen
+
+
+def _caches(options: argparse.Namespace) -> Caches:
+    if not options.cache_gib >= 0:  # nan too
+        raise ValueError(f"--cache-gib must be at least 0, got {options.cache_gib:g}")
+    return Caches(options.output / "cache", options.cache_gib * GIB)
 
 
 def _check_data(options: argparse.Namespace) -> None:
@@ -298,7 +337,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="some of the methods (all that the model can be trained by; LoRA needs peft)",
+        help="some of the methods (all that the model can be trained by; LoRA needs peft); others "
+        "that cannot serve the model are left out, one named here ends the command",
     )
     parser.add_argument(
         "--grid", type=_grid, metavar="lr=...,wd=...",
@@ -327,6 +367,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("runs", "vtab"), metavar="DIR",
         help="where runs.jsonl, vtab.json, vtab.html and caches are written (runs/vtab)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-gib", type=float, default=CACHE_GIB, metavar="N",
+        help="of a split of VQT's training or validation images, what the frozen network gives is "
+        f"computed once and kept in DIR/cache, where it takes at most N GiB ({CACHE_GIB}); 0: "
+        "never. A ViT-B's is 14 MiB an image",
     )  # fmt: skip
     parser.add_argument(
         "--save", action="store_true",

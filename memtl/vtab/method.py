@@ -67,6 +67,8 @@ class Method:
             instead, such as features of a frozen network, computed once. It is called once for each
             split and must depend on pre-trained weights alone, neither on what trains nor on the
             seed. ``model`` is on its device, and so may be what computes batches when asked.
+        prepare_test: whether the test split, which is read once a training, is prepared too;
+            without it ``model`` is given that split as it is.
         finish: ``(model, split, settings)`` -> the model that is evaluated, made of the one that
             ``settings`` trained on ``split`` (prepared), for instance by selecting features. It is
             called after every training, in the search too; random numbers are those of the seed.
@@ -76,4 +78,5 @@ class Method:
     build: Callable[[int, int], nn.Module]
     grid: Grid = Grid()
     prepare_data: Callable[[nn.Module, Split], Split] | None = None
+    prepare_test: bool = True
     finish: Callable[[nn.Module, Split, Settings], nn.Module] | None = None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,11 +22,11 @@ from ..methods import (
 )
 from ..methods.backbone import attention_blocks, classifier, linear_of
 from ..methods.features import collect
-from ..methods.vqt import CachedBatch, FeatureCache, FromCache
-from ..methods.vqt.cache import fingerprint_of_images
+from ..methods.vqt import CachedBatch, FromCache
 from ..tasks import Split
 from ..training import Settings, seeded
 from .backbone import Backbone
+from .caches import Caches
 from .method import Grid, Method
 
 # Where what trains is new and sits in the backbone, and where everything was trained already.
@@ -36,18 +34,19 @@ INSIDE = Grid(learning_rates=(5e-2, 2e-2, 1e-2, 5e-3, 2e-3))
 EVERYTHING = Grid(learning_rates=(1e-2, 5e-3, 2.5e-3, 1e-3, 5e-4))
 LORA_RANK = 8
 SELECTED = 0.5
-CACHED_IMAGES = 1000
-"""Splits of more images are read anew each time: a test split is read once a training."""
 
 
-def methods(backbone: Backbone, cache: Path) -> list[Method]:
-    """Those that the network can be trained by, in the order of the tables: a network without
+def methods(backbone: Backbone, caches: Caches) -> list[Method]:
+    """Those that the network may be trained by, in the order of the tables: a network without
     attention blocks by its last layer and as a whole; LoRA where peft is installed.
 
     Args:
-        cache: folder for what the frozen network gives to VQT's queries, 2 * blocks * tokens *
-            width numbers an image.
+        caches: for what the frozen network gives to VQT's queries.
+
+    Raises:
+        ValueError, ImportError: as :attr:`Backbone.source`.
     """
+    source = backbone.source
 
     def build(*configs: Any, before: Callable[[nn.Module], object] = lambda model: None):
         def built(num_classes: int, seed: int) -> nn.Module:
@@ -61,15 +60,16 @@ def methods(backbone: Backbone, cache: Path) -> list[Method]:
         return built
 
     def cached(model: nn.Module, split: Split) -> Split:
-        return _cached(model, split, cache)
+        return caches.split(backbone.name, model.get_submodule("module"), split)
 
     probe = Method("linear probe", build(LinearProbeConfig()), prepare_data=_features)
     full = Method("full fine-tuning", backbone.build, EVERYTHING)
     try:
-        attention_blocks(backbone.source)
+        attention_blocks(source)
     except ValueError:
         return [probe, full]
-    vqt, on_top = VQTConfig(), VQTConfig(train_backbone=True)
+    vqt = Method("VQT", build(VQTConfig()), prepare_data=cached, prepare_test=False)
+    on_top = VQTConfig(train_backbone=True)
     lora = [
         Method("LoRA", build(before=_lora), INSIDE),
         Method("VQT + LoRA", build(on_top, before=_lora), INSIDE),
@@ -77,13 +77,13 @@ def methods(backbone: Backbone, cache: Path) -> list[Method]:
     return [
         probe,
         Method("Head2Toe", build(Head2ToeConfig()), prepare_data=_features),
-        Method("VQT", build(vqt), prepare_data=cached),
-        Method(f"VQT, {SELECTED:.0%} kept", build(vqt), prepare_data=cached, finish=_select),
+        vqt,
+        dataclasses.replace(vqt, name="VQT (half kept)", finish=_select),
         Method("VPT-deep", build(VPTConfig()), INSIDE),
         Method("AdaptFormer", build(AdaptFormerConfig()), INSIDE),
         Method("VQT + AdaptFormer", build(AdaptFormerConfig(), on_top), INSIDE),
         Method(
-            "the same, at 4 bits",
+            "VQT + AdaptFormer (4 bits)",
             build(LowBitConfig(bits=4), AdaptFormerConfig(), on_top),
             INSIDE,
         ),
@@ -93,8 +93,8 @@ def methods(backbone: Backbone, cache: Path) -> list[Method]:
 
 
 class Prepared(nn.Module):
-    """A model that also takes, in the place of images, what :func:`_features` or :func:`_cached`
-    made of them."""
+    """A model that also takes, in the place of images, what :func:`_features` or
+    :class:`Caches` made of them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -116,20 +116,6 @@ class Prepared(nn.Module):
 def _features(model: nn.Module, split: Split) -> Split:
     """What reaches the linear classifier, [n, D], for every image."""
     return Split(collect(model, split.images).cpu(), split.labels)
-
-
-def _cached(model: nn.Module, split: Split, directory: Path) -> Split:
-    """What the queries read, from a cache that is built where there is none."""
-    if len(split) > CACHED_IMAGES:
-        return split
-    network: Any = model.module
-    name = hashlib.sha256(fingerprint_of_images(split.images).encode()).hexdigest()[:16]
-    place = directory / name
-    try:
-        found = FeatureCache.open(place, network, split.images)
-    except FileNotFoundError:
-        found = FeatureCache.build(place, network, split.images)
-    return Split(found, split.labels)
 
 
 def _select(model: nn.Module, split: Split, settings: Settings) -> nn.Module:

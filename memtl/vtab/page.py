@@ -30,8 +30,9 @@ Bytes saved for backward are counted on one training batch of {measured}, from w
 given to the loss: every storage that autograd holds between forward and backward, once; parameters
 are left out. The peak is what one forward and backward need beyond the model and its gradients.
 Times are medians of whole steps (forward, loss, backward, Adam), the methods taking turns. All are
-of steps on images; where the network is frozen, the trainings themselves took what it gives from a
-cache, computed once. Trainable parameters include the last layer, of {measured}.
+of steps on images; where the network is frozen, the trainings themselves took what it gives,
+computed once, but where that would have been larger than --cache-gib. Trainable parameters include
+the last layer, of {measured}.
 """
 """What a reader must know to read the figures rightly."""
 
@@ -128,6 +129,8 @@ def page(
             result.paragraph(
                 f"{name} is not of VTAB-1k; its {task['classes']} classes: {task['classes_from']}."
             )
+    for name, reason in record["left_out"].items():
+        result.paragraph(f"{name} was left out: {reason}")
     if diverged := sum(outcome.diverged for outcome in summary.outcomes.values()):
         result.paragraph(f"{diverged} trainings diverged: runs.jsonl says which, and where.")
     result.definitions(

@@ -111,7 +111,7 @@ class Protocol:
 
         @functools.cache
         def data(name: str) -> Split:
-            return prepared(method, task.num_classes, getattr(task, name), device)
+            return prepared(method, task, name, device)
 
         def accuracy(phase: str, candidate: Candidate, seed: int) -> float | None:
             key = Key(
@@ -172,11 +172,12 @@ class Protocol:
         return Run(key, accuracy, failure, time.perf_counter() - started)
 
 
-def prepared(method: Method, num_classes: int, split: Split, device: torch.device | str) -> Split:
-    """``split`` as the models of ``method`` take it."""
-    if method.prepare_data is None:
+def prepared(method: Method, task: VtabTask, name: str, device: torch.device | str) -> Split:
+    """A split of ``task`` as the models of ``method`` take it."""
+    split = getattr(task, name)
+    if method.prepare_data is None or (name == "test" and not method.prepare_test):
         return split
-    return method.prepare_data(method.build(num_classes, 0).to(device), split)
+    return method.prepare_data(method.build(task.num_classes, 0).to(device), split)
 
 
 def choose(scores: Mapping[Candidate, float | None]) -> Candidate | None:

@@ -11,10 +11,15 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Everything that determines a run: one of another key is another run.
+    """What tells a run from others: the data, the network, the method, and how it was trained.
 
-    ``data`` tells images and lists, ``weights`` the pre-trained weights; ``learning_rate`` is that
-    of the grid, for a batch of 256; ``memtl`` is the version.
+    ``data`` tells images and lists (:attr:`VtabTask.data`), ``weights`` the pre-trained weights;
+    ``method`` is a name, which stands for its options; ``learning_rate`` is that of the grid, for a
+    batch of 256; ``memtl`` is the version.
+
+    It does not cover the versions of torch, timm and peft, the device, or whether features came
+    from a cache, which may all change the last digits; nor code that was changed without a new
+    version. After such a change, choose another folder.
     """
 
     dataset: str

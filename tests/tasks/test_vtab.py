@@ -124,6 +124,20 @@ def test_what_tells_data_apart(root):
     assert data() != before
 
 
+def test_other_images_under_the_same_names_are_told_apart(root):
+    folder = root / "eurosat" / "images"
+    found = [load_vtab(root, "eurosat", size=8, normalise="none").data]
+    for name in ("train800", "val200"):
+        path = next((folder / name).iterdir())
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # as many bytes
+        found.append(load_vtab(root, "eurosat", size=8, normalise="none").data)
+    path = next((folder / "test").iterdir())
+    path.write_bytes(path.read_bytes() + b" ")
+    found.append(load_vtab(root, "eurosat", size=8, normalise="none").data)
+    assert len(set(found)) == 4
+
+
 def test_what_a_folder_has(root, tmp_path):
     for name in ("zebra", "cifar", "apple"):
         write_vtab(root / name)

@@ -5,7 +5,7 @@ import torch
 
 from memtl import assets
 from memtl.tasks import Split
-from memtl.vtab import Backbone, methods
+from memtl.vtab import Backbone, Caches, methods
 from memtl.vtab.methods import _features
 
 timm = pytest.importorskip("timm")
@@ -80,6 +80,8 @@ def test_what_is_not_there(tmp_path):
         Backbone("test_vit", checkpoint=tmp_path / "gone.pt")
     with pytest.raises(ValueError, match="timm has no model 'nope'"):
         _ = Backbone("nope").source
+    with pytest.raises(ValueError, match="timm has no model 'nope'"):
+        methods(Backbone("nope", size=32), Caches(tmp_path))
 
 
 def test_weights_that_cannot_be_had(monkeypatch):
@@ -94,7 +96,7 @@ def test_weights_that_cannot_be_had(monkeypatch):
 @pytest.mark.parametrize("name", ["vit_glyphs", "cnn_glyphs", "test_resnet"])
 def test_the_linear_probe_is_the_network(name, tmp_path):
     backbone = Backbone(name, channels=1, size=32)
-    probe, *_, full = (method.build(4, 3) for method in methods(backbone, tmp_path))
+    probe, *_, full = (method.build(4, 3) for method in methods(backbone, Caches(tmp_path)))
     images = torch.randn(5, 1, 32, 32)
     prepared = _features(probe, Split(images, torch.zeros(5, dtype=torch.int64)))
     assert prepared.images.dim() == 2

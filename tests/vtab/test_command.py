@@ -1,5 +1,6 @@
 """``memtl vtab``."""
 
+import argparse
 import dataclasses
 import json
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from memtl.cli import main
 from memtl.tasks import Split, VtabTask, load_digits_vtab, load_vtab
 from memtl.tasks.vtab import DATASETS
 from memtl.training import evaluate
-from memtl.vtab import Backbone, Grid, Method, command
+from memtl.vtab import Backbone, Caches, Grid, Method, command, methods
 from tests.helpers import write_vtab
 
 pytest.importorskip("timm")
@@ -109,19 +110,22 @@ def test_every_method_on_a_folder(root, tmp_path, capsys):
     assert all(o["mean"] is not None and o["chosen"][1] == 0.001 for o in found.values())
     kept = {name: cost["saved_bytes"] for name, cost in record["costs"].items()}
     assert kept["linear probe"] < kept["Head2Toe"] < kept["VQT"] < kept["AdaptFormer"]
-    assert kept["the same, at 4 bits"] < 0.7 * kept["VQT + AdaptFormer"]
-    assert len(list((tmp_path / "o" / "cache").iterdir())) == 4  # train, val, trainval, test
+    assert kept["VQT + AdaptFormer (4 bits)"] < 0.7 * kept["VQT + AdaptFormer"]
+    assert len(list((tmp_path / "o" / "cache").iterdir())) == 3  # train, val, trainval
+    size = sum(path.stat().st_size for path in (tmp_path / "o" / "cache").glob("*/*"))
+    assert record["caches"] == {"folder": str(tmp_path / "o" / "cache"), "bytes": size}
+    assert f"caches: {tmp_path / 'o' / 'cache'}, {size / 2**30:.3g} GiB" in capsys.readouterr().out
+    assert record["left_out"] == {}
 
     saved = tmp_path / "o" / "models" / "mine"
-    assert {"vqt-1", "vqt-50-kept-1", "linear-probe-1", "vqt-lora-1"} < {
+    assert {"vqt-1", "vqt-half-kept-1", "vqt-adaptformer-4-bits-1", "vqt-lora-1"} < {
         path.name for path in saved.iterdir()
     }
     task = load_vtab(root, "mine", normalise="half", size=32)
     model = Backbone("test_vit", size=32).build(1000, 7)
-    memtl.load(model, saved / "vqt-50-kept-1")
-    assert evaluate(model, task.test) == found["VQT, 50% kept"]["accuracies"][0]
-    weights = {path.name: sum(f.stat().st_size for f in path.iterdir()) for path in saved.iterdir()}
-    assert weights["vqt-50-kept-1"] < 0.8 * weights["vqt-1"]
+    memtl.load(model, saved / "vqt-half-kept-1")
+    assert evaluate(model, task.test) == found["VQT (half kept)"]["accuracies"][0]
+    assert model.get_classifier().linear.weight.shape == (3, (64 + 6 * 64) // 2)
 
 
 def test_choices(root, tmp_path, capsys):
@@ -159,6 +163,87 @@ def test_grids_of_different_sizes_are_not_compared(monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
+    ("limit", "said"),
+    [("0", ""), ("1e-9", "a cache for 8 images would be 0.0001"), ("9", None)],
+)
+def test_caches_are_bounded(root, tmp_path, capsys, limit, said):
+    arguments = ["vtab", "--quick", *SMALL, "--data", str(root), "--normalise", "half"]
+    arguments += ["--datasets", "mine", "--methods", "VQT", "--cache-gib", limit]
+    assert main([*arguments, "--output", str(tmp_path / "o")]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "o" / "cache").exists() == (f"caches: {tmp_path}" in text) == (said is None)
+    assert (said or "") in text and text.count("a cache for") == (3 if said else 0)
+
+
+def test_another_network_in_the_same_folder(root, tmp_path):
+    checkpoint = tmp_path / "other.pt"
+    state = Backbone("test_vit", size=32).build(3, 0).state_dict()
+    torch.save(state | {"cls_token": state["cls_token"] + 1}, checkpoint)
+    arguments = ["vtab", "--quick", "--data", str(root), "--normalise", "half", "--size", "32"]
+    arguments += ["--datasets", "mine", "--methods", "VQT", "--output", str(tmp_path / "o")]
+    found = []
+    for network in (["test_vit"], ["test_vit2"], ["test_vit", "--checkpoint", str(checkpoint)]):
+        assert main([*arguments, "--model", *network]) == 0
+        found.append(len(list((tmp_path / "o" / "cache").iterdir())))
+    assert found == [3, 6, 9]
+
+
+class Raising(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [ImportError, NotImplementedError, TypeError, ValueError])
+def test_a_method_that_cannot_serve_the_network_is_left_out(monkeypatch, tmp_path, capsys, kind):
+    def build(classes, seed):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, classes))
+
+    wrong = Method("b", lambda classes, seed: Raising(kind("not\n  here")))
+    monkeypatch.setattr(command, "load_digits_vtab", few_digits)
+    monkeypatch.setattr(command, "methods", lambda backbone, caches: [Method("a", build), wrong])
+    arguments = ["vtab", "--quick", "--output", str(tmp_path / "o")]
+    assert main([*arguments, "--methods", "a", "b"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "memtl vtab: --methods b: not here\n")
+    assert not (tmp_path / "o").exists()
+    assert main(arguments) == 0
+    assert "left out: b: not here\n" in capsys.readouterr().out
+    record = json.loads((tmp_path / "o" / "vtab.json").read_text())
+    assert record["left_out"] == {"b": "not here"} and [*record["costs"]] == ["a"]
+    assert "b was left out: not here" in (tmp_path / "o" / "vtab.html").read_text()
+
+    monkeypatch.setattr(command, "methods", lambda backbone, caches: [wrong])
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "memtl vtab: no method can train vit_glyphs\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("test_vit", []),
+        ("test_resnet", []),
+        ("vit_relpos_small_patch16_224", ["VPT-deep"]),
+        (
+            "xcit_nano_12_p8_224",
+            ["VQT", "VQT (half kept)", "VQT + AdaptFormer", "VQT + AdaptFormer (4 bits)"],
+        ),
+    ],
+)
+def test_what_serves_a_network(name, left_out, tmp_path, capsys):
+    backbone = Backbone(name, size=32)
+    without_peft = [m for m in methods(backbone, Caches(tmp_path)) if "LoRA" not in m.name]
+    options = argparse.Namespace(methods=None, device="cpu")
+    chosen, found = command._served(without_peft, backbone, options)
+    assert [*found] == left_out and all(found.values())
+    assert [m for m in without_peft if m.name not in found] == chosen
+    assert capsys.readouterr().out.count("left out: ") == len(left_out)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--data", "/no/such"], "--data needs --normalise (imagenet, half, none)"),
@@ -170,6 +255,8 @@ def test_grids_of_different_sizes_are_not_compared(monkeypatch, tmp_path, capsys
         (["--model", "test_vit", "--checkpoint", "/no/such.pt"], "there is no checkpoint /no/such"),
         (["--methods", "magic"], "--methods magic: unknown, known are linear probe, Head2Toe"),
         (["--size", "0", "--model", "test_vit"], "size must be at least 1 pixel, got 0"),
+        (["--cache-gib", "-1"], "--cache-gib must be at least 0, got -1"),
+        (["--cache-gib", "nan"], "--cache-gib must be at least 0, got nan"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--seeds", "1", "1"], "seeds must be one or more, each once"),

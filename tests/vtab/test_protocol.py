@@ -92,6 +92,11 @@ def test_data_are_prepared_once_a_split_and_the_model_is_finished(runs):
     assert finished[4][2] != finished[5][2]
     assert outcome.accuracies == (0.0, 0.0)
 
+    prepared.clear()
+    method = dataclasses.replace(method, name="not the test", prepare_test=False)
+    PROTOCOL.run(task, method, runs, **small.KEYS)
+    assert sorted(prepared) == [10, 20, 30]
+
 
 def test_a_candidate_that_diverges_is_not_chosen(runs):
     grid = Grid((1e30, 0.1), (0.0,))
