@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..methods.vqt import FeatureCache
-from ..methods.vqt.cache import _backbone_tensors, _read, fingerprint, fingerprint_of_images
+from ..methods.vqt.cache import fingerprint_of_backbone, fingerprint_of_images, read
 from ..tasks import Split
 from ..tasks.split import Images
 from .backbone import line
@@ -47,7 +47,7 @@ class Caches:
         """
         if not self.limit:
             return split
-        one = _read(network, split.images[:1])
+        one = read(network, split.images[:1])
         size = len(split) * sum(t.nbytes for t in (one.features, one.keys, one.values))
         if size > self.limit:
             self._say(
@@ -55,7 +55,7 @@ class Caches:
                 f"--cache-gib {self.limit / GIB:g}: VQT is trained from the images"
             )
             return split
-        weights = fingerprint(_backbone_tensors(network))
+        weights = fingerprint_of_backbone(network)
         made_of = f"{name} {weights} {fingerprint_of_images(split.images)}"
         place = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
         return Split(self._open(place, network, split.images), split.labels)
