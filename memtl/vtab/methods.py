@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import (
@@ -21,7 +20,7 @@ from ..methods import (
     select_features,
 )
 from ..methods.backbone import attention_blocks, classifier, linear_of
-from ..methods.features import collect
+from ..methods.features import OnFeatures, collect
 from ..methods.vqt import CachedBatch, FromCache
 from ..tasks import Split
 from ..training import Settings, seeded
@@ -108,8 +107,7 @@ class Prepared(nn.Module):
         if isinstance(x, CachedBatch):
             return FromCache(self.module)(x)
         if x.dim() == 2:
-            head = linear_of(self.get_classifier())
-            return F.linear(x, head.weight, head.bias)
+            return OnFeatures(linear_of(self.get_classifier()))(x)
         return self.module(x)
 
 

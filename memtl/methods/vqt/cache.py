@@ -65,17 +65,17 @@ class CachedBatch:
         entry, of keys and values and a thousandth for an order of summation."""
         if (self.scales, self.keys.dtype) != (other.scales, other.keys.dtype):
             return False
-        pairs = [(self.features, other.features, 1e-3)]
-        pairs += [(a, b, 1e-3 + rounding) for a, b in zip(self._kv(), other._kv(), strict=True)]
+        pairs = [
+            (self.features, other.features, 1e-3),
+            (self.keys, other.keys, 1e-3 + rounding),
+            (self.values, other.values, 1e-3 + rounding),
+        ]
         for ours, theirs in zip(self.masks, other.masks, strict=True):
             if (ours is None) != (theirs is None):
                 return False
             if ours is not None and theirs is not None:
                 pairs.append((ours, theirs, 1e-3))
         return all(_close(a.cpu().float(), b.cpu().float(), bound) for a, b, bound in pairs)
-
-    def _kv(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
 
     def block(self, index: int) -> list[Attended]:
         """What the queries of one block read."""
@@ -173,10 +173,11 @@ class FeatureCache:
         directory = Path(directory)
         if directory.exists() and any(directory.iterdir()):
             raise FileExistsError(f"{directory} is not empty: FeatureCache.open, or another place")
+        _head(model)
         building = directory.with_name(f"{directory.name}.{BUILDING}")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        writer = _Writer(building, _head(model), DTYPES[dtype])
+        writer = _Writer(building, DTYPES[dtype])
         batches = images.split(batch_size)
         total = -(-len(images) // batch_size)
         for batch in track(batches, "caching features", progress=progress, total=total):
@@ -315,18 +316,15 @@ def fingerprint_of_backbone(model: nn.Module) -> str:
 
 
 def fingerprint_of_images(images: Images) -> str:
-    """sha256 of what the images are; those that know it by themselves (files) are asked."""
-    if hasattr(images, "fingerprint"):
-        return images.fingerprint()
+    """sha256 of the images as a model takes them, all of which are read."""
     return fingerprint(("", batch) for batch in images.split(256))
 
 
 class _Writer:
     """Gathers what images gave until a shard is full, and writes it."""
 
-    def __init__(self, directory: Path, head: VQTHead, dtype: torch.dtype | None) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
         self.directory, self.dtype = directory, dtype
-        self.depth = head.reader.depth
         self.waiting: list[dict[str, Tensor]] = []
         self.bytes = 0
         self.shards: list[dict[str, Any]] = []
