@@ -20,6 +20,7 @@ from .backends import BackendUnavailable  # noqa: E402
 from .methods import (  # noqa: E402
     AdaptFormerConfig,
     BackRazorConfig,
+    FrozenConfig,
     Head2ToeConfig,
     LinearProbeConfig,
     LowBitConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "AdaptFormerConfig",
     "BackRazorConfig",
     "BackendUnavailable",
+    "FrozenConfig",
     "Head2ToeConfig",
     "LinearProbeConfig",
     "LowBitConfig",

@@ -4,6 +4,7 @@ from .adaptformer import AdaptFormerConfig
 from .applied import apply, unconvert
 from .back_razor import BackRazorConfig
 from .config import Config
+from .frozen import FrozenConfig
 from .head2toe import Head2ToeConfig
 from .linear_probe import LinearProbeConfig
 from .low_bit import LowBitConfig
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptFormerConfig",
     "BackRazorConfig",
     "Config",
+    "FrozenConfig",
     "Head2ToeConfig",
     "LinearProbeConfig",
     "LowBitConfig",

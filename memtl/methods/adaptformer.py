@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.swap import swap
 from .backbone import Backbone
-from .frozen import evaluate_all_but, freeze
+from .freezing import evaluate_all_but, freeze
 from .reading import PerThread, tokens, with_tokens
 from .transfer import Trained, TransferConfig, check_count, check_probability, replace
 

@@ -1,48 +1,62 @@
-"""A backbone that does not train: without gradients, in evaluation mode whatever train() says."""
+"""Frozen layers keep what the gradient of their input needs, and nothing else.
+
+PyTorch keeps the input of every convolution, batch norm in evaluation, ReLU and GELU whether or not
+their parameters train, so that a frozen network costs almost what a trained one does.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import ClassVar
 
-from torch import nn
-
-from ..nn.swap import swap
-
-
-class FrozenBackbone:
-    """In front of the class of a model: :meth:`train` reaches the named modules alone."""
-
-    memtl_trained: tuple[str, ...]
-
-    if TYPE_CHECKING:
-        training: bool
-
-        def get_submodule(self, target: str) -> nn.Module: ...
-
-    def train(self, mode: bool = True) -> Any:
-        super().train(False)  # type: ignore[misc]
-        self.training = mode
-        for name in self.memtl_trained:
-            self.get_submodule(name).train(mode)
-        return self
+from ..nn import ROLES
+from ..storage import Dense, Format, Quantized
+from .config import ConversionConfig
 
 
-def freeze(model: nn.Module) -> None:
-    """No parameter of ``model`` trains any more.
+@dataclasses.dataclass(frozen=True)
+class FrozenConfig(ConversionConfig):
+    """No gradient changes; nothing is kept that no gradient needs.
+
+    Kept for backward: nothing by frozen linear layers, convolutions and batch norms in evaluation;
+    one bit an element by ReLU, its kin and dropout; the place of a maximum by pooling; its input by
+    a normalisation or an activation with a curved derivative; q, k and v by attention; its input by
+    a layer whose weight trains, unless it can be made, exactly, from what is kept already. Which
+    weights train is looked up at every forward: thawing one later is safe.
+
+    Args:
+        linear, convolution, attention, norm, activation: None for exact; else the bits, 8, 4, 3 or
+            2, in which layers of that role keep what they keep (``activation``: of the derivative).
+            Gradients are then approximate.
+        target_modules, exclude_modules: as in :func:`memtl.nn.convert`.
 
     Raises:
-        ValueError: another method did this, and what it trains would be frozen too.
+        ValueError: bits that are none of those.
     """
-    if isinstance(model, FrozenBackbone):
-        raise ValueError(
-            f"a method that trains a part of this {type(model).__name__} was applied already; only "
-            "VQTConfig(train_backbone=True), once, goes on top of another"
-        )
-    model.requires_grad_(False)
 
+    method: ClassVar[str] = "frozen"
+    linear: int | None = None
+    convolution: int | None = None
+    attention: int | None = None
+    norm: int | None = None
+    activation: int | None = None
 
-def evaluate_all_but(model: nn.Module, *names: str) -> None:
-    """Keep ``model`` in evaluation mode, but for the modules of these names."""
-    training = model.training
-    swap(model, FrozenBackbone, memtl_trained=names)
-    model.train(training)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for role in ROLES:
+            if (bits := getattr(self, role)) is None:
+                continue
+            try:
+                Quantized(bits)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from None
+
+    def formats(self) -> dict[str, Format | None]:
+        """Role -> format."""
+        return {role: self._format(role) for role in ROLES}
+
+    def _format(self, role: str) -> Format:
+        bits = getattr(self, role)
+        if bits is None:
+            return Dense(rebuild=True)
+        return Quantized(bits, rebuild=role != "activation")  # activations: the derivative

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .frozen import freeze
+from .freezing import freeze
 from .head import ChunkedHead
 from .reading import Reader, attach, tokens
 from .transfer import Trained, TransferConfig, check_count, check_flag, replace_classifier

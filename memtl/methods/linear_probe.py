@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from .backbone import linear_classifier
-from .frozen import evaluate_all_but, freeze
+from .freezing import evaluate_all_but, freeze
 from .transfer import Trained, TransferConfig
 
 

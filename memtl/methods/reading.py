@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.swap import swap
-from .frozen import evaluate_all_but
+from .freezing import evaluate_all_but
 
 State = TypeVar("State")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backbone import classifier, linear_of
 from .config import Config
-from .frozen import FrozenBackbone
+from .freezing import FrozenBackbone
 from .record import applied
 
 _HERE = __name__.rpartition(".")[0]

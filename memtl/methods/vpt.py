@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone, uniform_like_patches
-from .frozen import evaluate_all_but, freeze
+from .freezing import evaluate_all_but, freeze
 from .reading import tokens, with_tokens
 from .transfer import (
     Trained,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...functional.query_attention import KEEPS
 from ..backbone import Backbone, uniform_like_patches
-from ..frozen import freeze
+from ..freezing import freeze
 from ..head import ChunkedHead
 from ..reading import attach
 from ..transfer import (

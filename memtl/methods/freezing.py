@@ -1,0 +1,48 @@
+"""A backbone that does not train: without gradients, in evaluation mode whatever train() says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..nn.swap import swap
+
+
+class FrozenBackbone:
+    """In front of the class of a model: :meth:`train` reaches the named modules alone."""
+
+    memtl_trained: tuple[str, ...]
+
+    if TYPE_CHECKING:
+        training: bool
+
+        def get_submodule(self, target: str) -> nn.Module: ...
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(False)  # type: ignore[misc]
+        self.training = mode
+        for name in self.memtl_trained:
+            self.get_submodule(name).train(mode)
+        return self
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of ``model`` trains any more.
+
+    Raises:
+        ValueError: another method did this, and what it trains would be frozen too.
+    """
+    if isinstance(model, FrozenBackbone):
+        raise ValueError(
+            f"a method that trains a part of this {type(model).__name__} was applied already; only "
+            "VQTConfig(train_backbone=True), once, goes on top of another"
+        )
+    model.requires_grad_(False)
+
+
+def evaluate_all_but(model: nn.Module, *names: str) -> None:
+    """Keep ``model`` in evaluation mode, but for the modules of these names."""
+    training = model.training
+    swap(model, FrozenBackbone, memtl_trained=names)
+    model.train(training)
