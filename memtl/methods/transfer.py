@@ -54,6 +54,12 @@ class TransferConfig(Config):
         replace_classifier(model, name, head, classes)
 
 
+def check_module(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_count(name: str, value: int) -> None:
     """Raise unless ``value`` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):

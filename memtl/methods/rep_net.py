@@ -1,0 +1,50 @@
+"""Rep-Net: a tiny network beside a frozen one reprograms it, stage by stage.
+
+Yang, Rakin and Fan: Rep-Net: Efficient On-Device Learning via Feature Reprogramming, CVPR 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import nn
+
+from .side import SideConfig, Site
+from .stages import Stages
+
+SMALL = 7  # size of a map up to which the kernel is the smaller one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepNetConfig(SideConfig):
+    """One small module a stage reads what comes into the stage and adds to what the stage's first
+    block gives: x <- Block(x) + Module(x); the first module reads the image. The modules and the
+    classifier train.
+
+    A module works at the resolution of what it adds to where the block halves it, else at half of
+    that. Its kernel is 5x5, on maps of 7x7 and less 3x3. The frozen network runs in evaluation
+    mode, its batch norms with their own statistics. Gradients pass through all of it behind the
+    first module; of that nothing is kept but a bit for every ReLU.
+
+    Args:
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        expand, groups, weight_standardization, bias, image_size: as in
+            :class:`memtl.methods.side.SideConfig`.
+    """
+
+    method: ClassVar[str] = "rep_net"
+    name: ClassVar[str] = "rep_net"
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """One at the first block of every stage."""
+        stages = Stages.of(model, self.image_size)
+        found: list[Site] = []
+        for block in (blocks[0] for blocks in stages.blocks):
+            size = min(block.gives[1:])
+            entry, reads = (block.entry, block.reads) if found else (stages.stem, stages.image)
+            halves = found and min(reads[1:]) > size
+            pool = max(1, round(min(reads[1:]) / size)) * (1 if halves else 2)
+            kernel = 3 if size <= SMALL else 5
+            found.append(Site(entry, block.name, reads, block.gives, pool, kernel))
+        return found

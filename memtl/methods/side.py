@@ -1,0 +1,194 @@
+"""Small modules beside the blocks of a frozen convolutional network, added to what those give.
+
+What the lite residual modules of TinyTL and the modules of Rep-Net have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.standardized import StandardizedConv2d
+from .partial import PartialConfig, is_bias, parameters_outside
+from .reading import PerThread
+from .stages import Map
+from .transfer import Trained, check_count, check_flag, replace
+
+EPS = 1e-3  # of the batch norms, as in the published networks
+DIVISOR = 8  # of the channels in the middle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SideConfig(PartialConfig):
+    """The base of methods that add such modules.
+
+    Args:
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        expand: channels in the middle of a module, as a multiple of those it reads, rounded to a
+            multiple of 8.
+        groups: of its spatial convolution (1 where what it reads cannot be divided so).
+        weight_standardization: let the modules' convolutions use their weights standardised.
+        bias: let the biases of the network, those of its norms too, train as well; the last bias
+            of a module, which would be another one of the same sum, does not train then.
+        image_size: height and width of the images, of which the modules' kernels depend; None for
+            the size that the network says it is made for.
+    """
+
+    expand: float = 1.0
+    groups: int = 2
+    weight_standardization: bool = True
+    bias: bool = False
+    image_size: int | None = None
+
+    name: ClassVar[str]
+    """Under which submodule of the model the modules are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.expand, bool) or not isinstance(self.expand, (int, float)):
+            raise TypeError(f"expand must be a number, got {type(self.expand).__name__}")
+        if not 0 < self.expand < math.inf:
+            raise ValueError(f"expand must be positive and finite, got {self.expand}")
+        check_count("groups", self.groups)
+        check_flag("weight_standardization", self.weight_standardization)
+        check_flag("bias", self.bias)
+        if self.image_size is not None:
+            check_count("image_size", self.image_size)
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Where the modules are to be."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module) -> Trained:
+        """Give ``model`` its side modules, as one submodule, and freeze the rest of it but for its
+        classifier and, with ``bias``, its biases.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: as :meth:`memtl.methods.stages.Stages.of` and :meth:`PartialConfig.freeze`.
+        """
+        sites = self.sites(model)
+        biases = parameters_outside(model, is_bias) if self.bias else []
+        head = self.freeze(model)
+        for parameter in biases:
+            parameter.requires_grad_(True)
+        modules = SideModules(self, sites).to(next(model.parameters()).dtype)
+        replace(model, self.name, modules)
+        modules.connect(model)
+        trained = self.finish(model, self.name, head)
+        return trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place for a side module: what it reads, where that is added, and how it gets there.
+
+    Attributes:
+        entry: name of the module whose input is read.
+        target: name of the block to whose output the module's is added.
+        reads, gives: those two maps.
+        pool: by how much the average pooling in front makes what is read smaller.
+        kernel, stride: of the spatial convolution.
+    """
+
+    entry: str
+    target: str
+    reads: Map
+    gives: Map
+    pool: int
+    kernel: int
+    stride: int = 1
+
+
+class SideModule(nn.Module):
+    """x [B, C, H, W] -> average pooling, grouped convolution, batch norm, ReLU, 1x1 convolution,
+    batch norm, resized to [B, O, h, w]. The last norm's scale starts at 0: at first it adds 0."""
+
+    def __init__(self, config: SideConfig, site: Site) -> None:
+        super().__init__()
+        channels, gives = site.reads[0], site.gives[0]
+        middle = max(DIVISOR, round(channels * config.expand / DIVISOR) * DIVISOR)
+        groups = math.gcd(config.groups, channels, middle)
+        convolution = StandardizedConv2d if config.weight_standardization else nn.Conv2d
+        self.pool = nn.AvgPool2d(min(site.pool, *site.reads[1:]))
+        self.conv1 = convolution(
+            channels, middle, site.kernel, site.stride, site.kernel // 2, groups=groups, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(middle, EPS)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = convolution(middle, gives, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(gives, EPS)
+        for module in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        nn.init.zeros_(self.bn2.weight)
+        self.bn2.bias.requires_grad_(not config.bias)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.act(self.bn1(self.conv1(self.pool(x))))
+        x = self.bn2(self.conv2(x))
+        return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
+@dataclasses.dataclass
+class Read:
+    """What the module at each site has read and not yet used."""
+
+    maps: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class SideModules(nn.ModuleList):
+    """The side modules of a network, and the hooks by which they read it and add to it."""
+
+    def __init__(self, config: SideConfig, sites: list[Site]) -> None:
+        super().__init__(SideModule(config, site) for site in sites)
+        self.sites = sites
+        self.state = PerThread(Read)
+
+    def connect(self, model: nn.Module) -> None:
+        """Place the hooks."""
+        for index, site in enumerate(self.sites):
+            target = model.get_submodule(site.target)
+            if site.entry == site.target:
+                target.register_forward_hook(Add(self, index))
+            else:
+                model.get_submodule(site.entry).register_forward_pre_hook(Note(self, index))
+                target.register_forward_hook(AddNoted(self, index))
+
+
+@dataclasses.dataclass
+class Hook:
+    """A hook of the side module of that index. (An object, since copies of a model copy hooks.)"""
+
+    modules: SideModules
+    index: int
+
+
+class Add(Hook):
+    """Add to a block's output what the module makes of the block's input."""
+
+    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + self.modules[self.index](args[0], output.shape[2:])
+
+
+class Note(Hook):
+    """Note what a module is given for the block behind it."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.modules.state.now.maps[self.index] = args[0]
+
+
+class AddNoted(Hook):
+    """Add to a block's output what the module makes of what was noted."""
+
+    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = self.modules.state.now.maps.pop(self.index, None)
+        if x is None:
+            raise RuntimeError(
+                "what the side module reads was used up: a network with side modules cannot be "
+                "checkpointed (set_grad_checkpointing(False)); frozen it keeps little anyway"
+            )
+        return output + self.modules[self.index](x, output.shape[2:])
