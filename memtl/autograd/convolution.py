@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Format, Packed, pack
+from ..storage import Dense, Format, Packed, pack
 from ..storage.convolution import (
     ConvGeometry,
     convolution_backward,
@@ -19,7 +19,7 @@ from ..storage.convolution import (
 )
 from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Function, first_order, keep, kept
-from .share import offer_input, shared
+from .share import held, offer_input, shared
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -85,7 +85,8 @@ class ConvolutionFunction(Function):
     if the weight does not train, else ``format.nbytes`` of x as [B, C H W], in the order in which
     it lies in memory; where the convolution cuts x into patches (:func:`uses_each_input_once`), of
     these as [B, patches, C p q]: what none of them covers, three quarters of the input of a 1x1
-    convolution of stride 2, is not kept. The weight is referenced when x needs a gradient.
+    convolution of stride 2, is not kept. The weight is referenced when x needs a gradient, or
+    what it is made of (:func:`memtl.autograd.share.held`).
     """
 
     @staticmethod
@@ -114,15 +115,16 @@ class ConvolutionFunction(Function):
             packed = pack((x.movedim(1, -1) if ctx.channels_last else x).flatten(1), format)
             rows = Rows(x.shape, ctx.channels_last)
             offer_input(x, rebuilt(rows, packed, shape=x.shape, dtype=x.dtype))
-        keep(ctx, (packed, format), exact=(weight if need_x else None,))
+        keep(ctx, (packed, format), (held(weight) if need_x else None, Dense()))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (x,), (weight,) = kept(ctx)
+        (x, weight), _ = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
-            grad_x = _input_grad(grad_out, ctx.x_shape, ctx.channels_last, weight, ctx.geometry)
+            w = weight.unpack()
+            grad_x = _input_grad(grad_out, ctx.x_shape, ctx.channels_last, w, ctx.geometry)
         if x is not None and ctx.needs_input_grad[1]:
             if ctx.rebuilt:
                 grad_weight = library_weight_grad(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..storage import Dense
 from .keep import Function, first_order, keep, kept
+from .share import held
 
 
 class LinearFunction(Function):
     """y = x W^T + b. Gradients of x and b are exact; that of W is taken from the stored x.
 
     Memory: ``format.nbytes(x)`` if the weight trains, else nothing; the weight itself is referenced
-    when x needs a gradient. With ``cast`` (autocast) weight and bias are cast in the forward and,
-    again, in the backward, so that no second copy of them is kept, and the weight gradient reaches
-    the parameter in float32. ``transposed``: W is [in, out], Hugging Face's Conv1D.
+    when x needs a gradient, or what it is made of (:func:`memtl.autograd.share.held`). With
+    ``cast`` (autocast) weight and bias are cast in the forward and, again, in the backward, so that
+    no second copy of them is kept, and the weight gradient reaches the parameter in float32.
+    ``transposed``: W is [in, out], Hugging Face's Conv1D.
     """
 
     @staticmethod
@@ -35,15 +38,16 @@ class LinearFunction(Function):
         ctx.transposed = transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = weight.dtype
-        keep(ctx, (x if need_weight else None, format), exact=(weight if need_x else None,))
+        weight = held(weight) if need_x else None
+        keep(ctx, (x if need_weight else None, format), (weight, Dense()))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (x,), (weight,) = kept(ctx)
+        (x, weight), _ = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
-            weight = weight.to(grad_out.dtype)
+            weight = weight.unpack().to(grad_out.dtype)
             grad_x = grad_out @ (weight.t() if ctx.transposed else weight)
         if x is not None and ctx.needs_input_grad[1]:
             grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)

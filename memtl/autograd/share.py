@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..storage import Format, Packed
-from ..storage.rebuilt import View, rebuilt
+from ..storage import Dense, Format, Packed
+from ..storage.rebuilt import ExactRecipe, View, rebuilt
 
 
 class _Offer(NamedTuple):
@@ -84,6 +84,18 @@ def offered(x: Tensor) -> Packed | None:
     if found is None or found.version != x._version:
         return None
     return found.packed if found.versions == _versions(found.packed.tensors) else None
+
+
+def held(weight: Tensor) -> Packed:
+    """A layer's weight as it is kept for the gradient of x: what it is made of, where that gives
+    its every bit (:class:`memtl.storage.rebuilt.ExactRecipe`), else by reference.
+
+    A weight made of constants is a leaf; what was offered for this very tensor stands for it.
+    """
+    found = offered(weight) if sharing() else None
+    if found is not None and isinstance(getattr(found.format, "recipe", None), ExactRecipe):
+        return found
+    return Packed(Dense(), (weight,), weight.shape, weight.dtype)
 
 
 def _view(x: Tensor, base: Tensor) -> Packed | None:

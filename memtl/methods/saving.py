@@ -13,6 +13,7 @@ from torch import nn
 
 from ..files import sha256_of, write_aside
 from ..nn.report import plain_name
+from ..nn.weights import compressed
 from .applied import apply
 from .config import config_from_dict
 from .record import applied, unwrapped
@@ -108,9 +109,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Trained:
                 f"{directory}: {name!r} is {list(tensor.shape)} {tensor.dtype}, but this "
                 f"{type(model).__name__} needs {list(wanted.shape)} {wanted.dtype}"
             )
+    coded = {plain_name(name): layer for name, layer in compressed(model).items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+            if name in coded:  # a copy was decoded for us
+                coded[name].memtl_encode(own[name])
     return Trained.of(model)
 
 

@@ -3,5 +3,18 @@
 from .convert import convert, unconvert
 from .layers import ROLES, Layer, layer
 from .report import Report, Row
+from .standardized import StandardizedConv2d
+from .weights import compress_weights, expand_weights
 
-__all__ = ["ROLES", "Layer", "Report", "Row", "convert", "layer", "unconvert"]
+__all__ = [
+    "ROLES",
+    "Layer",
+    "Report",
+    "Row",
+    "StandardizedConv2d",
+    "compress_weights",
+    "convert",
+    "expand_weights",
+    "layer",
+    "unconvert",
+]

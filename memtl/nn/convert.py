@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..storage import Format
-from . import sync  # noqa: F401 (registers its layer)
+from . import standardized, sync  # noqa: F401 (they register layers)
 from .bytecode import calls_of
 from .calls import CallsLayer
 from .layers import LAYERS, ROLES, Layer, forward_owner, layer_for

@@ -242,8 +242,11 @@ def _code_key(cls: type, methods: tuple[str, ...]) -> tuple:
 
 
 def forward_owner(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class whose ``forward`` instances of ``cls`` run."""
-    return next(c for c in cls.__mro__ if "forward" in c.__dict__)
+    """The class whose ``forward`` instances of ``cls`` run; a class with ``memtl_passes`` runs the
+    next one's."""
+    return next(
+        c for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get("memtl_passes", False)
+    )
 
 
 def layer_for(module: nn.Module) -> type[Layer] | None:

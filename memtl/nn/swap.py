@@ -37,8 +37,12 @@ def _made_of(cls: Any) -> tuple[type, ...]:
 
 
 def _rebuild(original: type, *mixins: type) -> nn.Module:
-    cls = functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, original)
-    return copyreg.__newobj__(cls)  # type: ignore[attr-defined]
+    return copyreg.__newobj__(_in_front(original, *mixins))  # type: ignore[attr-defined]
+
+
+def _in_front(original: type, *mixins: type) -> type:
+    """``original`` with the mixins in front of it, the last one foremost."""
+    return functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, original)
 
 
 def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
@@ -48,6 +52,21 @@ def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
     module.__class__ = swapped_class(mixin, original)
     for name, value in attributes.items():
         setattr(module, name, value)
+
+
+def swap_innermost(module: nn.Module, mixin: type, **attributes: Any) -> None:
+    """:func:`swap`, but directly in front of the module's own class, behind every other mixin."""
+    original, *mixins = _made_of(type(module))
+    module.__class__ = _in_front(original, mixin, *mixins)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def unswap_innermost(module: nn.Module) -> None:
+    """Undo :func:`swap_innermost`, whatever is in front."""
+    original, mixin, *mixins = _made_of(type(module))
+    module.__class__ = _in_front(original, *mixins)
+    _forget(module, mixin)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -64,6 +83,11 @@ def unswap(module: nn.Module) -> None:
     """Give ``module`` the class back that it had before the last :func:`swap`."""
     mixin = type(module).memtl_layer  # type: ignore[attr-defined]
     module.__class__ = type(module).memtl_original  # type: ignore[attr-defined]
+    _forget(module, mixin)
+
+
+def _forget(module: nn.Module, mixin: type) -> None:
+    """Drop the attributes that ``mixin`` annotates."""
     for cls in mixin.__mro__:
         for name in vars(cls).get("__annotations__", {}):
             module.__dict__.pop(name, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ Recipe = Callable[..., Tensor]
 It may have a method ``decode(parts, shape, dtype)`` that makes the tensor of the parts as they are
 packed, in one pass over memory, or returns None for parts it does not know so.
 """
+
+
+class ExactRecipe:
+    """Base of recipes that make their tensor anew bit for bit: of the parts in the dtypes they had,
+    as the forward did. A layer takes its weight from such a recipe alone."""
+
+    if TYPE_CHECKING:
+        __call__: Recipe
+
+    def decode(self, parts: Sequence[Packed], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return self(*(p.unpack() for p in parts)).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

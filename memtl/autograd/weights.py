@@ -1,0 +1,134 @@
+"""Weights that are made from something smaller or already there: not kept, but made again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..storage.rebuilt import ExactRecipe, rebuilt
+from .keep import Function, first_order, keep, kept
+from .share import held, offer, sharing
+
+LEVELS = 127  # codes are -127 ... 127
+_SCALE_BITS = 17  # of a scale's significand: times a code it is exact in float32
+_SMALLEST = 2.0**-100  # scale; far from where those bits would be lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(ExactRecipe):
+    """int8 codes [O, ...] times the scale [O] of each output channel."""
+
+    dtype: torch.dtype
+
+    def __call__(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return (codes * _by_output(scale, codes)).to(self.dtype)
+
+
+def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` [O, ...] in 8 bits: codes, int8 [O, ...], and a scale for each output channel,
+    float32 [O].
+
+    Symmetric, to the nearest: |code * scale - weight| <= scale / 2, exactly. A scale is its
+    channel's largest magnitude / 127, rounded up to 17 bits, so that code * scale is exact in
+    float32 and encoding what was decoded in float32 gives the same codes and scales again.
+
+    Raises:
+        ValueError: a value is not finite, or beyond what codes and a float32 scale hold.
+    """
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    most = wide.flatten(1).abs().amax(1)
+    fraction, exponent = torch.frexp(most / LEVELS)
+    scale = torch.ldexp((fraction * 2**_SCALE_BITS).ceil(), exponent - _SCALE_BITS)
+    scale = scale.clamp_min(_SMALLEST).float()
+    if not (LEVELS * scale).isfinite().all():
+        raise ValueError("holds values that are not finite, or too large for 8 bits and a scale")
+    step = _by_output(scale, wide)
+    codes = (wide / step).round_().clamp_(-LEVELS, LEVELS)
+    off = wide - codes * step  # exact: where the quotient was rounded across a half
+    codes += (off > step / 2).to(codes.dtype)
+    codes -= (off < -step / 2).to(codes.dtype)
+    return codes.clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of these codes, for which they stand: backward keeps them in its place.
+
+    Memory: none beside codes and scale.
+    """
+    recipe = Scaled(dtype)
+    weight = recipe(codes, scale)
+    if torch.is_grad_enabled() and sharing():
+        offer(weight, rebuilt(recipe, codes, scale, shape=weight.shape, dtype=dtype))
+    return weight
+
+
+def _by_output(t: Tensor, weight: Tensor) -> Tensor:
+    """[O] laid along the first dimension of ``weight``, in its dtype if that is a float's."""
+    t = t.view(-1, *[1] * (weight.dim() - 1))
+    return t.to(weight.dtype) if weight.is_floating_point() else t
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardized(ExactRecipe):
+    """(w - mean) / (std + eps) of each output channel of w [O, ...]; std is unbiased."""
+
+    eps: float
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        centred, std = _centred(weight)
+        return centred.div_(std + self.eps).to(weight.dtype)
+
+
+def _centred(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """w - mean and std, at least in float32."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    std, mean = torch.std_mean(wide, tuple(range(1, wide.dim())), correction=1, keepdim=True)
+    return wide - mean, std
+
+
+class StandardizeFunction(Function):
+    """:class:`Standardized`, with its exact gradient.
+
+    With d = w - mean, s = std, r = 1 / (s + eps), g the gradient given and n the elements of a
+    channel: r (g - mean(g)) - r^2 sum(g d) / ((n - 1) s) d; without the last term where s = 0.
+    Memory: none; w is referenced where it trains, d and s are computed again.
+    """
+
+    @staticmethod
+    def forward(weight, eps, need_weight):
+        return Standardized(eps)(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, ctx.eps, need_weight = inputs
+        keep(ctx, exact=(weight if need_weight else None,))
+        if sharing():
+            made = rebuilt(
+                Standardized(ctx.eps), held(weight), shape=output.shape, dtype=output.dtype
+            )
+            offer(output, made)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        _, (weight,) = kept(ctx)
+        if weight is None:
+            return None, None, None
+        d, s = _centred(weight)
+        g, dims = grad_out.to(d.dtype), tuple(range(1, d.dim()))
+        r, per_channel = 1 / (s + ctx.eps), d[0].numel() - 1
+        slope = (g * d).sum(dims, keepdim=True) * r * r / (per_channel * s)
+        slope = slope.masked_fill(s == 0, 0)
+        grad = r * (g - g.mean(dims, keepdim=True)) - slope * d
+        return grad.to(weight.dtype), None, None
+
+
+def standardized(weight: Tensor, eps: float) -> Tensor:
+    """``weight`` [O, ...] standardised: of each output channel the mean 0, the deviation 1.
+
+    Memory: none; a layer's backward makes it again from ``weight``, or from what that is made of.
+    """
+    needed = torch.is_grad_enabled() and weight.requires_grad
+    return StandardizeFunction.apply(weight, eps, needed)
