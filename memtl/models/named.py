@@ -11,8 +11,9 @@ import torch
 from .proxyless import proxylessnas_mobile
 
 NAMES = (
-    "a timm name (vit_base_patch16_224), proxylessnas_mobile, hf:TYPE (hf:bert, hf:gpt2: the default "
-    "configuration of that type) or hf:PATH (a folder with a config.json); weights are random"
+    "a timm name (vit_base_patch16_224), proxylessnas_mobile, hf:TYPE (hf:bert, hf:gpt2: the "
+    "default configuration of that type) or hf:PATH (a folder with a config.json); weights are "
+    "random"
 )
 """What :func:`build` takes, for a command's help."""
 

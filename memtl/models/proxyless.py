@@ -21,7 +21,9 @@ STAGES = (
 )
 
 
-def proxylessnas_mobile(num_classes: int = 1000, *, pretrained: bool = False, **options: Any) -> Any:
+def proxylessnas_mobile(
+    num_classes: int = 1000, *, pretrained: bool = False, **options: Any
+) -> Any:
     """ProxylessNAS-Mobile with random weights, as timm's ``EfficientNet``: 4.08 M parameters at
     1000 classes. Takes images [B, 3, H, W], 224 pixels high and wide as a rule, and returns logits
     [B, num_classes].
@@ -29,7 +31,7 @@ def proxylessnas_mobile(num_classes: int = 1000, *, pretrained: bool = False, **
     Args:
         num_classes: of the classifier; 0 for none.
         pretrained: as timm's constructors have it.
-        options: other keyword arguments of timm's ``EfficientNet``: ``in_chans``, ``drop_rate``, ...
+        options: other keyword arguments of timm's ``EfficientNet`` (``in_chans``, ``drop_rate``).
 
     Raises:
         ImportError: timm is not installed.
@@ -42,7 +44,7 @@ def proxylessnas_mobile(num_classes: int = 1000, *, pretrained: bool = False, **
         raise ImportError("timm is not installed: pip install memtl[models]") from None
     if pretrained:
         raise ValueError("there are no pre-trained weights of proxylessnas_mobile")
-    model = EfficientNet(
+    model: Any = EfficientNet(
         decode_arch_def([list(stage) for stage in STAGES]),
         num_classes=num_classes,
         act_layer=nn.ReLU6,
