@@ -29,7 +29,9 @@ keep (pooling, dropout, attention), and functions called without a module (``F.r
 Beyond the published code, which knows the networks of its paper: layer and RMS norms count as group
 norms do, transposed convolutions as convolutions, and activations with a curved derivative (GELU,
 SiLU, Mish, ...) as the sigmoid does. A layer that is norm and activation in one (timm's
-``BatchNormAct2d``) counts as the norm, and its activation as one.
+``BatchNormAct2d``) counts as the norm, and its activation as one. A module that runs several times
+counts every time by what it is given; in the published code by what it is given last, which makes
+0.3 % of torchvision's ResNet-50, whose blocks have one ReLU for three places.
 """
 
 from __future__ import annotations
