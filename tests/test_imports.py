@@ -14,8 +14,8 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo fidelity vtab",
-    "report training tasks assets methods models",
+    "demo estimate fidelity vtab",
+    "report training tasks assets methods models analytic",
     "nn",
     "functional",
     "autograd",

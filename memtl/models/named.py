@@ -1,17 +1,24 @@
-"""Models by name for the commands, with random weights: timm's and transformers'."""
+"""Models by name for the commands, with random weights: timm's, our own, transformers'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .proxyless import proxylessnas_mobile
+
 NAMES = (
-    "a timm name (vit_base_patch16_224), hf:TYPE (hf:bert, hf:gpt2: the default configuration of "
-    "that type) or hf:PATH (a folder with a config.json); weights are random"
+    "a timm name (vit_base_patch16_224), proxylessnas_mobile, hf:TYPE (hf:bert, hf:gpt2: the "
+    "default configuration of that type) or hf:PATH (a folder with a config.json); weights are "
+    "random"
 )
 """What :func:`build` takes, for a command's help."""
+
+OWN: dict[str, Callable[..., Any]] = {"proxylessnas_mobile": proxylessnas_mobile}
+"""Networks that timm has the parts of, but not by name."""
 
 
 def build(
@@ -48,13 +55,15 @@ def build(
 
 
 def timm_model(name: str, *, size: int | None = None, **options: Any) -> Any:
-    """A model of timm's, for images of that size if it is one that must be told, and with those
-    options of ``timm.create_model``.
+    """A model of timm's, or one of :data:`OWN`, for images of that size if it is one that must be
+    told, and with those options of ``timm.create_model``.
 
     Raises:
         ImportError: timm is not installed.
         ValueError: it does not know the name.
     """
+    if name in OWN:
+        return OWN[name](**options)
     try:
         import timm
     except ModuleNotFoundError:

@@ -1,0 +1,187 @@
+"""``memtl estimate``: what methods need by the papers' definition, beside what PyTorch keeps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import analytic, models
+from .memory import SavedTensors
+from .methods import FrozenConfig, LinearProbeConfig, apply
+from .methods.backbone import linear_classifier
+from .report import Table
+
+MB = 1e6
+SAMPLES = 2  # of the forward that is measured
+
+Prepare = Callable[[Any, int], None]
+
+
+def _last(model: nn.Module, num_classes: int) -> None:
+    apply(model, LinearProbeConfig(num_classes=num_classes))
+
+
+def _norm(model: nn.Module, num_classes: int) -> None:
+    norms = [module for module in model.modules() if isinstance(module, analytic.NORMS)]
+    _beside_the_last(model, num_classes, (p for norm in norms for p in norm.parameters()))
+
+
+def _bias(model: nn.Module, num_classes: int) -> None:
+    biases = (m.bias for m in model.modules() if isinstance(getattr(m, "bias", None), Tensor))
+    _beside_the_last(model, num_classes, biases)
+
+
+def _full(model: Any, num_classes: int) -> None:
+    linear_classifier(model)
+    model.reset_classifier(num_classes)
+
+
+def _beside_the_last(model: Any, num_classes: int, parameters: Iterable[Any]) -> None:
+    """A new classifier trains, and these; running statistics do not."""
+    _full(model, num_classes)
+    model.requires_grad_(False).eval()
+    for parameter in (*parameters, *model.get_classifier().parameters()):
+        parameter.requires_grad_(True)
+
+
+METHODS: dict[str, Prepare] = {
+    "last": _last,
+    "norm+last": _norm,
+    "bias+last": _bias,
+    "full": _full,
+}
+"""Method -> what makes a model in training mode, with so many classes, trainable by it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One method on one model.
+
+    Attributes:
+        trainable: numbers that train.
+        counted: memory by TinyTL's definition.
+        stock: what PyTorch keeps for backward, in bytes a sample, measured.
+        frozen: the same, of the model converted by ``FrozenConfig()``.
+    """
+
+    trainable: int
+    counted: analytic.Analytic
+    stock: float
+    frozen: float
+
+
+def estimate(
+    name: str, method: str, *, batch_size: int = 8, num_classes: int = 102, size: int = 224
+) -> Estimate:
+    """The model of that name (random weights) trained by a method on square images.
+
+    Args:
+        name: of a classifier of timm's, or ``proxylessnas_mobile``.
+        method: one of :data:`METHODS`.
+        batch_size: samples of a training step.
+        num_classes: of the classifier.
+        size: pixels, height and width.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: a name or number is wrong, the model has no linear classifier, or it takes no
+            images of that size.
+    """
+    for option, value in (
+        ("--batch-size", batch_size),
+        ("--num-classes", num_classes),
+        ("--size", size),
+    ):
+        if value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if method not in METHODS:
+        raise ValueError(f"--methods {method}: unknown, known are {', '.join(METHODS)}")
+    if name.startswith("hf:"):
+        raise ValueError(f"estimate is for image classifiers of timm's, not {name}")
+    torch.manual_seed(0)
+    model = models.timm_model(name, size=size).train()
+    METHODS[method](model, num_classes)
+    images = torch.randn(SAMPLES, model.default_cfg["input_size"][0], size, size)
+    try:
+        counted = analytic.profile(model, images, batch_size=batch_size)
+        stock = _kept(model, images)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} takes no images of {size} x {size} pixels: {error}") from None
+    apply(model, FrozenConfig())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Estimate(trainable, counted, stock, _kept(model, images))
+
+
+def _kept(model: nn.Module, images: Tensor) -> float:
+    """Bytes a sample that one forward keeps for backward."""
+    with SavedTensors(model) as saved:
+        result = model(images)
+    del result
+    return saved.bytes / len(images)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status: 0, or 2 for a wrong call."""
+    options = _parser().parse_args(argv)
+    try:
+        if not options.analytic:
+            raise ValueError(
+                "there is no estimate but --analytic yet; memtl profile measures a model"
+            )
+        print(_table(options))
+    except (ImportError, ValueError) as error:
+        print(f"memtl estimate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _table(options: argparse.Namespace) -> str:
+    rows = []
+    for method in dict.fromkeys(options.methods):
+        found = estimate(
+            options.model, method, batch_size=options.batch_size,
+            num_classes=options.num_classes, size=options.size,
+        )  # fmt: skip
+        bytes_ = (
+            found.counted.parameter_bytes, found.counted.activation_bytes,
+            found.counted.total_bytes, found.stock, found.frozen,
+        )  # fmt: skip
+        rows.append((method, f"{found.trainable:,}", *(f"{b / MB:.2f}" for b in bytes_)))
+    header = (
+        "MB (10^6 bytes)", "trainable", "parameters", "activations/sample",
+        f"total, batch {options.batch_size}", "PyTorch/sample", "FrozenConfig/sample",
+    )  # fmt: skip
+    return (
+        f"{options.model}, {options.num_classes} classes, {options.size} x {options.size} pixels\n"
+        f"\n{Table(header, tuple(rows))}\n\n"
+        "parameters, activations, total: analytic (TinyTL's definition): not what PyTorch needs\n"
+        "PyTorch, FrozenConfig: measured, kept for backward by the model as it is, and converted"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memtl estimate",
+        description="The memory of training a model by several methods, as the tables of TinyTL "
+        "and Rep-Net count it, and beside it what PyTorch keeps for backward.",
+    )
+    parser.add_argument("model", help="a classifier of timm's (resnet50), or proxylessnas_mobile")
+    parser.add_argument("--analytic", action="store_true", help="by TinyTL's definition")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples (8)")
+    parser.add_argument(
+        "--num-classes", type=int, default=102, metavar="N", help="of the classifier (102)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="N", help="pixels of an image's side (224)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+        help=f"some of {', '.join(METHODS)} (all)",
+    )  # fmt: skip
+    return parser
