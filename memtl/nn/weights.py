@@ -118,9 +118,9 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
 
     Every ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, of a subclass or converted
     by memtl too, whose weight [O, ...] does not require a gradient gets codes, int8 [O, ...], and
-    scales, float32 [O], in its place: symmetric, rounded to the nearest, by output channel. A scale
-    is its channel's largest magnitude / 127, rounded up to 17 bits; no value moves by more than half
-    of it, before it is rounded to the weight's own dtype.
+    scales, float32 [O], in its place: symmetric, rounded to the nearest, by output channel. A
+    scale is its channel's largest magnitude / 127, rounded up to 17 bits; no value moves by more
+    than half of it, before it is rounded to the weight's own dtype.
 
     ``layer.weight`` then decodes them, and is no parameter. ``state_dict()`` has the decoded values
     under the same key; ``load_state_dict()`` encodes what it is given, as does ``layer.weight =``.
