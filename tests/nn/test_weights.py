@@ -354,6 +354,9 @@ def test_multi_head_attention_reads_a_decoded_weight():
         assert_same(ours, theirs)
     with torch.no_grad():
         assert_same(model(x, x, x)[0], plain(x, x, x)[0])
+    for m in (model, plain):
+        convert(m, {"linear": Dense()})
+    assert saved_bytes(model, x, x, x) == saved_bytes(plain, x, x, x)
 
 
 @pytest.mark.parametrize("first", ["compressed", "converted"])
@@ -397,6 +400,12 @@ def test_a_network_of_timm():
 # memtl.save and memtl.load
 
 
+def total(model):
+    plain = copy.deepcopy(model)
+    expand_weights(plain)
+    return sum(p.numel() for p in plain.parameters())
+
+
 @pytest.mark.parametrize("train_bias", [False, True])
 def test_decoded_weights_are_not_saved(tmp_path, train_bias):
     def network():
@@ -415,6 +424,7 @@ def test_decoded_weights_are_not_saved(tmp_path, train_bias):
     nn.init.normal_(model.conv_head.bias)
     if not train_bias:
         model.conv_head.bias.zero_()
+    assert memtl.methods.transfer.Trained.of(model).total == total(model)
     owned = dict(memtl.methods.transfer.owned(model))
     bias = ["conv_head.bias"] if train_bias else []
     assert sorted(owned) == ["classifier.bias", "classifier.weight", *bias]
