@@ -23,7 +23,8 @@ class Scaled(ExactRecipe):
     dtype: torch.dtype
 
     def __call__(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return (codes * _by_output(scale, codes)).to(self.dtype)
+        # In two steps: faster than the product of an int8 and a float32 tensor.
+        return codes.to(scale.dtype).mul_(_by_output(scale, codes)).to(self.dtype)
 
 
 def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,17 +40,22 @@ def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     most = wide.flatten(1).abs().amax(1)
-    fraction, exponent = torch.frexp(most / LEVELS)
-    scale = torch.ldexp((fraction * 2**_SCALE_BITS).ceil(), exponent - _SCALE_BITS)
-    scale = scale.clamp_min(_SMALLEST).float()
-    if not (LEVELS * scale).isfinite().all():
+    scale = _rounded_up(most / LEVELS).clamp_min(_SMALLEST).float()
+    if not (most.isfinite() & (LEVELS * scale).isfinite()).all():
         raise ValueError("holds values that are not finite, or too large for 8 bits and a scale")
-    step = _by_output(scale, wide)
+    step = _by_output(scale, wide).to(wide.dtype)
     codes = (wide / step).round_().clamp_(-LEVELS, LEVELS)
     off = wide - codes * step  # exact: where the quotient was rounded across a half
     codes += (off > step / 2).to(codes.dtype)
     codes -= (off < -step / 2).to(codes.dtype)
     return codes.clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def _rounded_up(t: Tensor) -> Tensor:
+    """Positive numbers of float32 or float64, to ``_SCALE_BITS`` bits of significand."""
+    integer, bits = (torch.int64, 53) if t.dtype == torch.float64 else (torch.int32, 24)
+    unit = 1 << (bits - _SCALE_BITS)
+    return ((t.view(integer) + (unit - 1)) & -unit).view(t.dtype)
 
 
 def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,9 +71,8 @@ def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_output(t: Tensor, weight: Tensor) -> Tensor:
-    """[O] laid along the first dimension of ``weight``, in its dtype if that is a float's."""
-    t = t.view(-1, *[1] * (weight.dim() - 1))
-    return t.to(weight.dtype) if weight.is_floating_point() else t
+    """[O] laid along the first dimension of ``weight``."""
+    return t.view(-1, *[1] * (weight.dim() - 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,8 @@ class Trained:
     def of(cls, model: nn.Module) -> Trained:
         """The parameters of ``model`` that require a gradient."""
         trained = ((n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad)
-        return cls(tuple(trained), sum(p.numel() for p in model.parameters()))
+        codes = {layer.weight_codes for layer in compressed(model).values()}
+        return cls(tuple(trained), sum(t.numel() for t in (*model.parameters(), *codes)))
 
     @property
     def count(self) -> int:

@@ -118,9 +118,9 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
 
     Every ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, of a subclass or converted
     by memtl too, whose weight [O, ...] does not require a gradient gets codes, int8 [O, ...], and
-    scales, float32 [O], in its place: symmetric, rounded to the nearest, by output channel. A scale
-    is its channel's largest magnitude / 127, rounded up to 17 bits; no value moves by more than half
-    of it, before it is rounded to the weight's own dtype.
+    scales, float32 [O], in its place: symmetric, rounded to the nearest, by output channel. A
+    scale is its channel's largest magnitude / 127, rounded up to 17 bits; no value moves by more
+    than half of it, before it is rounded to the weight's own dtype.
 
     ``layer.weight`` then decodes them, and is no parameter. ``state_dict()`` has the decoded values
     under the same key; ``load_state_dict()`` encodes what it is given, as does ``layer.weight =``.
@@ -142,9 +142,10 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
             holds a value that is not finite: then no weight is changed.
 
     Memory: of weights one byte an element and 4 a channel. For backward none: the codes are kept
-    by reference where x needs a gradient. (Under torch.compile, which decides itself what to keep,
-    and under saved-tensor hooks other than :class:`memtl.memory.SavedTensors`, the decoded weight
-    may be.)
+    by reference where x needs a gradient. The decoded weight is kept under torch.compile, which
+    decides itself, under saved-tensor hooks other than :class:`memtl.memory.SavedTensors`, and
+    where other code than the layer's forward uses it (``nn.MultiheadAttention`` that of its output
+    layer, unless it is converted).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -178,7 +179,7 @@ def _compressible(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[s
             if parameter is not None:
                 holders.setdefault(parameter, []).append((key, plain_name(name), module))
     for weight, held in holders.items():
-        if weight.requires_grad or is_lazy(weight) or not weight.is_floating_point():
+        if is_lazy(weight) or weight.requires_grad or not weight.is_floating_point():
             continue
         if weight.layout != torch.strided or not weight.numel():
             continue
