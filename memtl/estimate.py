@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,50 +13,51 @@ from torch import Tensor, nn
 
 from . import analytic, models
 from .memory import SavedTensors
-from .methods import FrozenConfig, LinearProbeConfig, apply
+from .methods import (
+    BitFitConfig,
+    FrozenConfig,
+    LinearProbeConfig,
+    LiteResidualConfig,
+    NormTuningConfig,
+    RepNetConfig,
+    apply,
+)
 from .methods.backbone import linear_classifier
+from .methods.stages import NoStages
+from .methods.transfer import TransferConfig
 from .report import Table
 
 MB = 1e6
 SAMPLES = 2  # of the forward that is measured
 
-Prepare = Callable[[Any, int], None]
-
-
-def _last(model: nn.Module, num_classes: int) -> None:
-    apply(model, LinearProbeConfig(num_classes=num_classes))
-
-
-def _norm(model: nn.Module, num_classes: int) -> None:
-    norms = [module for module in model.modules() if isinstance(module, analytic.NORMS)]
-    _beside_the_last(model, num_classes, (p for norm in norms for p in norm.parameters()))
-
-
-def _bias(model: nn.Module, num_classes: int) -> None:
-    biases = (m.bias for m in model.modules() if isinstance(getattr(m, "bias", None), Tensor))
-    _beside_the_last(model, num_classes, biases)
-
-
-def _full(model: Any, num_classes: int) -> None:
-    linear_classifier(model)
-    model.reset_classifier(num_classes)
-
-
-def _beside_the_last(model: Any, num_classes: int, parameters: Iterable[Any]) -> None:
-    """A new classifier trains, and these; running statistics do not."""
-    _full(model, num_classes)
-    model.requires_grad_(False).eval()
-    for parameter in (*parameters, *model.get_classifier().parameters()):
-        parameter.requires_grad_(True)
-
-
-METHODS: dict[str, Prepare] = {
-    "last": _last,
-    "norm+last": _norm,
-    "bias+last": _bias,
-    "full": _full,
+METHODS: dict[str, tuple[type[TransferConfig], dict[str, Any]] | None] = {
+    "last": (LinearProbeConfig, {}),
+    "norm+last": (NormTuningConfig, {}),
+    "bias+last": (BitFitConfig, {}),
+    "lite-residual": (LiteResidualConfig, {}),
+    "rep-net": (RepNetConfig, {}),
+    "rep-net+bias": (RepNetConfig, {"bias": True}),
+    "full": None,
 }
-"""Method -> what makes a model in training mode, with so many classes, trainable by it."""
+"""Method -> its configuration's class and options; None where everything trains."""
+
+
+def prepare(model: Any, method: str, num_classes: int, size: int) -> None:
+    """Let a method train ``model`` on images of that size, with layers as PyTorch has them.
+
+    Raises:
+        ValueError: as that method's ``apply``.
+    """
+    found = METHODS[method]
+    if found is None:
+        linear_classifier(model)
+        model.reset_classifier(num_classes)
+        return
+    kind, options = found
+    known = {field.name for field in dataclasses.fields(kind)}
+    given = {"num_classes": num_classes, "convert": False, "image_size": size, **options}
+    apply(model, kind(**{name: value for name, value in given.items() if name in known}))
+    model.train()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def estimate(
         raise ValueError(f"estimate is for image classifiers of timm's, not {name}")
     torch.manual_seed(0)
     model = models.timm_model(name, size=size).train()
-    METHODS[method](model, num_classes)
+    prepare(model, method, num_classes, size)
     images = torch.randn(SAMPLES, model.default_cfg["input_size"][0], size, size)
     try:
         counted = analytic.profile(model, images, batch_size=batch_size)
@@ -143,11 +144,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _table(options: argparse.Namespace) -> str:
     rows = []
-    for method in dict.fromkeys(options.methods):
-        found = estimate(
-            options.model, method, batch_size=options.batch_size,
-            num_classes=options.num_classes, size=options.size,
-        )  # fmt: skip
+    notes = []
+    for method in dict.fromkeys(options.methods or METHODS):
+        try:
+            found = estimate(
+                options.model, method, batch_size=options.batch_size,
+                num_classes=options.num_classes, size=options.size,
+            )  # fmt: skip
+        except NoStages as error:
+            if options.methods:
+                raise
+            notes.append(f"{method}: {error}")
+            continue
         bytes_ = (
             found.counted.parameter_bytes, found.counted.activation_bytes,
             found.counted.total_bytes, found.stock, found.frozen,
@@ -162,6 +170,7 @@ def _table(options: argparse.Namespace) -> str:
         f"\n{Table(header, tuple(rows))}\n\n"
         "parameters, activations, total: analytic (TinyTL's definition): not what PyTorch needs\n"
         "PyTorch, FrozenConfig: measured, kept for backward by the model as it is, and converted"
+        + "".join(f"\n{note}" for note in notes)
     )
 
 
@@ -181,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=224, metavar="N", help="pixels of an image's side (224)"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), metavar="METHOD",
-        help=f"some of {', '.join(METHODS)} (all)",
+        "--methods", nargs="+", metavar="METHOD",
+        help=f"some of {', '.join(METHODS)} (all that apply)",
     )  # fmt: skip
     return parser

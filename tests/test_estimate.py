@@ -31,6 +31,11 @@ def test_the_papers_network(capsys):
     assert totals["last"] == pytest.approx(29.0, abs=0.06)
     assert totals["norm+last"] == pytest.approx(183.0, abs=0.06)
     assert totals["full"] == pytest.approx(367.0, abs=0.06)
+    assert totals["rep-net"] == pytest.approx(32.8, abs=0.06)
+    assert totals["rep-net+bias"] == pytest.approx(32.8, abs=0.06)
+    assert found["rep-net"][2] == pytest.approx(3.47, abs=0.006)
+    assert found["rep-net"][4] > 40 and found["rep-net"][5] < 2
+    assert found["rep-net+bias"][4] > 60 and found["rep-net+bias"][5] < 2
     stock, frozen = found["bias+last"][4:]
     assert stock > 50 * frozen > 0  # PyTorch keeps what frozen layers read
     stock, frozen = found["norm+last"][4:]
@@ -49,12 +54,22 @@ def test_a_vision_transformer_of_another_size(capsys):
         assert total == pytest.approx(parameters + 3 * activations, abs=0.03)
 
 
+def test_methods_that_a_network_is_not_made_for(capsys):
+    arguments = ["vit_tiny_patch16_224", "--analytic", "--size", "32"]
+    assert main(["estimate", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert list(rows(text)) == ["last", "norm+last", "bias+last", "full"]
+    assert "rep-net: this VisionTransformer has no stages" in text
+    assert main(["estimate", *arguments, "--methods", "rep-net"]) == 2
+    assert "has no stages" in capsys.readouterr().err
+
+
 def test_what_trains():
     names = {}
-    for method, prepare in module.METHODS.items():
+    for method in module.METHODS:
         torch.manual_seed(0)
         model = module.models.timm_model("resnet18").train()
-        prepare(model, 5)
+        module.prepare(model, method, 5, 64)
         names[method] = {n for n, p in model.named_parameters() if p.requires_grad}
         assert model.get_classifier().out_features == 5
         assert model.bn1.training == (method == "full")

@@ -106,7 +106,7 @@ class Site:
 
 class SideModule(nn.Module):
     """x [B, C, H, W] -> average pooling, grouped convolution, batch norm, ReLU, 1x1 convolution,
-    batch norm, resized to [B, O, h, w]. The last norm's scale starts at 0: at first it adds 0."""
+    batch norm: [B, O, h, w]. The last norm's scale starts at 0: at first it adds 0."""
 
     def __init__(self, config: SideConfig, site: Site) -> None:
         super().__init__()
@@ -127,15 +127,21 @@ class SideModule(nn.Module):
         nn.init.zeros_(self.bn2.weight)
         self.bn2.bias.requires_grad_(not config.bias)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.bn1(self.conv1(self.pool(x))))
-        x = self.bn2(self.conv2(x))
-        return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear")
+        return self.bn2(self.conv2(x))
+
+
+def added(x: Tensor, side: Tensor) -> Tensor:
+    """x [B, O, H, W] + ``side`` [B, O, h, w], resized to it."""
+    if side.shape[2:] != x.shape[2:]:
+        side = F.interpolate(side, x.shape[2:], mode="bilinear")
+    return x + side
 
 
 @dataclasses.dataclass
-class Read:
-    """What the module at each site has read and not yet used."""
+class Made:
+    """What modules have made for blocks that have not run yet, by the index of the module."""
 
     maps: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -146,17 +152,17 @@ class SideModules(nn.ModuleList):
     def __init__(self, config: SideConfig, sites: list[Site]) -> None:
         super().__init__(SideModule(config, site) for site in sites)
         self.sites = sites
-        self.state = PerThread(Read)
+        self.state = PerThread(Made)
 
     def connect(self, model: nn.Module) -> None:
         """Place the hooks."""
         for index, site in enumerate(self.sites):
             target = model.get_submodule(site.target)
             if site.entry == site.target:
-                target.register_forward_hook(Add(self, index))
+                target.register_forward_hook(Beside(self, index))
             else:
-                model.get_submodule(site.entry).register_forward_pre_hook(Note(self, index))
-                target.register_forward_hook(AddNoted(self, index))
+                model.get_submodule(site.entry).register_forward_pre_hook(Before(self, index))
+                target.register_forward_hook(Behind(self, index))
 
 
 @dataclasses.dataclass
@@ -167,28 +173,28 @@ class Hook:
     index: int
 
 
-class Add(Hook):
+class Beside(Hook):
     """Add to a block's output what the module makes of the block's input."""
 
     def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + self.modules[self.index](args[0], output.shape[2:])
+        return added(output, self.modules[self.index](args[0]))
 
 
-class Note(Hook):
-    """Note what a module is given for the block behind it."""
+class Before(Hook):
+    """Run the module on what another one is given, in front of the block."""
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.modules.state.now.maps[self.index] = args[0]
+    def __call__(self, entry: nn.Module, args: tuple) -> None:
+        self.modules.state.now.maps[self.index] = self.modules[self.index](args[0])
 
 
-class AddNoted(Hook):
-    """Add to a block's output what the module makes of what was noted."""
+class Behind(Hook):
+    """Add to the block's output what :class:`Before` has made."""
 
     def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = self.modules.state.now.maps.pop(self.index, None)
-        if x is None:
+        side = self.modules.state.now.maps.pop(self.index, None)
+        if side is None:
             raise RuntimeError(
-                "what the side module reads was used up: a network with side modules cannot be "
+                "what a side module made was used up: a network with side modules cannot be "
                 "checkpointed (set_grad_checkpointing(False)); frozen it keeps little anyway"
             )
-        return output + self.modules[self.index](x, output.shape[2:])
+        return added(output, side)

@@ -15,12 +15,16 @@ Map = tuple[int, int, int]
 """Channels, height and width."""
 
 
+class NoStages(ValueError):
+    """A network is none that passes on maps in stages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One block of a stage: its name, and the maps between which it lies.
 
-    ``entry`` is the module whose input is read as the block's: itself as a rule, for the first
-    block of a stage the stage, which may have a downsampling layer in front of the block.
+    ``entry`` is the module whose input is read as the block's: itself, unless it is the first of a
+    stage that has another layer, for downsampling, in front of it; then the stage.
     """
 
     name: str
@@ -53,33 +57,31 @@ class Stages:
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: it has no stages of blocks that pass on maps [B, C, H, W]; or no size of
-                its own.
+            NoStages: it has no stages of blocks that pass on maps [B, C, H, W].
+            ValueError: it has no size of its own.
         """
         check_module(model)
         channels = _stage_channels(model)
         stages = {name: _blocks(model, name) for name in channels}
         image = _image(model, image_size)
         names = [*stages, *(name for blocks in stages.values() for name in blocks)]
-        stem, maps = _maps(model, image, names)
+        stem, inputs, maps = _maps(model, image, names)
         found = []
         for stage, names in stages.items():
             gives = maps[stage][1]
             if channels[stage] not in (None, gives[0]):
                 why = f"{stage} passes on {list(gives)}, not {channels[stage]} channels first"
                 raise _refusal(model, why)
-            entries = (stage, *names[1:])
-            found.append(
-                tuple(
-                    Block(name, entry, maps[entry][0], maps[name][1])
-                    for name, entry in zip(names, entries, strict=True)
-                )
-            )
+            entries = dict(zip(names, names, strict=True))
+            if inputs[stage] is not inputs[names[0]]:
+                entries[names[0]] = stage
+            blocks = (Block(n, e, maps[e][0], maps[n][1]) for n, e in entries.items())
+            found.append(tuple(blocks))
         return cls(stem, image, tuple(found))
 
 
-def _refusal(model: nn.Module, why: str) -> ValueError:
-    return ValueError(f"this {type(model).__name__} has no stages: {why}")
+def _refusal(model: nn.Module, why: str) -> NoStages:
+    return NoStages(f"this {type(model).__name__} has no stages: {why}")
 
 
 def _stage_channels(model: Any) -> dict[str, int | None]:
@@ -130,10 +132,14 @@ def _image(model: Any, size: int | None) -> Map:
 
 
 @torch.no_grad()
-def _maps(model: nn.Module, image: Map, names: list[str]) -> tuple[str, dict[str, tuple[Map, Map]]]:
-    """The module that reads the image, and what each of ``names`` reads and gives."""
+def _maps(
+    model: nn.Module, image: Map, names: list[str]
+) -> tuple[str, dict[str, Tensor], dict[str, tuple[Map, Map]]]:
+    """The module that reads the image; what each of ``names`` reads, and the sizes of what it
+    reads and gives."""
     like = next(model.parameters())
     x = torch.zeros((1, *image), dtype=like.dtype, device=like.device)
+    inputs: dict[str, Tensor] = {}
     maps: dict[str, tuple[Map, Map]] = {}
     stems: list[str] = []
     handles = []
@@ -148,6 +154,7 @@ def _maps(model: nn.Module, image: Map, names: list[str]) -> tuple[str, dict[str
         if name in names:
 
             def note(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+                inputs[name] = args[0]
                 maps[name] = size_of(name, args[0]), size_of(name, output)
 
             handles.append(module.register_forward_hook(note))
@@ -168,4 +175,4 @@ def _maps(model: nn.Module, image: Map, names: list[str]) -> tuple[str, dict[str
         raise _refusal(model, f"{missing[0]}, one of its blocks, does not run in its forward")
     if not stems:
         raise _refusal(model, "no module of it reads the image")
-    return stems[-1], maps
+    return stems[-1], inputs, maps

@@ -33,7 +33,7 @@ def test_mobilenetv2():
     assert firsts(found) == [f"blocks.{i}.0" for i in range(1, 7)]
     assert [len(blocks) for blocks in found.blocks] == [2, 3, 4, 3, 3, 1]
     first = found.blocks[0][0]
-    assert (first.entry, first.reads, first.gives) == ("blocks.1", (16, 112, 112), (24, 56, 56))
+    assert (first.entry, first.reads, first.gives) == ("blocks.1.0", (16, 112, 112), (24, 56, 56))
     last = found.blocks[-1][0]
     assert (last.reads, last.gives) == ((160, 7, 7), (320, 7, 7))
 
