@@ -194,7 +194,7 @@ class Behind(Hook):
         side = self.modules.state.now.maps.pop(self.index, None)
         if side is None:
             raise RuntimeError(
-                "what a side module made was used up: a network with side modules cannot be "
-                "checkpointed (set_grad_checkpointing(False)); frozen it keeps little anyway"
+                "what a side module made was used up: this network cannot be checkpointed here "
+                "(set_grad_checkpointing(False)); frozen it keeps little anyway"
             )
         return added(output, side)
