@@ -357,7 +357,7 @@ def test_compiled(config):
 
 
 def test_checkpointed():
-    model, x = applied(RepNetConfig).double().train(), images().double()
+    model, x = applied(RepNetConfig, bias=True).double().train(), images().double()
     expected = gradients(model, x)
     model.set_grad_checkpointing()
     for name, gradient in gradients(model, x).items():
