@@ -18,8 +18,8 @@ from .transfer import check_count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiteResidualConfig(SideConfig):
-    """y = Block(x) + resize(Lite(pool(x))), at half the resolution, beside every block at a quarter
-    of the image's size and below; the modules, the biases and the classifier train.
+    """y = Block(x) + resize(Lite(pool(x))), at half the resolution, beside every block but those
+    of the first stage; the modules, the biases and the classifier train.
 
     Batch norms stay batch norms (the authors replace those of their network by group norms, and
     pre-train it so, modules included).

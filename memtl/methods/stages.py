@@ -35,7 +35,8 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The stages of a network at a quarter of the image's size and below.
+    """The stages of a network behind the first one, which works on the largest maps; with the first
+    one where those are a quarter of the image's size already.
 
     Attributes:
         stem: name of the module that reads the image.
@@ -91,9 +92,10 @@ def _stage_channels(model: Any) -> dict[str, int | None]:
     info = getattr(info, "info", info)
     if not info:
         raise _refusal(model, "no feature_info, by which timm's networks name them")
-    features = {f["module"]: f["num_chs"] for f in info if f["reduction"] >= 4}
+    info = info[info[0]["reduction"] < 4 :]
+    features = {feature["module"]: feature["num_chs"] for feature in info}
     if not features:
-        raise _refusal(model, "none of its features is at a quarter of the image's size or below")
+        raise _refusal(model, "it has features of one size alone")
     parent = list(features)[-1].rpartition(".")[0]
     names = [name for name in features if name.rpartition(".")[0] == parent]
     container = model.get_submodule(parent)

@@ -105,7 +105,7 @@ def test_what_cannot_be_told_is_asked_for():
         Stages.of(model)
     assert Stages.of(model, image_size=96).image == (3, 96, 96)
     model.feature_info = [f for f in model.feature_info if f["reduction"] < 4]
-    with pytest.raises(ValueError, match="none of its features is at a quarter"):
+    with pytest.raises(ValueError, match="it has features of one size alone"):
         Stages.of(model, image_size=96)
     model = staged()
     model.stages[0].forward = lambda x: x  # its members do not run
