@@ -7,36 +7,33 @@ from typing import ClassVar
 
 from torch import nn
 
-from .backbone import linear_classifier
-from .freezing import evaluate_all_but, freeze
-from .transfer import Trained, TransferConfig
+from .partial import PartialConfig
+from .transfer import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig(TransferConfig):
+class LinearProbeConfig(PartialConfig):
     """The classifier trains and nothing else; the network stays in evaluation mode whatever
-    ``train()`` says. Kept for backward is the feature alone.
+    ``train()`` says. Kept for backward is the feature alone, and what a classifier of several
+    layers keeps.
 
     Args:
-        num_classes: of a new classifier; None to train the model's own.
+        num_classes, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        convert: as there; a linear classifier has no use for it.
     """
 
     method: ClassVar[str] = "linear_probe"
+    convert: bool = False
 
     def apply(self, model: nn.Module) -> Trained:
         """Freeze ``model``, of any architecture, except for its classifier.
 
         Raises:
-            TypeError: ``model`` is no module.
-            ValueError: no linear classifier is to be found, or a method was applied already.
+            TypeError, ValueError: as :meth:`PartialConfig.freeze`.
         """
-        head, features, own = linear_classifier(model)
-        classes = self.classes(own)
-        freeze(model)
-        self.classify(model, head, features, classes)
+        head = self.freeze(model)
         model.get_submodule(head).register_forward_pre_hook(copied)
-        evaluate_all_but(model, head)
-        return Trained.of(model)
+        return self.finish(model, head)
 
 
 def copied(head: nn.Module, args: tuple) -> tuple:

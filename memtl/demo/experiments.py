@@ -1,0 +1,178 @@
+"""What is compared: networks with their tasks, and the ways to fine-tune them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import assets
+from ..methods import (
+    BackRazorConfig,
+    BitFitConfig,
+    Config,
+    LinearProbeConfig,
+    LiteResidualConfig,
+    LowBitConfig,
+    NormTuningConfig,
+    RepNetConfig,
+    apply,
+)
+from ..tasks import Task, load_digits, load_digits_segmentation
+
+FULL = "full fine-tuning"
+"""The method that every ratio refers to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A learning rate, and the candidates from which the validation split chose it."""
+
+    chosen: float
+    candidates: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A shipped network and a task.
+
+    Attributes:
+        asset: name of the network in :mod:`memtl.assets`.
+        network, goal: what the network is, and what it learns, in words.
+        load_task: makes the task.
+        load_model: ``num_classes`` -> the network with a fresh head.
+        rates: by kind of method, see :func:`methods`; of the kinds that are compared here.
+        batch_size, steps: of a run.
+        notes: what a reader must know besides.
+    """
+
+    asset: str
+    network: str
+    goal: str
+    load_task: Callable[[], Task]
+    load_model: Callable[[int], nn.Module]
+    rates: Mapping[str, Rate]
+    batch_size: int = 64
+    steps: int = 120
+    notes: str = ""
+
+
+BATCH_NORMS = """
+Batch normalisation: the methods that train the whole network normalise with the statistics of the
+batch. Where only parts train, the rest is frozen with the statistics of the source task, as in
+evaluation. Checkpointing runs each block's forward twice a step, so its running statistics, which
+evaluation uses, follow the batches faster.
+"""
+
+# Chosen by `memtl demo --tune` with the same --model and --task.
+EXPERIMENTS: dict[tuple[str, str], Experiment] = {
+    ("vit", "digits"): Experiment(
+        asset="vit_glyphs",
+        network="vision transformer",
+        goal="handwritten digits",
+        load_task=lambda: load_digits(),
+        load_model=lambda classes: assets.load("vit_glyphs", classes),
+        rates={
+            "last": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "full": Rate(2e-3, (1e-3, 2e-3, 4e-3)),
+        },
+    ),
+    ("cnn", "digits"): Experiment(
+        asset="cnn_glyphs",
+        network="MobileNetV2",
+        goal="handwritten digits",
+        load_task=lambda: load_digits(),
+        load_model=lambda classes: assets.load("cnn_glyphs", classes),
+        rates={
+            "last": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "norms": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "lite residual": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "Rep-Net": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "Rep-Net + biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "full": Rate(2e-3, (2e-3, 4e-3, 8e-3)),
+        },
+        notes=BATCH_NORMS,
+    ),
+    ("cnn", "segmentation"): Experiment(
+        asset="cnn_glyphs",
+        network="MobileNetV2 with the head of DeepLabV3",
+        goal="to tell every pixel's digit on canvases with several handwritten ones",
+        load_task=lambda: load_digits_segmentation(),
+        load_model=lambda classes: assets.load_segmenter("cnn_glyphs", classes),
+        rates={
+            "last": Rate(4e-3, (2e-3, 4e-3, 8e-3)),
+            "biases": Rate(4e-3, (2e-3, 4e-3, 8e-3)),
+            "Rep-Net": Rate(4e-3, (2e-3, 4e-3, 8e-3)),
+            "Rep-Net + biases": Rate(4e-3, (2e-3, 4e-3, 8e-3)),
+            "full": Rate(4e-3, (2e-3, 4e-3, 8e-3)),
+        },
+        batch_size=16,
+        notes=BATCH_NORMS,
+    ),
+}
+"""(model, task) -> what is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: its name, the kind whose learning rate it takes, what it changes."""
+
+    name: str
+    kind: str
+    prepare: Callable[[nn.Module], object]
+
+
+def _applied(config: Config) -> Callable[[nn.Module], object]:
+    return lambda model: apply(model, config)
+
+
+def _checkpoint_blocks(model: Any) -> None:  # Any: a method of timm's models
+    model.set_grad_checkpointing()
+
+
+PARTS = (
+    Method("last layer only", "last", _applied(LinearProbeConfig())),
+    Method("norms + last layer", "norms", _applied(NormTuningConfig())),
+    Method("biases + last layer", "biases", _applied(BitFitConfig())),
+    Method("lite residual + biases", "lite residual", _applied(LiteResidualConfig())),
+    Method("Rep-Net", "Rep-Net", _applied(RepNetConfig())),
+    Method("Rep-Net + biases", "Rep-Net + biases", _applied(RepNetConfig(bias=True))),
+)
+"""Those that train parts of the network."""
+
+
+def methods(experiment: Experiment, keeps: Sequence[float]) -> list[Method]:
+    """The methods compared, in the order of the table."""
+    back_razor = [
+        Method(f"Back Razor {keep:g}", "full", _applied(BackRazorConfig(keep=keep)))
+        for keep in dict.fromkeys(keeps)
+    ]
+    small = BackRazorConfig.preset("small", keep=keeps[0])
+    whole = [
+        Method(FULL, "full", lambda model: None),
+        Method("full + checkpointing", "full", _checkpoint_blocks),
+        *back_razor,
+        Method(f"Back Razor {keeps[0]:g}, small", "full", _applied(small)),
+        Method("4 bits, once", "full", _applied(LowBitConfig(bits=4))),
+    ]
+    return [method for method in (*PARTS, *whole) if method.kind in experiment.rates]
+
+
+def build(
+    experiment: Experiment,
+    method: Method,
+    num_classes: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The network, ready for a method. What is new in it ``seed`` alone decides, and the head is
+    the same for every method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = experiment.load_model(num_classes)
+        method.prepare(model)
+    return model.to(device)
