@@ -209,7 +209,7 @@ def train(
         steps=steps, batch_size=BATCH_SIZE, learning_rate=method.learning_rate, seed=seed
     )
     history = fit(model, task.train, task.val, settings, progress=progress, description=method.name)
-    result.val_accuracy.append(history.val_accuracy)
+    result.val_accuracy.append(history.val_score)
     result.test_accuracy.append(evaluate(model, task.test))
     result.losses.append(history.losses)
 

@@ -34,6 +34,7 @@ class Task:
         train: Images to learn from.
         val: Images to choose hyper-parameters on.
         test: Images to report on, once.
+        metric: How it is scored: one of :data:`memtl.training.METRICS`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     train: Split
     val: Split
     test: Split
+    metric: str = "accuracy"
 
 
 def normalise(ink: Tensor) -> Tensor:
