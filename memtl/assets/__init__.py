@@ -100,14 +100,15 @@ def _mobilenet_v2(
 
     if output_stride is not None:
         options["output_stride"] = output_stride * 2 // stem_stride  # see below
-    blocks = decode_arch_def([[stage] for stage in stages])
-    model = EfficientNet(blocks, act_layer=nn.ReLU6, fix_stem=True, **options)
+    arguments = decode_arch_def([[stage] for stage in stages])
+    model = EfficientNet(arguments, act_layer=nn.ReLU6, fix_stem=True, **options)
     # timm's stem always has stride 2, which leaves too little of a 32x32 image; its padding of 1
     # is right for either stride.
     model.conv_stem.stride = (stem_stride, stem_stride)
     # Where a stride has become a dilation, timm dilates the convolution that had the stride too; it
     # must not be for the maps to be those of the strided network, and the places between.
-    for stage, following in itertools.pairwise(model.blocks):
+    blocks: Any = model.blocks
+    for stage, following in itertools.pairwise(blocks):
         convolution = following[0].conv_dw
         convolution.dilation = stage[-1].conv_dw.dilation
         convolution.padding = tuple(
@@ -128,7 +129,8 @@ def _checked(output_stride: int, name: str, architecture: dict[str, Any]) -> int
         raise ValueError(f"output_stride is for convolutional networks, which {name} is not")
     if not isinstance(output_stride, int) or isinstance(output_stride, bool):
         raise TypeError(f"output_stride must be an int, got {type(output_stride).__name__}")
-    reductions = sorted({info["reduction"] for info in build(architecture).feature_info})
+    network: Any = build(architecture)
+    reductions = sorted({info["reduction"] for info in network.feature_info})
     if output_stride not in reductions:
         raise ValueError(f"output_stride of {name} must be in {reductions}, got {output_stride}")
     return output_stride
@@ -214,8 +216,8 @@ def load_segmenter(
         width: Channels of the head.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: As :func:`load` and :class:`memtl.models.Segmenter`
-            do.
+        TypeError, ValueError, FileNotFoundError: As :func:`load` and
+            :class:`memtl.models.Segmenter` raise them.
         ImportError: If timm, safetensors or torchvision is not installed.
     """
     backbone = load(name, directory=directory, output_stride=output_stride)

@@ -69,8 +69,8 @@ def load_digits(size: int = 32) -> Task:
         ImportError: If scikit-learn is not installed.
     """
     images, labels = source(size)
-    train, val, test = stratified(labels, SPLIT_SIZES)
-    return Task("digits", 10, *(Split(images[i], labels[i]) for i in (train, val, test)))
+    train, val, test = (Split(images[i], labels[i]) for i in stratified(labels, SPLIT_SIZES))
+    return Task("digits", 10, train, val, test)
 
 
 def source(size: int) -> tuple[Tensor, Tensor]:

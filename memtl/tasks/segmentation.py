@@ -58,11 +58,11 @@ def load_digits_segmentation(
         _check(f"the {name} size", count, 1)
     digits = load_digits(size=8)
     splits = (digits.train, digits.val, digits.test)
-    canvases = [
+    train, val, test = (
         compose(split, n, size, torch.Generator().manual_seed(SEED + number))
         for number, (split, n) in enumerate(zip(splits, sizes, strict=True))
-    ]
-    return Task("digit segmentation", 11, *canvases, metric="mean_iou")
+    )
+    return Task("digit segmentation", 11, train, val, test, metric="mean_iou")
 
 
 def _check(name: str, value: int, least: int) -> None:

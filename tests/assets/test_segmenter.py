@@ -72,7 +72,9 @@ def test_segmenter():
     shipped = assets.load("cnn_glyphs").state_dict()
     for key, value in assets.load_segmenter().backbone.state_dict().items():
         assert torch.equal(value, shipped[key]), key
-    heads = [torch.cat([p.flatten() for p in m.classifier.parameters()]) for m in (model, again, other)]
+    heads = [
+        torch.cat([p.flatten() for p in m.classifier.parameters()]) for m in (model, again, other)
+    ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 

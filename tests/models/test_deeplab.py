@@ -18,7 +18,7 @@ def segmenter(name: str = "resnet10t", num_classes: int = 5, **options) -> Segme
     return Segmenter(timm.create_model(name, in_chans=1), num_classes, **options)
 
 
-# Of a plain network; of families whose classifier begins with a wider convolution; with layer norms.
+# A plain network; families whose classifier begins with a wider convolution; with layer norms.
 FAMILIES = pytest.mark.parametrize(
     "name", ["resnet10t", "mobilenetv2_035", "mobilenetv3_small_050", "convnext_atto"]
 )
@@ -156,7 +156,9 @@ def test_transformers_are_refused(name):
 def test_transformers_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"takes no images \[1, 3, 224, 224\]: Input height"):
         Segmenter(timm.create_model("vit_tiny_patch16_224", img_size=64), 5)
-    with pytest.raises(ValueError, match="feature maps .* VisionTransformer gives \\[1, 65, 128\\]"):
+    with pytest.raises(
+        ValueError, match="feature maps .* VisionTransformer gives \\[1, 65, 128\\]"
+    ):
         Segmenter(assets.load("vit_glyphs"), 5)
 
 
@@ -172,7 +174,11 @@ def test_other_backbones_are_refused():
         (ValueError, "num_classes must be at least 1, got 0", {"num_classes": 0}),
         (TypeError, "width must be an int, got bool", {"width": True}),
         (ValueError, "width must be at least 1, got -8", {"width": -8}),
-        (ValueError, r"atrous_rates must be at least 1 each, got \(2, 0\)", {"atrous_rates": (2, 0)}),
+        (
+            ValueError,
+            r"atrous_rates must be at least 1 each, got \(2, 0\)",
+            {"atrous_rates": (2, 0)},
+        ),
         (ValueError, r"atrous_rates must be at least 1 each, got \(\)", {"atrous_rates": ()}),
         (ValueError, r"dropout must be in \[0, 1\), got 1.0", {"dropout": 1.0}),
     ],

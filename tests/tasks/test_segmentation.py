@@ -59,9 +59,8 @@ def test_faint_ink_hides_nothing():
     canvases = segmentation.compose(digits, 20, 32, torch.Generator().manual_seed(1))
     assert set(canvases.labels.unique().tolist()) == {0, 4}
     ink = canvases.images[:, 0] * STD + MEAN
-    torch.testing.assert_close(ink[canvases.labels == 4], torch.ones(()).expand(1).new_ones(
-        int((canvases.labels == 4).sum())
-    ))  # fmt: skip
+    drawn = ink[canvases.labels == 4]
+    torch.testing.assert_close(drawn, torch.ones_like(drawn))
 
 
 @pytest.mark.parametrize("altered", ["train", "val", "test"])
