@@ -23,8 +23,8 @@ from memtl.tasks.glyphs import SIZE
 
 __all__ = ["load", "load_segmenter", "metadata", "names"]
 
-ATROUS_RATES = (2, 4, 6)
-"""Of a segmenter's head: the feature maps of small images are small."""
+ATROUS_RATES, DROPOUT = (2, 4, 6), 0.1
+"""Of a segmenter's head, whose feature maps are small, and its training short."""
 
 _HERE = Path(__file__).parent
 
@@ -221,4 +221,6 @@ def load_segmenter(
         ImportError: If timm, safetensors or torchvision is not installed.
     """
     backbone = load(name, directory=directory, output_stride=output_stride)
-    return Segmenter(backbone, num_classes, width=width, atrous_rates=ATROUS_RATES)
+    return Segmenter(
+        backbone, num_classes, width=width, atrous_rates=ATROUS_RATES, dropout=DROPOUT
+    )

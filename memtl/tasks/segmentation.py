@@ -13,8 +13,8 @@ from memtl.tasks.split import Split
 DIGITS = (2, 5)
 """Fewest and most digits of a canvas, before some cover others."""
 
-SIDES = (16, 32)
-"""Smallest and largest side of a digit, in pixels: 2 to 4 times that of scikit-learn's."""
+SIDES = (20, 32)
+"""Smallest and largest side of a digit, in pixels: 2.5 to 4 times that of scikit-learn's."""
 
 PLACES = 4
 """Random places that are tried for a digit; it goes where the least ink is."""
