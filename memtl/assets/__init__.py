@@ -221,6 +221,4 @@ def load_segmenter(
         ImportError: If timm, safetensors or torchvision is not installed.
     """
     backbone = load(name, directory=directory, output_stride=output_stride)
-    return Segmenter(
-        backbone, num_classes, width=width, atrous_rates=ATROUS_RATES, dropout=DROPOUT
-    )
+    return Segmenter(backbone, num_classes, width=width, atrous_rates=ATROUS_RATES, dropout=DROPOUT)
