@@ -6,144 +6,214 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from memtl import assets, backends, demo
-from memtl.tasks import Split, load_digits
+from memtl import assets, backends
+from memtl.demo import command, experiments, main, results
+from memtl.demo.experiments import EXPERIMENTS, FULL, build
+from memtl.tasks import Split
 from memtl.training import Settings, fit
 
-MODELS = list(demo.NETWORKS)
-METHODS = {model: demo.methods(network, [0.1, 0.03]) for model, network in demo.NETWORKS.items()}
-NAMES = [
-    "last layer only",
-    "full fine-tuning",
+KEYS = list(EXPERIMENTS)
+METHODS = {key: experiments.methods(EXPERIMENTS[key], [0.1, 0.03]) for key in KEYS}
+PARTS = [method.name for method in experiments.PARTS]
+WHOLE = [
+    FULL,
     "full + checkpointing",
     "Back Razor 0.1",
     "Back Razor 0.03",
     "Back Razor 0.1, small",
     "4 bits, once",
 ]
+NAMES = {
+    ("vit", "digits"): [PARTS[0], *WHOLE],
+    ("cnn", "digits"): [*PARTS, *WHOLE],
+    ("cnn", "segmentation"): [PARTS[0], PARTS[2], *PARTS[4:], *WHOLE],
+}
+every = pytest.mark.parametrize("key", KEYS, ids="-".join)
 
 
-def small_digits():
-    """The digits, with fewer to evaluate on."""
-    task = load_digits()
+def small(task, train=64, rest=20):
+    """The task, with fewer images."""
+    counts = {"train": train, "val": rest, "test": rest}
     few = {
-        n: Split(s.images[:50], s.labels[:50]) for n, s in (("val", task.val), ("test", task.test))
+        name: Split(getattr(task, name).images[:n], getattr(task, name).labels[:n])
+        for name, n in counts.items()
     }
     return dataclasses.replace(task, **few)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def run(request, tmp_path_factory):
-    """A tiny demo of each network, run once: its status and arguments, its JSON and its page."""
-    folder = tmp_path_factory.mktemp("demo")
-    arguments = ["--model", request.param, "--quick", "--steps", "1", "--seeds", "2"]
+@pytest.fixture(scope="module")
+def tasks():
+    return {key: small(EXPERIMENTS[key].load_task()) for key in KEYS}
+
+
+def built(key, name, seed=0):
+    """A model ready for the method of that name."""
+    method = next(m for m in METHODS[key] if m.name == name)
+    classes = 11 if key[1] == "segmentation" else 10
+    return build(EXPERIMENTS[key], method, classes, seed)
+
+
+@pytest.fixture(scope="module", params=KEYS, ids="-".join)
+def run(request, tmp_path_factory, tasks):
+    """A tiny demo of each kind, run once: its arguments, its JSON and its page."""
+    folder, key = tmp_path_factory.mktemp("demo"), request.param
+    arguments = ["--model", key[0], "--task", key[1], "--quick", "--steps", "1", "--seeds", "2"]
     arguments += ["--json", str(folder / "demo.json"), "--html", str(folder / "demo.html")]
+    tiny = dataclasses.replace(EXPERIMENTS[key], load_task=lambda: tasks[key], batch_size=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMTL_PROGRESS", "0")
-        patch.setattr(demo, "load_digits", small_digits)
-        patch.setattr(demo, "BATCH_SIZE", 8)
-        status = demo.main(arguments)
-    return status, arguments, json.loads((folder / "demo.json").read_text()), folder / "demo.html"
+        patch.setitem(EXPERIMENTS, key, tiny)
+        assert main(arguments) == 0
+    return key, arguments, json.loads((folder / "demo.json").read_text()), folder / "demo.html"
 
 
 def test_json_has_every_figure_and_where_it_is_from(run):
-    status, arguments, record, _ = run
-    assert status == 0
-    assert [m["name"] for m in record["methods"]] == NAMES
+    key, arguments, record, _ = run
+    assert [m["name"] for m in record["methods"]] == NAMES[key]
     assert record["seeds"] == [0, 1]
     assert record["command"] == " ".join(["memtl", "demo", *arguments])
-    assert record["model"]["name"] == demo.NETWORKS[arguments[1]].asset
+    assert record["model"]["name"] == EXPERIMENTS[key].asset
     assert record["model"]["sha256"] == assets.metadata(record["model"]["name"])["sha256"]
+    assert record["task"]["metric"] == {"digits": "accuracy", "segmentation": "mean_iou"}[key[1]]
     assert record["settings"]["steps"] == 1 and record["settings"]["batch_size"] == 8
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert record["environment"]["backends"]["topk_pack"] == backends.owner("topk_pack", "cpu")
     assert {"device", "platform", "versions", "commit"} <= set(record["environment"])
     for method in record["methods"]:
-        assert len(method["test_accuracy"]) == len(method["val_accuracy"]) == 2
-        assert all(0 <= a <= 1 for a in method["test_accuracy"])
-        assert method["test_accuracy_mean"] == pytest.approx(sum(method["test_accuracy"]) / 2)
-        assert method["test_accuracy_std"] >= 0
+        assert len(method["test_score"]) == len(method["val_score"]) == 2
+        assert all(0 <= a <= 1 for a in method["test_score"])
+        assert method["test_score_mean"] == pytest.approx(sum(method["test_score"]) / 2)
+        assert method["test_score_std"] >= 0
         assert [len(losses) for losses in method["losses"]] == [1, 1]
         assert method["seconds_per_step"] > 0 and method["learning_rate"] > 0
         assert method["saved_bytes_per_sample"] * 8 == method["saved_bytes"]
-    full = record["methods"][1]
+        whole = method["name"] in WHOLE
+        assert (method["trainable"] == record["model"]["parameters"]) == whole
+    full = next(m for m in record["methods"] if m["name"] == FULL)
     assert full["ratios"]["saved_bytes"] == full["ratios"]["seconds_per_step"] == 1
 
 
-def test_back_razor_keeps_less_the_less_it_is_told_to_keep(run):
-    saved = {m["name"]: m["saved_bytes"] for m in run[2]["methods"]}
-    last, full, checkpointed, tenth, thirtieth, small, once = (saved[name] for name in NAMES)
-    assert last < thirtieth < tenth < full / 8
-    assert last < checkpointed < full / 8
-    assert last < small < tenth and once < full / 8
+def test_what_is_kept(run):
+    key, _, record, _ = run
+    saved = {m["name"]: m["saved_bytes"] for m in record["methods"]}
+    full, checkpointed, tenth, thirtieth, smallest, once = (saved[name] for name in WHOLE)
+    assert saved["last layer only"] < thirtieth < tenth < full / 8
+    assert checkpointed < full / 8
+    assert smallest < tenth and once < full / 7
+    if "Rep-Net" in saved:
+        assert saved["last layer only"] < saved["Rep-Net"] < saved["Rep-Net + biases"] < full / 6
+    if "norms + last layer" in saved:
+        assert saved["biases + last layer"] < saved["norms + last layer"] / 10 < full / 15
 
 
 def test_methods_see_the_same_data_from_the_same_weights(run):
-    losses = {m["name"]: m["losses"] for m in run[2]["methods"]}
+    key, _, record, _ = run
+    losses = {m["name"]: m["losses"] for m in record["methods"]}
     # With its statistics frozen, batch normalisation is another function.
-    names = NAMES[1:] if run[1][1] == "cnn" else NAMES
-    for seed in (0, 1):  # the forward is exact, so the first loss tells
-        first = [losses[name][seed][0] for name in names]
-        assert first == pytest.approx([first[0]] * len(names), rel=1e-5)
-    assert losses[NAMES[1]][0] != losses[NAMES[1]][1]
+    frozen = [name for name in NAMES[key] if name in PARTS]
+    for names in (frozen, WHOLE) if key[0] == "cnn" else (NAMES[key],):
+        for seed in (0, 1):  # the forward is exact, so the first loss tells
+            first = [losses[name][seed][0] for name in names]
+            assert first == pytest.approx([first[0]] * len(names), rel=1e-5)
+    assert losses[FULL][0] != losses[FULL][1]
 
 
 def test_page_shows_every_method(run):
-    text = run[3].read_text(encoding="utf-8")
+    key, _, record, path = run
+    text = path.read_text(encoding="utf-8")
     root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
-    for name in NAMES:
+    for name in NAMES[key]:
         assert sum(name == part.strip() for part in root.itertext()) >= 3, "table and both plots"
-    assert run[2]["command"] in "".join(root.itertext())
+    said = "".join(root.itertext())
+    assert record["command"] in said
+    assert ("mean IoU" in said) == (key[1] == "segmentation")
     stripped = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "http://" not in stripped and "https://" not in stripped
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
-def test_seed_decides_the_weights_method_does_not(model, index):
-    method, full = METHODS[model][index], METHODS[model][1]
-    weights, plain = demo.build(method, 3).state_dict(), demo.build(full, 3).state_dict()
-    frozen = {key for key in plain if key.endswith("num_batches_tracked")} if index == 0 else set()
-    assert weights.keys() == plain.keys() - frozen
-    assert all(torch.equal(weights[key], plain[key]) for key in weights)
-    first, other = (demo.build(method, seed).get_classifier().weight for seed in (3, 4))
-    assert not torch.equal(first, other)
+@every
+def test_seed_decides_the_weights_method_does_not(key):
+    plain = built(key, FULL, 3).state_dict()
+    for method in METHODS[key]:
+        weights = built(key, method.name, 3).state_dict()
+        assert weights.keys() >= plain.keys()
+        assert all(torch.equal(weights[name], plain[name]) for name in plain)
+        again = built(key, method.name, 3).state_dict()  # what it adds, too
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+    first, other = (built(key, FULL, seed).state_dict() for seed in (3, 4))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_what_trains(model):
+@every
+def test_what_trains(key):
     trainable = {
-        m.name: {n for n, p in demo.build(m, 0).named_parameters() if p.requires_grad}
-        for m in METHODS[model]
+        m.name: {n for n, p in built(key, m.name).named_parameters() if p.requires_grad}
+        for m in METHODS[key]
     }
-    head = {"vit": "head", "cnn": "classifier"}[model]
-    assert trainable.pop("last layer only") == {f"{head}.weight", f"{head}.bias"}
-    everything = {n for n, _ in demo.build(METHODS[model][1], 0).named_parameters()}
-    assert all(names == everything for names in trainable.values())
+    head = "head." if key[0] == "vit" else "classifier."
+    everything = {n for n, _ in built(key, FULL).named_parameters()}
+    last = {n for n in everything if n.startswith(head)}
+    assert trainable["last layer only"] == last
+    for name in WHOLE:
+        assert trainable[name] == everything
+    for name in set(trainable) & set(PARTS[1:]):
+        assert last < trainable[name] != everything
 
 
-def test_last_layer_only_leaves_the_statistics_of_the_source_task_alone():
-    task = small_digits()
-    source = assets.load("cnn_glyphs").state_dict()
-    frozen, full = (demo.build(METHODS["cnn"][i], 0) for i in (0, 1))
+def test_last_layer_only_leaves_the_statistics_of_the_source_task_alone(tasks):
+    key = ("cnn", "digits")
+    task, source = tasks[key], assets.load("cnn_glyphs").state_dict()
+    frozen, full = (built(key, name) for name in ("last layer only", FULL))
     for model in (frozen, full):
         fit(model, task.train, task.val, Settings(steps=1, batch_size=16))
-    statistics = [key for key in source if "running" in key]
+    statistics = [name for name in source if "running" in name]
     assert len(statistics) == 2 * 34
-    assert all(torch.equal(frozen.state_dict()[key], source[key]) for key in statistics)
-    assert not any(torch.equal(full.state_dict()[key], source[key]) for key in statistics)
+    assert all(torch.equal(frozen.state_dict()[name], source[name]) for name in statistics)
+    assert not any(torch.equal(full.state_dict()[name], source[name]) for name in statistics)
     # In training, too, it is a function of one image alone.
     images = task.val.images[:8]
     frozen.train()
     assert torch.allclose(frozen(images)[:1], frozen(images[:1]), atol=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_checkpointing_changes_no_result(model):
-    task = small_digits()
+@pytest.mark.parametrize("key", KEYS[:2], ids="-".join)
+def test_checkpointing_changes_no_result(key, tasks):
     settings = Settings(steps=2, batch_size=16)
-    runs = [fit(demo.build(m, 0), task.train, task.val, settings) for m in METHODS[model][1:3]]
+    runs = [fit(built(key, name), tasks[key].train, tasks[key].val, settings) for name in WHOLE[:2]]
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-4)
+
+
+def test_tuning_tries_every_candidate(monkeypatch, capsys, tasks):
+    key = ("cnn", "segmentation")
+    tiny = dataclasses.replace(EXPERIMENTS[key], load_task=lambda: tasks[key], batch_size=4)
+    monkeypatch.setitem(EXPERIMENTS, key, tiny)
+    tried = []
+
+    def train(experiment, task, method, *, learning_rate, seed, test, **others):
+        tried.append((method.name, learning_rate, seed))
+        assert not test
+        return learning_rate, float("nan"), ()
+
+    monkeypatch.setattr(command, "train", train)
+    arguments = ["--model", key[0], "--task", key[1], "--tune", "--seeds", "2"]
+    assert main(arguments) == 0
+    rates = {m.name: tiny.rates[m.kind] for m in METHODS[key]}
+    firsts = [*NAMES[key][:4], FULL]
+    assert tried == [
+        (name, rate, seed)
+        for name in firsts
+        for rate in rates[name].candidates
+        for seed in (100, 101)
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.rstrip().endswith("taken") for line in lines) == len(firsts)
+
+
+@every
+def test_what_was_chosen_was_a_candidate(key):
+    for rate in EXPERIMENTS[key].rates.values():
+        assert rate.chosen in rate.candidates and len(rate.candidates) == 3
+    assert {m.kind for m in METHODS[key]} == set(EXPERIMENTS[key].rates)
 
 
 def test_missing_extras_are_named(monkeypatch, capsys):
@@ -152,7 +222,7 @@ def test_missing_extras_are_named(monkeypatch, capsys):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in absent else real(name)
     )
-    assert demo.main([]) == 2
+    assert main([]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "memtl demo needs timm, scikit-learn: pip install memtl[demo]\n"
@@ -162,6 +232,8 @@ def test_missing_extras_are_named(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--model", "resnet"], "--model: invalid choice: 'resnet'"),
+        (["--task", "cars"], "--task: invalid choice: 'cars'"),
+        (["--task", "segmentation"], "--task segmentation is not for --model vit"),
         (["--seeds", "0"], "--seeds: must be at least 1"),
         (["--steps", "x"], "--steps: invalid"),
         (["--keep", "1.5"], "--keep: keep must be in (0, 1]"),
@@ -173,7 +245,7 @@ def test_missing_extras_are_named(monkeypatch, capsys):
 )
 def test_wrong_calls_are_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        demo.main(arguments)
+        main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -182,16 +254,16 @@ def test_a_diverging_run_fails_with_one_line(monkeypatch, capsys, tmp_path):
     def diverge(*arguments, **keywords):
         raise FloatingPointError("the loss is nan at step 1 of 1")
 
-    monkeypatch.setattr(demo, "measure", diverge)
-    assert demo.main(["--quick", "--html", str(tmp_path / "page.html")]) == 1
+    monkeypatch.setattr(command, "measure", diverge)
+    assert main(["--quick", "--html", str(tmp_path / "page.html")]) == 1
     assert capsys.readouterr().err == "memtl demo: the loss is nan at step 1 of 1\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_ratios_where_no_peak_was_measured():
-    result = demo.Result("a", 1e-3, 10, None, 1.0, [0.5], [0.5], [(1.0,)])
-    base = dataclasses.replace(result, name=demo.FULL, saved_bytes=20)
-    assert "n/a" in str(demo.table([result, base]))
-    figures = demo._figures(result, base)
+    result = results.Result("a", 1e-3, 5, 2, 10, None, 1.0, [0.5], [0.5], [(1.0,)])
+    base = dataclasses.replace(result, name=FULL, saved_bytes=20)
+    assert "n/a" in str(results.table([result, base], "accuracy"))
+    figures = results.figures(result, base)
     assert figures["ratios"] == {"saved_bytes": 0.5, "peak_bytes": None, "seconds_per_step": 1.0}
-    assert figures["test_accuracy_std"] is None
+    assert figures["test_score_std"] is None

@@ -9,6 +9,7 @@ made them and can make them again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -17,7 +18,13 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["load", "metadata", "names"]
+from memtl.models import Segmenter
+from memtl.tasks.glyphs import SIZE
+
+__all__ = ["load", "load_segmenter", "metadata", "names"]
+
+ATROUS_RATES, DROPOUT = (2, 4, 6), 0.1
+"""Of a segmenter's head, whose feature maps are small, and its training short."""
 
 _HERE = Path(__file__).parent
 
@@ -55,7 +62,11 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         architecture: ``kind`` is ``"vit"`` (the rest are keyword arguments of
             ``timm.models.VisionTransformer``) or ``"mobilenet_v2"`` (``stem_stride``, ``stages``
             in timm's notation, a string each, and keyword arguments of
-            ``timm.models.EfficientNet``, timm's class for that family).
+            ``timm.models.EfficientNet``, timm's class for that family; ``output_stride`` is in
+            pixels of the image).
+
+    Returns:
+        The network; its ``pretrained_cfg``, and ``default_cfg``, have the ``input_size``.
 
     Raises:
         ValueError: If the kind is missing or unknown.
@@ -69,7 +80,11 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         import timm.models  # noqa: F401
     except ImportError as error:
         raise ImportError("memtl.assets needs timm: pip install memtl[demo]") from error
-    return _BUILDERS[kind](**options)
+    model: Any = _BUILDERS[kind](**options)
+    side = architecture.get("img_size", SIZE)
+    model.pretrained_cfg = {"input_size": (architecture.get("in_chans", 3), side, side)}
+    model.default_cfg = model.pretrained_cfg
+    return model
 
 
 def _vit(**options: Any) -> nn.Module:
@@ -78,24 +93,55 @@ def _vit(**options: Any) -> nn.Module:
     return VisionTransformer(**options)
 
 
-def _mobilenet_v2(stages: Sequence[str], stem_stride: int, **options: Any) -> nn.Module:
+def _mobilenet_v2(
+    stages: Sequence[str], stem_stride: int, output_stride: int | None = None, **options: Any
+) -> nn.Module:
     from timm.models.efficientnet import EfficientNet, decode_arch_def
 
-    blocks = decode_arch_def([[stage] for stage in stages])
-    model = EfficientNet(blocks, act_layer=nn.ReLU6, fix_stem=True, **options)
+    if output_stride is not None:
+        options["output_stride"] = output_stride * 2 // stem_stride  # see below
+    arguments = decode_arch_def([[stage] for stage in stages])
+    model = EfficientNet(arguments, act_layer=nn.ReLU6, fix_stem=True, **options)
     # timm's stem always has stride 2, which leaves too little of a 32x32 image; its padding of 1
     # is right for either stride.
     model.conv_stem.stride = (stem_stride, stem_stride)
+    # Where a stride has become a dilation, timm dilates the convolution that had the stride too; it
+    # must not be for the maps to be those of the strided network, and the places between.
+    blocks: Any = model.blocks
+    for stage, following in itertools.pairwise(blocks):
+        convolution = following[0].conv_dw
+        convolution.dilation = stage[-1].conv_dw.dilation
+        convolution.padding = tuple(
+            d * (k - 1) // 2
+            for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)
+        )
+    for info in model.feature_info:
+        info["reduction"] = info["reduction"] * stem_stride // 2
     return model
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": _mobilenet_v2, "vit": _vit}
 
 
+def _checked(output_stride: int, name: str, architecture: dict[str, Any]) -> int:
+    """``output_stride`` if the network can have it: its own, or that of an earlier feature map."""
+    if architecture["kind"] != "mobilenet_v2":
+        raise ValueError(f"output_stride is for convolutional networks, which {name} is not")
+    if not isinstance(output_stride, int) or isinstance(output_stride, bool):
+        raise TypeError(f"output_stride must be an int, got {type(output_stride).__name__}")
+    network: Any = build(architecture)
+    reductions = sorted({info["reduction"] for info in network.feature_info})
+    if output_stride not in reductions:
+        raise ValueError(f"output_stride of {name} must be in {reductions}, got {output_stride}")
+    return output_stride
+
+
 def load(
     name: str = "vit_glyphs",
     num_classes: int | None = None,
     directory: str | PathLike[str] = _HERE,
+    *,
+    output_stride: int | None = None,
 ) -> nn.Module:
     """Return a pre-trained network, in float32 on the CPU, in training mode.
 
@@ -107,11 +153,13 @@ def load(
         num_classes: Replace the head by a fresh one of so many classes; ``None`` keeps the head
             of the source task.
         directory: Where the files are; default, those that ship with the package.
+        output_stride: Pixels of the image to one of the last feature map, of a convolutional
+            network: later strides become dilations, with the same weights. ``None`` for its own.
 
     Raises:
-        TypeError: If ``num_classes`` is neither ``None`` nor an int.
-        ValueError: If ``name`` is unknown, ``num_classes`` less than 1, or a file damaged,
-            truncated or altered.
+        TypeError: If ``num_classes`` or ``output_stride`` is neither ``None`` nor an int.
+        ValueError: If ``name`` is unknown, ``num_classes`` less than 1, ``output_stride`` none that
+            the network can have, or a file damaged, truncated or altered.
         FileNotFoundError: If the weights of a known name are missing.
         ImportError: If timm or safetensors is not installed.
     """
@@ -134,7 +182,10 @@ def load(
             f"{path} is damaged, truncated or altered: its {len(content)} bytes have the sha256 "
             f"{found}, but {name}.json records {record['sha256']}"
         )
-    model = build(record["architecture"])
+    architecture = record["architecture"]
+    if output_stride is not None:
+        architecture = architecture | {"output_stride": _checked(output_stride, name, architecture)}
+    model = build(architecture)
     try:
         model.load_state_dict(safetensors.torch.load(content))  # copies float16 into float32
     except (safetensors.SafetensorError, RuntimeError) as error:
@@ -142,3 +193,32 @@ def load(
     if num_classes is not None:
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model
+
+
+def load_segmenter(
+    name: str = "cnn_glyphs",
+    num_classes: int = 11,
+    directory: str | PathLike[str] = _HERE,
+    *,
+    output_stride: int = 4,
+    width: int = 64,
+) -> Segmenter:
+    """Return a pre-trained network with a fresh head that classifies every pixel.
+
+    It takes images ``[n, 1, height, width]`` normalised as those of :mod:`memtl.tasks` and returns
+    logits ``[n, num_classes, height, width]``. The head is drawn from torch's global generator.
+
+    Args:
+        name: A convolutional network, one of :func:`names`.
+        num_classes: Classes of a pixel; the default is that of
+            :func:`memtl.tasks.load_digits_segmentation`.
+        directory, output_stride: As for :func:`load`.
+        width: Channels of the head.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: As :func:`load` and
+            :class:`memtl.models.Segmenter` raise them.
+        ImportError: If timm, safetensors or torchvision is not installed.
+    """
+    backbone = load(name, directory=directory, output_stride=output_stride)
+    return Segmenter(backbone, num_classes, width=width, atrous_rates=ATROUS_RATES, dropout=DROPOUT)

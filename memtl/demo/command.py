@@ -63,9 +63,7 @@ def _announce(experiment: Experiment, task: Task, options: argparse.Namespace, w
     )
 
 
-def _compare(
-    experiment: Experiment, task: Task, options: argparse.Namespace, command: str
-) -> int:
+def _compare(experiment: Experiment, task: Task, options: argparse.Namespace, command: str) -> int:
     steps = _steps(experiment, options)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     seeds = list(range(options.seeds))

@@ -89,7 +89,7 @@ def _model(options: argparse.Namespace) -> tuple[nn.Module, Step]:
         steps = options.epochs * len(task.train) // FIT_BATCH
         settings = Settings(steps, FIT_BATCH, RATE, seed=options.seed)
         history = fit(model, task.train, task.val, settings, description="fine-tuning")
-        print(f"fine-tuned: {100 * history.val_accuracy:.1f} % of the validation digits")
+        print(f"fine-tuned: {100 * history.val_score:.1f} % of the validation digits")
     batch = torch.arange(options.batch_size)  # an index: a slice would keep the whole split
     images, labels = (t[batch].to(options.device) for t in (task.train.images, task.train.labels))
     return model.train(), lambda m: F.cross_entropy(m(images), labels)

@@ -1,6 +1,7 @@
-"""Networks: by name, for the commands."""
+"""Networks by name, for the commands, and those of papers that timm lacks."""
 
+from .deeplab import Segmenter
 from .named import NAMES, build, timm_model
 from .proxyless import proxylessnas_mobile
 
-__all__ = ["NAMES", "build", "proxylessnas_mobile", "timm_model"]
+__all__ = ["NAMES", "Segmenter", "build", "proxylessnas_mobile", "timm_model"]

@@ -34,6 +34,7 @@ class Task:
         train: Images to learn from.
         val: Images to choose hyper-parameters on.
         test: Images to report on, once.
+        metric: How it is scored: one of :data:`memtl.training.METRICS`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     train: Split
     val: Split
     test: Split
+    metric: str = "accuracy"
 
 
 def normalise(ink: Tensor) -> Tensor:
@@ -67,8 +69,8 @@ def load_digits(size: int = 32) -> Task:
         ImportError: If scikit-learn is not installed.
     """
     images, labels = source(size)
-    train, val, test = stratified(labels, SPLIT_SIZES)
-    return Task("digits", 10, *(Split(images[i], labels[i]) for i in (train, val, test)))
+    train, val, test = (Split(images[i], labels[i]) for i in stratified(labels, SPLIT_SIZES))
+    return Task("digits", 10, train, val, test)
 
 
 def source(size: int) -> tuple[Tensor, Tensor]:

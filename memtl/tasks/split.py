@@ -31,7 +31,8 @@ class Split:
     Attributes:
         images: ``[n, channels, height, width]`` float32, normalised as the task says; a tensor,
             or what makes its batches when they are asked for.
-        labels: ``[n]`` int64, each in ``0 .. num_classes - 1``.
+        labels: ``[n]`` int64, each in ``0 .. num_classes - 1``; ``[n, height, width]`` where every
+            pixel has a class.
     """
 
     images: Images

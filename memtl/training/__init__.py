@@ -2,9 +2,11 @@
 
 from .cost import Cost, Way, costs
 from .loop import OPTIMIZERS, History, Settings, Step, evaluate, evaluating, fit, seeded
+from .metrics import METRICS
 from .progress import track
 
 __all__ = [
+    "METRICS",
     "OPTIMIZERS",
     "Cost",
     "History",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tasks import Split
+from .metrics import count, metric_named
 from .progress import track
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -89,12 +90,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What a run was: the loss and the duration of every step, and the accuracy at its end (NaN
-    where there was nothing to evaluate on)."""
+    """What a run was: the loss and the duration of every step, and the score at its end (NaN where
+    there was nothing to evaluate on)."""
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
-    val_accuracy: float
+    val_score: float
 
     @property
     def seconds_per_step(self) -> float:
@@ -159,6 +160,7 @@ def fit(
     val: Split | None,
     settings: Settings,
     *,
+    metric: str = "accuracy",
     penalty: Callable[[], Tensor] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -169,16 +171,19 @@ def fit(
     The same model, data and seed give the same run; the global random state is left as it was.
 
     Args:
-        model: returns logits ``[n, num_classes]`` for images ``[n, ...]``.
+        model: returns logits ``[n, C]`` for images ``[n, ...]``, or ``[n, C, H, W]`` where every
+            pixel has a label.
+        metric: of the evaluation, one of :data:`METRICS`.
         penalty: as in :class:`Step`.
         device: where to train; the model is moved there. None: where it is.
         progress: as in :func:`track`; ``description`` is what its bar says.
 
     Raises:
         ValueError: nothing in ``model`` trains, ``train`` is empty, or its epochs do not have
-            ``settings.epoch_steps`` steps.
+            ``settings.epoch_steps`` steps; ``metric`` is unknown.
         FloatingPointError: the loss is not finite; the message names the step.
     """
+    metric_named(metric)  # before the run, not after it
     if not len(train):
         raise ValueError("train must have at least one image, got none")
     epoch_steps = math.ceil(len(train) / settings.batch_size)
@@ -203,7 +208,8 @@ def fit(
                 seconds.append(ended - started)
                 started = ended
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return History(tuple(losses), tuple(seconds), math.nan if val is None else evaluate(model, val))
+    score = math.nan if val is None else evaluate(model, val, metric=metric)
+    return History(tuple(losses), tuple(seconds), score)
 
 
 @contextlib.contextmanager
@@ -228,20 +234,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
-    """The fraction of ``split`` that ``model``, in evaluation mode, classifies correctly.
+def evaluate(
+    model: nn.Module, split: Split, *, batch_size: int = 256, metric: str = "accuracy"
+) -> float:
+    """The score of ``model``, in evaluation mode, on ``split``.
+
+    Args:
+        model: returns logits ``[n, C]`` where labels are ``[n]``, ``[n, C, H, W]`` where they are
+            ``[n, H, W]``.
+        batch_size: images at a time.
+        metric: one of :data:`METRICS`; the accuracy is the fraction of samples, or pixels, that are
+            classified correctly.
 
     Raises:
-        ValueError: ``split`` is empty.
+        ValueError: ``split`` is empty, ``metric`` unknown, logits and labels do not fit, or a label
+            is not in ``0 .. C - 1``.
     """
+    score = metric_named(metric)
     if not len(split):
         raise ValueError("cannot evaluate on an empty split")
-    device, right = _device(model), 0
+    device, counts = _device(model), torch.zeros((), dtype=torch.int64)
     batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
     with evaluating(model):
         for images, labels in batches:
-            right += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
-    return right / len(split)
+            counts = counts + count(model(images.to(device)), labels).cpu()
+    return score(counts)
 
 
 def _batches(split: Split, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:

@@ -61,7 +61,7 @@ def test_after_an_epoch_without_output(monkeypatch, capsys):
 
 
 class HISTORY:
-    val_accuracy = 0.9
+    val_score = 0.9
 
 
 def test_a_model_of_token_ids(tmp_path, capsys):

@@ -39,7 +39,7 @@ def test_learns():
     model = network()
     assert evaluate(model, val) < 0.8
     history = fit(model, train, val, Settings(steps=80, batch_size=16, learning_rate=0.03))
-    assert history.val_accuracy == evaluate(model, val) > 0.95
+    assert history.val_score == evaluate(model, val) > 0.95
     assert len(history.losses) == len(history.seconds) == 80
     assert history.losses[-1] < 0.2 * history.losses[0]
     assert 0 < history.seconds_per_step < 1
@@ -106,7 +106,7 @@ def test_epochs_are_kept_apart():
     history = fit(Watch(1, 2), numbers, None, settings)
     assert sizes == [4, 4, 2] * 3
     assert all(sorted(seen[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
-    assert math.isnan(history.val_accuracy)
+    assert math.isnan(history.val_score)
     with pytest.raises(ValueError, match="10 images in batches of 4 are 3 steps an epoch.* 2"):
         fit(Watch(1, 2), numbers, None, dataclasses.replace(settings, epoch_steps=2))
 
@@ -242,4 +242,4 @@ def test_trains_on_a_gpu():
     model = network()
     history = fit(model, split, split, Settings(steps=60, learning_rate=0.03), device="cuda")
     assert next(model.parameters()).is_cuda
-    assert history.val_accuracy == evaluate(model, split) > 0.9
+    assert history.val_score == evaluate(model, split) > 0.9
