@@ -60,7 +60,8 @@ class PartialConfig(TransferConfig):
         """
         check_module(model)
         name, head = classifier(model)
-        if self.num_classes is None and any(True for _ in head.parameters()):
+        wrapped = type(head).__module__.startswith("peft.")
+        if self.num_classes is None and not wrapped and any(True for _ in head.parameters()):
             freeze(model)
             head.requires_grad_(True)
             return name

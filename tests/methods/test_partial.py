@@ -208,3 +208,12 @@ def test_json(config):
     made = config(num_classes=7, weight_bits=8, convert=False)
     assert memtl.methods.Config.from_json(made.to_json()) == made
     assert dataclasses.replace(made, convert=True) != made
+
+
+def test_a_classifier_that_peft_wrapped_is_refused():
+    peft = pytest.importorskip("peft")
+    model = transformers_and_vits.build()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match="leave it to the method: no modules_to_save"):
+        memtl.apply(wrapped, BitFitConfig())

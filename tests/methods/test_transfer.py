@@ -344,7 +344,7 @@ def test_a_probe_of_what_has_no_linear_classifier():
     model = nn.Sequential(nn.Linear(3, 3))
     model.head = nn.Sequential(nn.Linear(3, CLASSES))
     with pytest.raises(ValueError, match="expected a linear classifier, but head is .*Sequential"):
-        memtl.apply(model, LinearProbeConfig())
+        memtl.apply(model, LinearProbeConfig(num_classes=3))  # its own would train, as it is
     model.head = nn.Identity()
     with pytest.raises(ValueError, match="cannot tell how many features head"):
         memtl.apply(model, LinearProbeConfig(num_classes=3))
