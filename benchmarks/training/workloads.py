@@ -57,8 +57,8 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A way to train: stock, with the library's own checkpointing, or by a method; or just a
-    forward pass, in evaluation mode and without gradients."""
+    """A way to train: stock, with the library's own checkpointing, or by a method, what ``change``
+    does coming first; or just a forward pass, in evaluation mode and without gradients."""
 
     name: str
     checkpointing: bool = False
@@ -74,10 +74,10 @@ class Mode:
             else:  # what transformers calls it since 5, and before
                 enable = getattr(model, "activation_checkpointing_enable", None)
                 (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        if self.config is not None:
-            memtl.apply(model, self.config)
         if self.change is not None:
             self.change(model)
+        if self.config is not None:
+            memtl.apply(model, self.config)
         if self.forward_only:
             model.eval()
 
@@ -106,6 +106,40 @@ FROZEN_MODES = (
 )
 """Steps beside a forward pass of the frozen backbone, which is what a step cannot do without."""
 
+
+def apply_lora(model: Any) -> None:
+    """Updates of rank 8 of every projection to queries, keys and values, and the classifier."""
+    import peft
+
+    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"]), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.get_classifier().requires_grad_(True)
+
+
+FEW_BITS = memtl.FrozenConfig(linear=8, attention=8, norm=8, activation=4)
+
+LORA_MODES = (
+    Mode("LoRA", change=apply_lora),
+    Mode("LoRA, checkpointing", checkpointing=True, change=apply_lora),
+    Mode("LoRA, frozen", change=apply_lora, config=memtl.FrozenConfig()),
+    Mode("LoRA, frozen, 4-8 bits", change=apply_lora, config=FEW_BITS),
+    Mode("full fine-tuning"),
+)
+"""A frozen network with small updates in it: what its layers keep by PyTorch, and by memtl."""
+
+SIDE_MODES = (
+    Mode("Rep-Net by PyTorch", config=memtl.RepNetConfig(convert=False)),
+    Mode("Rep-Net", config=memtl.RepNetConfig()),
+    Mode("Rep-Net + biases", config=memtl.RepNetConfig(bias=True)),
+    Mode("lite residual + biases", config=memtl.LiteResidualConfig()),
+    Mode("biases + last layer", config=memtl.BitFitConfig()),
+    Mode("norms + last layer", config=memtl.NormTuningConfig()),
+    Mode("last layer", config=memtl.LinearProbeConfig()),
+    Mode("full fine-tuning"),
+)
+"""Parts of a frozen convolutional network."""
+
 WORKLOADS = (
     Workload("vit_base_patch16_224", 4),
     Workload("resnet50", 8),
@@ -113,13 +147,22 @@ WORKLOADS = (
     Workload("hf:bert", 4),
 )
 
-FROZEN_WORKLOADS = (Workload("vit_base_patch16_224", 8),)
+FROZEN_PAIRS = (
+    (Workload("vit_base_patch16_224", 8), FROZEN_MODES),
+    (Workload("vit_base_patch16_224", 4), LORA_MODES),
+    (Workload("mobilenetv2_100", 8), SIDE_MODES),
+)
 
 QUICK = (
     Workload("vit_tiny_patch16_224", 1, options={"depth": 2}),
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
 
-PAIRS = (*((w, MODES) for w in WORKLOADS), *((w, FROZEN_MODES) for w in FROZEN_WORKLOADS))
-QUICK_PAIRS = (*((w, MODES) for w in QUICK), (QUICK[0], FROZEN_MODES))
+PAIRS = (*((w, MODES) for w in WORKLOADS), *FROZEN_PAIRS)
+QUICK_PAIRS = (
+    *((w, MODES) for w in QUICK),
+    (QUICK[0], FROZEN_MODES),
+    (QUICK[0], LORA_MODES),
+    (Workload("mobilenetv2_035", 2), SIDE_MODES),
+)
 """What is measured: a model, and the ways to train it, the first of which is the baseline."""
