@@ -46,8 +46,12 @@ class LinearFunction(Function):
             weight = weight.to(grad_out.dtype)
             grad_x = grad_out @ (weight.t() if ctx.transposed else weight)
         if x is not None and ctx.needs_input_grad[1]:
-            grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)
-            grad_weight = grad_weight.t() if ctx.transposed else grad_weight
+            if ctx.transposed and x.format.exact:  # in the order in which torch multiplies them
+                flat = x.unpack(grad_out.dtype).flatten(0, -2)
+                grad_weight = (flat.t() @ grad_out.flatten(0, -2)).to(ctx.weight_dtype)
+            else:
+                grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)
+                grad_weight = grad_weight.t() if ctx.transposed else grad_weight
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_out.reshape(-1, grad_out.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

@@ -115,6 +115,17 @@ class Masked:
         return Bits().apply(bits.tensors, x.unpack(dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """f(x) for a row of :data:`MASKS`, from an exact x."""
+
+    name: str
+    parameters: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return MASKS[self.name](*self.parameters).forward(x)
+
+
 class MaskFunction(Function):
     """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
 
@@ -138,8 +149,10 @@ class MaskFunction(Function):
         packed = Packed(Bits(), (bits,), x.shape, torch.bool)
         keep(ctx, (packed, Bits()))
         if source is not None:
-            recipe = Masked(ctx.name, ctx.parameters)
-            made = rebuilt(recipe, source, packed, shape=output.shape, dtype=output.dtype)
+            exact = source.format.exact
+            recipe = (Forward if exact else Masked)(ctx.name, ctx.parameters)
+            parts = (source,) if exact else (source, packed)
+            made = rebuilt(recipe, *parts, shape=output.shape, dtype=output.dtype)
             offer(output, made, dirty=inplace)
 
     @staticmethod
@@ -153,6 +166,30 @@ class MaskFunction(Function):
         else:
             grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
         return grad_x, *(None,) * 5
+
+
+class ExactPReLUFunction(Function):
+    """:class:`PReLUFunction` where w trains, under an exact format. Memory: a reference to x."""
+
+    @staticmethod
+    def forward(x, weight, format):
+        return torch.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, format = inputs
+        ctx.shape = weight.shape
+        keep(ctx, (x, format), exact=(weight,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x,), (weight,) = kept(ctx)
+        x = x.unpack()
+        laid = per_channel(weight, grad_out.dim()).to(x.dtype)
+        grad_x, grad_weight = torch.ops.aten._prelu_kernel_backward(x, laid, grad_out)
+        grad_weight = grad_weight.sum_to_size(laid.shape).reshape(ctx.shape)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 class PReLUFunction(Function):

@@ -182,6 +182,18 @@ RMS_NORMS = {
 """Who rounds where: forward(x, weight, shape, eps)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RMSNormed:
+    """The forward again."""
+
+    style: str
+    shape: tuple[int, ...]
+    eps: float | None
+
+    def __call__(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return RMS_NORMS[self.style](x, weight, self.shape, self.eps)
+
+
 class RMSNormFunction(Function):
     """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions; w + 1 for "gemma".
 
@@ -203,6 +215,15 @@ class RMSNormFunction(Function):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             eps = torch.finfo(wide.dtype).eps if eps is None else eps
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
+        ctx.exact = format.exact
+        if ctx.exact:  # x itself, by reference
+            exact = (rstd, weight)
+            (packed,) = keep(ctx, (None if rstd is None else x, format), exact=exact)
+            if format.rebuild and packed is not None:
+                recipe = RMSNormed(ctx.style, tuple(shape), eps)
+                offer(output, rebuilt(recipe, packed, weight, shape=x.shape, dtype=output.dtype))
+            return
+        if rstd is not None:
             x_hat = pack_normalized(x, torch.zeros_like(rstd), rstd, math.prod(shape), format)
             if x_hat is None:
                 x_hat = wide * rstd
@@ -221,6 +242,7 @@ class RMSNormFunction(Function):
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
         x_hat = x_hat.unpack(wide)
+        x_hat = x_hat * rstd if ctx.exact else x_hat
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             scaled = grad_out
@@ -246,16 +268,24 @@ class NormalizeFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.dim, ctx.eps, format = inputs
+        x, ctx.dim, ctx.eps, format = inputs
         y, norm = output
         ctx.mark_non_differentiable(norm)
-        keep(ctx, (y, format), exact=(norm,))
+        ctx.exact = format.exact
+        keep(ctx, (x if ctx.exact else y, format), exact=(norm,))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _norm):
         (y,), (norm,) = kept(ctx)
         y = y.unpack()
+        if ctx.exact:  # torch's backward, operation by operation
+            x, wide = y, norm.clamp_min(ctx.eps).expand_as(y)
+            grad_wide = -grad_out * ((x / wide) / wide)
+            grad_norm = grad_wide.sum(ctx.dim, keepdim=True)
+            grad_norm = torch.where(norm >= ctx.eps, grad_norm, 0)
+            grad_x = grad_out / wide + grad_norm * (x / norm).masked_fill_(norm == 0, 0)
+            return grad_x, None, None, None
         along = y * (grad_out * y).sum(ctx.dim, keepdim=True)
         along = torch.where(norm < ctx.eps, 0, along)  # there the divisor is a constant
         grad_x = (grad_out - along) / norm.clamp_min(ctx.eps)
@@ -282,5 +312,8 @@ class VectorNormFunction(Function):
             dims = ctx.dim if isinstance(ctx.dim, (tuple, list)) else (ctx.dim,)
             for dim in sorted(d % len(x.shape) for d in dims):
                 grad_out, norm = grad_out.unsqueeze(dim), norm.unsqueeze(dim)
+        if x.format.exact:
+            along = (x.unpack() / norm).masked_fill_(norm == 0, 0)
+            return grad_out * along, None, None, None
         scale = torch.where(norm == 0, 0, grad_out / norm)  # torch's subgradient at 0
         return x.unpack() * scale, None, None, None

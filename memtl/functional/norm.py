@@ -15,6 +15,12 @@ from ..autograd.channel_norm import (
     GroupNormFunction,
     SyncBatchNormFunction,
 )
+from ..autograd.exact_norm import (
+    ExactBatchNormFunction,
+    ExactGroupNormFunction,
+    ExactLayerNormFunction,
+    group_norm_input,
+)
 from ..autograd.norm import (
     RMS_NORMS,
     LayerNormFunction,
@@ -63,7 +69,8 @@ def layer_norm(
     need_x, need_weight, need_bias = needs(x, weight, bias)
     if not (need_x or need_weight or need_bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    return LayerNormFunction.apply(x, weight, bias, shape, eps, format, need_x, need_weight)[0]
+    function = ExactLayerNormFunction if format.exact else LayerNormFunction
+    return function.apply(x, weight, bias, shape, eps, format, need_x, need_weight)[0]
 
 
 def rms_norm(
@@ -145,7 +152,8 @@ def batch_norm(
     need_x, need_weight, need_bias = needs(x, weight, bias)
     if not (need_x or need_weight or need_bias) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return BatchNormFunction.apply(
+    function = ExactBatchNormFunction if format.exact else BatchNormFunction
+    return function.apply(
         x, weight, bias, running_mean, running_var, training, momentum, eps, format, need_x,
         need_weight,
     )[0]  # fmt: skip
@@ -281,7 +289,10 @@ def group_norm(
     if not (need_x or need_weight or need_bias) or x.numel() == 0:
         return F.group_norm(x, num_groups, weight, bias, eps)
     x = autocast_float32(x)
-    return GroupNormFunction.apply(x, weight, bias, num_groups, eps, format, need_x, need_weight)[0]
+    function = GroupNormFunction
+    if format.exact:
+        function, x = ExactGroupNormFunction, group_norm_input(x)
+    return function.apply(x, weight, bias, num_groups, eps, format, need_x, need_weight)[0]
 
 
 def normalize(

@@ -49,6 +49,8 @@ class Rebuilt(Format):
         decode = getattr(self.recipe, "decode", None)
         if decode is not None and (made := decode(parts, shape, dtype)) is not None:
             return made
+        if self.exact:  # in the precision of the forward, for the very bits that it gave
+            return self.recipe(*(None if p is None else p.unpack() for p in parts)).to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         dense = (
             None if p is None else p.unpack(wide if p.dtype.is_floating_point else None)
@@ -75,6 +77,10 @@ class Rebuilt(Format):
     @property
     def precision(self) -> int:
         return min(part.format.precision for part in self.parts if part is not None)
+
+    @property
+    def exact(self) -> bool:
+        return all(part.format.exact for part in self.parts if part is not None)
 
     def __str__(self) -> str:
         return "rebuilt"
