@@ -138,7 +138,11 @@ def _selu() -> Activation:
 
 def _celu(alpha: float = 1.0) -> Activation:
     forward = lambda x, inplace=False: F.celu(x, alpha, inplace)  # noqa: E731
-    return _exponential_linear(forward, 0.0, 1.0, alpha, 1, 1 / alpha)
+    single = torch.tensor(alpha, dtype=torch.float32).item()  # torch rounds it there
+    return dataclasses.replace(
+        _exponential_linear(forward, 0.0, 1.0, alpha, 1, 1 / single),
+        derivative=lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),
+    )
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:

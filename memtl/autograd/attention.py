@@ -89,9 +89,6 @@ class AttentionFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         q, k, v, mask, *ctx.options, format, rng_state = inputs
-        device = q.device.type
-        autocast = format.exact and torch.is_autocast_enabled(device)
-        ctx.autocast = torch.get_autocast_dtype(device) if autocast else None
         operands = keep(ctx, (q, format), (k, format), (v, format), exact=(mask, rng_state))
         dropout_p, *options = ctx.options
         if format.rebuild and dropout_p == 0:
@@ -105,12 +102,9 @@ class AttentionFunction(Function):
         q, k, v = (t.unpack() for t in packed)
         dropout_p, is_causal, scale, enable_gqa = ctx.options
         mask_grad = ctx.needs_input_grad[3]
-        # Where torch writes attention out it is under the autocast of the forward.
-        with torch.autocast(q.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            dq, dk, dv, dmask = torch.ops.memtl.attention_grad(
-                grad_out, q, k, v, mask, dropout_p, rng_state, is_causal, scale, enable_gqa,
-                mask_grad,
-            )  # fmt: skip
+        dq, dk, dv, dmask = torch.ops.memtl.attention_grad(
+            grad_out, q, k, v, mask, dropout_p, rng_state, is_causal, scale, enable_gqa, mask_grad
+        )
         return dq, dk, dv, dmask if mask_grad else None, *(None,) * 6
 
 

@@ -186,8 +186,9 @@ class ExactPReLUFunction(Function):
     def backward(ctx, grad_out):
         (x,), (weight,) = kept(ctx)
         x = x.unpack()
-        laid = per_channel(weight, grad_out.dim()).to(x.dtype)
-        grad_x, grad_weight = torch.ops.aten._prelu_kernel_backward(x, laid, grad_out)
+        laid = per_channel(weight, grad_out.dim()).to(grad_out.dtype)
+        grads = torch.ops.aten._prelu_kernel_backward(grad_out, x.to(grad_out.dtype), laid)
+        grad_x, grad_weight = grads[0].to(x.dtype), grads[1]
         grad_weight = grad_weight.sum_to_size(laid.shape).reshape(ctx.shape)
         return grad_x, grad_weight.to(weight.dtype), None
 

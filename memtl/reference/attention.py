@@ -37,8 +37,7 @@ def attention_grad(
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        with torch.autocast(q.device.type, enabled=False):
-            grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+        grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
     dq, dk, dv = (grad.contiguous() for grad in grads[:3])
     return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
 
