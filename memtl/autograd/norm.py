@@ -217,7 +217,7 @@ class RMSNormFunction(Function):
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
         ctx.exact = format.exact
         if ctx.exact:  # x itself, by reference
-            exact = (rstd, weight)
+            exact = (rstd, weight if need_x else None)
             (packed,) = keep(ctx, (None if rstd is None else x, format), exact=exact)
             if format.rebuild and packed is not None:
                 recipe = RMSNormed(ctx.style, tuple(shape), eps)
@@ -240,9 +240,10 @@ class RMSNormFunction(Function):
         if grads is not None:
             return *grads, *(None,) * 6
         wide = torch.promote_types(grad_out.dtype, torch.float32)
+        if ctx.exact:
+            return *_rms_norm_grads(ctx, grad_out, x_hat.unpack(), rstd, weight), *(None,) * 6
         grad_out = grad_out.to(wide)
         x_hat = x_hat.unpack(wide)
-        x_hat = x_hat * rstd if ctx.exact else x_hat
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             scaled = grad_out
@@ -253,6 +254,25 @@ class RMSNormFunction(Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
         return grad_x, grad_weight, *(None,) * 6
+
+
+def _rms_norm_grads(ctx, grad_out, x, rstd, weight):
+    """The gradients of x and the weight from x: autograd's of :data:`RMS_NORMS`, operation by
+    operation, with its roundings."""
+    narrow, early, x = x.dtype, ctx.style == "llama", x.to(rstd.dtype)  # early: x-hat is rounded
+    grad_out = grad_out if early else grad_out.to(x.dtype)
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[1]:
+        x_hat = (x * rstd).to(narrow) if early else x * rstd
+        grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
+    if ctx.needs_input_grad[0]:
+        if weight is not None:
+            grad_out = grad_out * (1.0 + weight.float() if ctx.style == "gemma" else weight)
+        grad_out = (grad_out.to(narrow) if early else grad_out).to(x.dtype)
+        along = -0.5 * (grad_out * x).sum(ctx.dims, keepdim=True) * rstd.pow(3)
+        elements = math.prod(x.shape[ctx.rows :])
+        grad_x = (grad_out * rstd + along / elements * (2.0 * x)).to(narrow)
+    return grad_x, grad_weight
 
 
 class NormalizeFunction(Function):
