@@ -34,7 +34,18 @@ class Mask:
 
 def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
     """The mask of what is neither <= lo nor >= hi."""
-    return lambda x: torch.ops.memtl.bits_pack_between(x, lo, hi)
+
+    def mask(x: Tensor) -> Tensor:  # bounds are compared in float32, as torch does
+        wide = torch.promote_types(x.dtype, torch.float32)
+        given = x if all(_short(n) for n in (lo, hi) if n is not None) else x.to(wide)
+        return torch.ops.memtl.bits_pack_between(given, lo, hi)
+
+    return mask
+
+
+def _short(n: float) -> bool:
+    """Whether every type holds n: else y is another number than the bound it was cut to."""
+    return all(torch.tensor(n, dtype=t).item() == n for t in (torch.bfloat16, torch.float16))
 
 
 def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -60,12 +71,13 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
         _inside(lo, hi),
         _nearest_end(lo, hi),
+        of_output=_short(lo) and _short(hi),
     ),
     "hardsigmoid": lambda: Mask(
         lambda x, inplace=False: F.hardsigmoid(x, inplace),
         lambda x: torch.ops.memtl.bits_pack((x > -3) & (x < 3)),
         lambda x, mask: _nearest_end(0.0, 1.0)(x / 6 + 0.5, mask),
-        on=1 / 6,
+        on=0.1666666716337204,  # 1 / 6 in float32, whatever x is in
         of_output=False,
     ),
     "leaky_relu": lambda slope: Mask(
