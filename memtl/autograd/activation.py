@@ -372,12 +372,13 @@ class ExactActivationFunction(Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (*x,), (*y,) = kept(ctx)
+        packed, exact = kept(ctx)
         act = activation(ctx.name, *ctx.parameters)
-        if keeps_output(act, ctx.inplace):
-            y = y[0] if y else act.forward(x[0].unpack())
+        if act.of_output is not None and keeps_output(act, ctx.inplace):
+            y = exact[0] if exact else act.forward(packed[0].unpack())
             return act.of_output(grad_out, y), *(None,) * 5
-        return act.of_input(grad_out, x[0].unpack()), *(None,) * 5
+        assert act.of_input is not None
+        return act.of_input(grad_out, packed[0].unpack()), *(None,) * 5
 
 
 def keeps_output(act: Activation, inplace: bool) -> bool:

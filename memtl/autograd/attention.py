@@ -34,10 +34,12 @@ class SoftmaxFunction(Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (y,), _ = kept(ctx)
-        y, exact = read_probabilities(y), y.format.exact
-        grad = torch.ops.aten._softmax_backward_data if exact else softmax_grad
-        grad_x = grad(grad_out, y, ctx.dim, *((y.dtype,) if exact else ()))
+        (packed,), _ = kept(ctx)
+        y = read_probabilities(packed)
+        if packed.format.exact:
+            grad_x = torch.ops.aten._softmax_backward_data(grad_out, y, ctx.dim, y.dtype)
+        else:
+            grad_x = softmax_grad(grad_out, y, ctx.dim)
         return grad_x.to(ctx.dtype), None, None, None
 
 

@@ -69,8 +69,8 @@ class BatchNormed:
     training: bool
     eps: float
 
-    def __call__(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        return _batch_norm(x, *parameters, self.training, 0.0, self.eps)[0]
+    def __call__(self, x: Tensor, weight, bias, mean, var) -> Tensor:
+        return _batch_norm(x, weight, bias, mean, var, self.training, 0.0, self.eps)[0]
 
 
 def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):

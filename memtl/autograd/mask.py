@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,7 +46,8 @@ def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
 
 def _short(n: float) -> bool:
     """Whether every type holds n: else y is another number than the bound it was cut to."""
-    return all(torch.tensor(n, dtype=t).item() == n for t in (torch.bfloat16, torch.float16))
+    mantissa, exponent = math.frexp(n)
+    return n == 0 or (abs(exponent) <= 13 and (256 * mantissa).is_integer())
 
 
 def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -220,8 +220,8 @@ class RMSNormFunction(Function):
             exact = (rstd, weight if need_x else None)
             (packed,) = keep(ctx, (None if rstd is None else x, format), exact=exact)
             if format.rebuild and packed is not None:
-                recipe = RMSNormed(ctx.style, tuple(shape), eps)
-                offer(output, rebuilt(recipe, packed, weight, shape=x.shape, dtype=output.dtype))
+                again = RMSNormed(ctx.style, tuple(shape), eps)
+                offer(output, rebuilt(again, packed, weight, shape=x.shape, dtype=output.dtype))
             return
         if rstd is not None:
             x_hat = pack_normalized(x, torch.zeros_like(rstd), rstd, math.prod(shape), format)

@@ -113,6 +113,24 @@ def test_no_more_is_kept_than_by_stock(case):
         assert ours <= stock + 5056 * (case.random and case.function != "dropout")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("hardtanh", (-0.4, 0.7)), ("hardtanh", (-1.0, 2.0)), ("threshold", (0.1, 5))],
+)
+def test_what_lies_on_a_bound(name, arguments, dtype):
+    """As it is written in each type, and one step to either side."""
+    bounds = torch.tensor(arguments).to(dtype).repeat_interleave(3)
+    step_ = torch.finfo(dtype).eps * bounds.abs()
+    x = bounds + step_ * torch.tensor([-1, 0, 1] * 2, dtype=dtype)
+    grads = []
+    for module in (F, M):
+        leaf = x.clone().requires_grad_()
+        getattr(module, name)(leaf, *arguments).sum().backward()
+        grads.append(leaf.grad)
+    assert_same(*grads)
+
+
 @EVERY
 def test_what_is_not_kept_is_not_read(case, poison):
     """An operator is handed memory of the right layout where its result depends on no element."""

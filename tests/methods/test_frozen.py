@@ -108,7 +108,7 @@ NETWORKS = {
     "efficientnet_b0": (3, 2.5),
     "resnet18": (8, 1.5),
     "convnext_atto": (1.8, 1.8),
-    "vit_tiny_patch16_224": (1.1, 1.1),
+    "vit_tiny_patch16_224": (1.05, 1.05),
     "bert": (1.1, 1.1),  # so small a map's dropout costs less than a generator's state
     "hf vit": (1.1, 1.1),
 }
