@@ -31,6 +31,9 @@ class Activation:
 
     ``forward(x, inplace)``. ``hidden``: a layer that keeps its input follows, as a rule: then x is
     kept for the derivative and for y at once; else the derivative, which is smaller and closer.
+
+    ``of_input(grad_out, x)``, ``of_output(grad_out, y)``: the gradient of x by torch's own kernel,
+    or operation by operation. The latter alone where torch keeps y; both where it does so in place.
     """
 
     forward: Callable[..., Tensor]
@@ -38,6 +41,8 @@ class Activation:
     lo: float
     hi: float
     hidden: bool = False
+    of_input: Callable[[Tensor, Tensor], Tensor] | None = None
+    of_output: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _plain(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -56,12 +61,20 @@ def _gelu(approximate: str) -> Activation:
         -0.13,
         1.13,
         hidden=True,
+        of_input=lambda g, x: aten.gelu_backward(g, x, approximate=approximate),
     )
 
 
 def _gelu_new(x: Tensor) -> Tensor:  # transformers' NewGELUActivation, operation by operation
     inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
     return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+def _gelu_new_grad(g: Tensor, x: Tensor) -> Tensor:
+    cube, root = 0.044715 * torch.pow(x, 3.0), math.sqrt(2.0 / math.pi)
+    t = torch.tanh(root * (x + cube))
+    inner = aten.tanh_backward(g * (0.5 * x), t) * root
+    return g * (1.0 + t) * 0.5 + (inner + inner * 0.044715 * (3.0 * torch.pow(x, 2.0)))
 
 
 def _gelu_written_out(forward: Callable[[Tensor], Tensor], root: float) -> Activation:
@@ -71,7 +84,15 @@ def _gelu_written_out(forward: Callable[[Tensor], Tensor], root: float) -> Activ
         t = torch.tanh(root * x * (1 + 0.044715 * x * x))
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
 
-    return Activation(_plain(forward), derivative, -0.13, 1.13, hidden=True)
+    def of_input(g: Tensor, x: Tensor) -> Tensor:  # in the order of autograd, sums too
+        cube, scaled = 0.044715 * x, root * x
+        factor = 1 + cube * x
+        t = torch.tanh(scaled * factor)
+        inner = aten.tanh_backward(g * (0.5 * x), t)
+        outer = inner * scaled
+        return outer * cube + outer * x * 0.044715 + inner * factor * root + g * (1 + t) * 0.5
+
+    return Activation(_plain(forward), derivative, -0.13, 1.13, hidden=True, of_input=of_input)
 
 
 def _gelu_fast(x: Tensor) -> Tensor:  # transformers' FastGELUActivation
@@ -86,33 +107,48 @@ def _silu_derivative(x: Tensor) -> Tensor:
     return aten.silu_backward(torch.ones_like(x), x)
 
 
-def _elu(alpha: float = 1.0) -> Activation:
+def _quick_gelu_grad(g: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return g * s + aten.sigmoid_backward(g * x, s) * 1.702
+
+
+def _exponential_linear(forward: Callable[..., Tensor], lo: float, hi: float, *constants: float):
+    """``constants``: alpha, scale and input scale of torch's one backward."""
+
+    def of(is_output: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda g, t: aten.elu_backward(g, *constants, is_output, t)
+
+    alone = constants[0] >= 0  # of a negative alpha y does not tell x
     return Activation(
-        lambda x, inplace=False: F.elu(x, alpha, inplace),
-        lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1, False, x),
-        min(0.0, alpha),
-        max(1.0, alpha),
+        forward,
+        lambda x: of(False)(torch.ones_like(x), x),
+        lo,
+        hi,
+        of_input=of(False),
+        of_output=of(True) if alone else None,
     )
+
+
+def _elu(alpha: float = 1.0) -> Activation:
+    forward = lambda x, inplace=False: F.elu(x, alpha, inplace)  # noqa: E731
+    return _exponential_linear(forward, min(0.0, alpha), max(1.0, alpha), alpha, 1, 1)
 
 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 def _selu() -> Activation:
-    return Activation(
-        lambda x, inplace=False: F.selu(x, inplace),
-        lambda x: aten.elu_backward(torch.ones_like(x), SELU_ALPHA, SELU_SCALE, 1, False, x),
-        0.0,
-        SELU_ALPHA * SELU_SCALE,
-    )
+    forward = lambda x, inplace=False: F.selu(x, inplace)  # noqa: E731
+    hi = SELU_ALPHA * SELU_SCALE
+    return _exponential_linear(forward, 0.0, hi, SELU_ALPHA, SELU_SCALE, 1)
 
 
 def _celu(alpha: float = 1.0) -> Activation:
-    return Activation(
-        lambda x, inplace=False: F.celu(x, alpha, inplace),
-        lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),
-        0.0,
-        1.0,
+    forward = lambda x, inplace=False: F.celu(x, alpha, inplace)  # noqa: E731
+    single = torch.tensor(alpha, dtype=torch.float32).item()  # torch rounds it there
+    return dataclasses.replace(
+        _exponential_linear(forward, 0.0, 1.0, alpha, 1, 1 / single),
+        derivative=lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),
     )
 
 
@@ -122,6 +158,7 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
         lambda x: aten.softplus_backward(torch.ones_like(x), x, beta, threshold),
         0.0,
         1.0,
+        of_input=lambda g, x: aten.softplus_backward(g, x, beta, threshold),
     )
 
 
@@ -139,7 +176,9 @@ def _sigmoid_derivative(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[..., Activation]] = {
     "gelu": lambda: _gelu("none"),
     "gelu_tanh": lambda: _gelu("tanh"),
-    "gelu_new": lambda: dataclasses.replace(_gelu("tanh"), forward=_plain(_gelu_new)),
+    "gelu_new": lambda: dataclasses.replace(
+        _gelu("tanh"), forward=_plain(_gelu_new), of_input=_gelu_new_grad
+    ),
     "gelu_fast": lambda: _gelu_written_out(_gelu_fast, 0.7978845608),
     "gelu_bloom": lambda: _gelu_written_out(_gelu_bloom, 0.79788456),
     "quick_gelu": lambda: Activation(
@@ -148,9 +187,15 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         -0.1,
         1.1,
         hidden=True,
+        of_input=_quick_gelu_grad,
     ),
     "silu": lambda: Activation(
-        lambda x, inplace=False: F.silu(x, inplace), _silu_derivative, -0.1, 1.1, True
+        lambda x, inplace=False: F.silu(x, inplace),
+        _silu_derivative,
+        -0.1,
+        1.1,
+        hidden=True,
+        of_input=aten.silu_backward,
     ),
     "mish": lambda: Activation(
         lambda x, inplace=False: F.mish(x, inplace),
@@ -158,6 +203,7 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         -0.1132,
         1.0886,
         hidden=True,
+        of_input=aten.mish_backward,
     ),
     "hardswish": lambda: Activation(
         lambda x, inplace=False: F.hardswish(x, inplace),
@@ -165,16 +211,33 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         -0.5,
         1.5,
         hidden=True,
+        of_input=aten.hardswish_backward,
     ),
     "elu": _elu,
     "selu": _selu,
     "celu": _celu,
     "softplus": _softplus,
-    "tanh": lambda: Activation(_methods(torch.tanh, Tensor.tanh_), _tanh_derivative, 0.0, 1.0),
-    "sigmoid": lambda: Activation(
-        _methods(torch.sigmoid, Tensor.sigmoid_), _sigmoid_derivative, 0.0, 0.25
+    "tanh": lambda: Activation(
+        _methods(torch.tanh, Tensor.tanh_),
+        _tanh_derivative,
+        0.0,
+        1.0,
+        of_output=aten.tanh_backward,
     ),
-    "logsigmoid": lambda: Activation(_plain(F.logsigmoid), lambda x: torch.sigmoid(-x), 0.0, 1.0),
+    "sigmoid": lambda: Activation(
+        _methods(torch.sigmoid, Tensor.sigmoid_),
+        _sigmoid_derivative,
+        0.0,
+        0.25,
+        of_output=aten.sigmoid_backward,
+    ),
+    "logsigmoid": lambda: Activation(
+        _plain(F.logsigmoid),
+        lambda x: torch.sigmoid(-x),
+        0.0,
+        1.0,
+        of_input=lambda g, x: aten.log_sigmoid_backward(g, x, aten.log_sigmoid_forward(x)[1]),
+    ),
 }
 
 # What torch.ops.memtl.quant_activation_grad has of them: a tanh form as good as another.
@@ -279,6 +342,58 @@ class ActivationFunction(Function):
         return grad_out * value, *(None,) * 5
 
 
+class ExactActivationFunction(Function):
+    """:class:`ActivationFunction` under an exact format; the gradient is torch's, bit for bit.
+
+    Memory: nothing where x can be rebuilt. Else a reference to x or, where torch keeps that, to y;
+    a copy of x in place, as torch makes one. ``packed``: what stands for x, where anything does or
+    x is overwritten.
+    """
+
+    @staticmethod
+    def forward(x, name, parameters, format, inplace, packed):
+        y = activation(name, *parameters).forward(x, inplace)
+        return x if inplace else y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.name, ctx.parameters, format, ctx.inplace, packed = inputs
+        if ctx.inplace:
+            ctx.mark_dirty(x)
+        if packed is None and keeps_output(activation(ctx.name, *ctx.parameters), ctx.inplace):
+            keep(ctx, exact=(output,))
+            return
+        (packed,) = keep(ctx, (x if packed is None else packed, format))
+        if format.rebuild:
+            recipe = Applied(ctx.name, ctx.parameters)
+            made = rebuilt(recipe, packed, shape=output.shape, dtype=output.dtype)
+            offer(output, made, dirty=ctx.inplace)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        packed, exact = kept(ctx)
+        act = activation(ctx.name, *ctx.parameters)
+        if act.of_output is not None and keeps_output(act, ctx.inplace):
+            y = exact[0] if exact else act.forward(packed[0].unpack())
+            return act.of_output(grad_out, y), *(None,) * 5
+        assert act.of_input is not None
+        return act.of_input(grad_out, packed[0].unpack()), *(None,) * 5
+
+
+def keeps_output(act: Activation, inplace: bool) -> bool:
+    """Whether torch takes the gradient from y."""
+    return act.of_output is not None and (inplace or act.of_input is None)
+
+
+def pack_exactly(x: Tensor, act: Activation, format: Format, inplace: bool) -> Packed | None:
+    """What stands for x already; else a copy where x is about to be overwritten and needed."""
+    source = shared(x, format)
+    if source is None and inplace and not keeps_output(act, inplace):
+        return pack(x.clone(), format)
+    return source
+
+
 class SquareFunction(Function):
     """y = x^2. Memory: ``format.nbytes(x)``."""
 
@@ -294,4 +409,6 @@ class SquareFunction(Function):
     @first_order
     def backward(ctx, grad_out):
         (x,), _ = kept(ctx)
+        if x.format.exact:
+            return grad_out * (x.unpack() * 2), None  # torch's order
         return grad_out * x.unpack() * 2, None

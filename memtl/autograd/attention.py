@@ -34,13 +34,13 @@ class SoftmaxFunction(Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        (y,), _ = kept(ctx)
-        return (
-            softmax_grad(grad_out, read_probabilities(y), ctx.dim).to(ctx.dtype),
-            None,
-            None,
-            None,
-        )
+        (packed,), _ = kept(ctx)
+        y = read_probabilities(packed)
+        if packed.format.exact:
+            grad_x = torch.ops.aten._softmax_backward_data(grad_out, y, ctx.dim, y.dtype)
+        else:
+            grad_x = softmax_grad(grad_out, y, ctx.dim)
+        return grad_x.to(ctx.dtype), None, None, None
 
 
 def stored_probabilities(p: Tensor, format: Format) -> Tensor:

@@ -138,6 +138,11 @@ class SyncBatchNormFunction(Function):
         y, mean, rstd, total = output
         ctx.mark_non_differentiable(mean, rstd, total)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        ctx.exact = format.exact
+        if ctx.exact:  # x itself, by reference, and what makes x-hat of it
+            read = need_x or need_weight
+            keep(ctx, (x if read else None, format), exact=(rstd, weight, total, mean))
+            return
         x_hat = None
         if need_x or need_weight:
             x_hat = _by_channel(x, mean, rstd, format)
@@ -148,7 +153,7 @@ class SyncBatchNormFunction(Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _mean, _rstd, _total):
-        (x_hat,), (rstd, weight, total) = kept(ctx)
+        (x_hat,), (rstd, weight, total, *means) = kept(ctx)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(grad_out.dtype, torch.float32)
         grad_out = grad_out.to(wide)
@@ -156,6 +161,8 @@ class SyncBatchNormFunction(Function):
         grad_bias, grad_x, grad_weight = grad_out.sum(others), None, None
         if x_hat is not None:
             x_hat = x_hat.unpack(wide)
+            if ctx.exact:
+                x_hat = (x_hat - per_channel(means[0], dims)).mul_(per_channel(rstd, dims))
             grad_weight = (grad_out * x_hat).sum(others)
         if grad_weight is not None and rstd is not None and need_x:
             sums = torch.stack((grad_bias, grad_weight))  # of this process; a process needs all

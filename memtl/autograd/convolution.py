@@ -18,7 +18,7 @@ from ..storage.convolution import (
     shape_only,
 )
 from ..storage.rebuilt import Rebuilt, rebuilt
-from .keep import Function, first_order, keep, kept
+from .keep import Blank, Function, first_order, keep, kept
 from .share import held, offer_input, shared
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -145,6 +145,45 @@ class ConvolutionFunction(Function):
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(grad_out).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, *(None,) * 5
+
+
+class ExactConvolutionFunction(Function):
+    """:class:`ConvolutionFunction` under an exact format: all gradients are those of torch's one
+    call, bit for bit. Memory: a reference to x if the weight trains, else nothing; the weight is
+    referenced when x needs a gradient."""
+
+    @staticmethod
+    def forward(x, weight, bias, format, cast, geometry, need_x, need_weight):
+        return ConvolutionFunction.forward(
+            x, weight, bias, format, cast, geometry, need_x, need_weight
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, format, ctx.cast, ctx.geometry, need_x, need_weight = inputs
+        ctx.x, ctx.weight = Blank.of(x), Blank.of(weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        weight = held(weight) if need_x else None
+        keep(ctx, (x if need_weight else None, format), (weight, Dense()))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x, weight), _ = kept(ctx)
+        x = ctx.x.make() if x is None else x.unpack()
+        weight = ctx.weight.make() if weight is None else weight.unpack()
+        stride, padding, dilation, groups, transposed, output_padding = ctx.geometry
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_out, x, weight.to(ctx.cast or weight.dtype),
+            None if ctx.bias_dtype is None else [grad_out.shape[1]],
+            stride, padding, dilation, transposed, output_padding, groups,
+            list(ctx.needs_input_grad[:3]),
+        )  # fmt: skip
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, *(None,) * 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,21 @@ class InPlaceDropoutFunction(Function):
 
 def dropped(x: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
     """x, or the gradient, through dropout."""
-    return Bits().apply(bits, x, 1 / (1 - p) if p < 1 else 0.0)
+    return Bits().apply(bits, x, _scale(p, x))
+
+
+def _scale(p: float, x: Tensor) -> float:
+    """What F.dropout multiplies by. On a CPU that is noise of x's precision."""
+    if p == 1:
+        return 0.0
+    if x.is_cuda or torch.compiler.is_compiling():
+        return 1 / (1 - p)
+    return _noise(p, x.dtype)
+
+
+@functools.cache
+def _noise(p: float, dtype: torch.dtype) -> float:
+    return torch.ones((), dtype=dtype).div_(1 - p).item()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,24 @@ def _leaf(t: Tensor | None) -> Tensor | None:
     t = t.detach()
     t.requires_grad = True  # the method requires_grad_() is refused inside torch.func transforms
     return t
+
+
+class Blank(NamedTuple):
+    """The layout of a tensor that is not kept, for operators that are given it and whose result
+    depends on no element of it."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, t: Tensor) -> Blank:
+        return cls(t.shape, t.stride(), t.dtype, t.device)
+
+    def make(self) -> Tensor:
+        """A tensor of that layout; its memory is never written."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 def is_parameter(t: Tensor) -> bool:

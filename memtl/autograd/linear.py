@@ -28,6 +28,10 @@ class LinearFunction(Function):
         if transposed:  # the very call of transformers.pytorch_utils.Conv1D
             flat = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
             return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], weight.shape[1]))
+        if need_weight and x.dim() > 2 and not x.is_contiguous():  # torch folds it if W trains
+            y = x.reshape(-1, x.shape[-1]) @ weight.t()
+            y = y if bias is None else y.add_(bias)
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
         # In place operations on the result are refused where it is a view made in here.
         y = F.linear(x, weight, bias)
         return torch.ops.aten._unsafe_view(y, y.shape)
@@ -38,6 +42,7 @@ class LinearFunction(Function):
         ctx.transposed = transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = weight.dtype
+        ctx.columns = format.exact and x.dim() == 2 and x.stride() == (1, x.shape[0])
         weight = held(weight) if need_x else None
         keep(ctx, (x if need_weight else None, format), (weight, Dense()))
 
@@ -48,10 +53,16 @@ class LinearFunction(Function):
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
             weight = weight.unpack().to(grad_out.dtype)
-            grad_x = grad_out @ (weight.t() if ctx.transposed else weight)
+            weight = weight.t() if ctx.transposed else weight
+            # Of an x stored by columns torch makes the gradient by columns.
+            grad_x = (weight.t() @ grad_out.t()).t() if ctx.columns else grad_out @ weight
         if x is not None and ctx.needs_input_grad[1]:
-            grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)
-            grad_weight = grad_weight.t() if ctx.transposed else grad_weight
+            if ctx.transposed and x.format.exact:  # in the order in which torch multiplies them
+                flat = x.unpack(grad_out.dtype).flatten(0, -2)
+                grad_weight = (flat.t() @ grad_out.flatten(0, -2)).to(ctx.weight_dtype)
+            else:
+                grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)
+                grad_weight = grad_weight.t() if ctx.transposed else grad_weight
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_out.reshape(-1, grad_out.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

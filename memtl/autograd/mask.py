@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,7 +35,19 @@ class Mask:
 
 def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
     """The mask of what is neither <= lo nor >= hi."""
-    return lambda x: torch.ops.memtl.bits_pack_between(x, lo, hi)
+
+    def mask(x: Tensor) -> Tensor:  # bounds are compared in float32, as torch does
+        wide = torch.promote_types(x.dtype, torch.float32)
+        given = x if all(_short(n) for n in (lo, hi) if n is not None) else x.to(wide)
+        return torch.ops.memtl.bits_pack_between(given, lo, hi)
+
+    return mask
+
+
+def _short(n: float) -> bool:
+    """Whether every type holds n: else y is another number than the bound it was cut to."""
+    mantissa, exponent = math.frexp(n)
+    return n == 0 or (abs(exponent) <= 13 and (256 * mantissa).is_integer())
 
 
 def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -60,12 +73,13 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
         _inside(lo, hi),
         _nearest_end(lo, hi),
+        of_output=_short(lo) and _short(hi),
     ),
     "hardsigmoid": lambda: Mask(
         lambda x, inplace=False: F.hardsigmoid(x, inplace),
         lambda x: torch.ops.memtl.bits_pack((x > -3) & (x < 3)),
         lambda x, mask: _nearest_end(0.0, 1.0)(x / 6 + 0.5, mask),
-        on=1 / 6,
+        on=0.1666666716337204,  # 1 / 6 in float32, whatever x is in
         of_output=False,
     ),
     "leaky_relu": lambda slope: Mask(
@@ -115,6 +129,17 @@ class Masked:
         return Bits().apply(bits.tensors, x.unpack(dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """f(x) for a row of :data:`MASKS`, from an exact x."""
+
+    name: str
+    parameters: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return MASKS[self.name](*self.parameters).forward(x)
+
+
 class MaskFunction(Function):
     """y = f(x) for a row of :data:`MASKS`, exact. Memory: one bit an element.
 
@@ -138,8 +163,10 @@ class MaskFunction(Function):
         packed = Packed(Bits(), (bits,), x.shape, torch.bool)
         keep(ctx, (packed, Bits()))
         if source is not None:
-            recipe = Masked(ctx.name, ctx.parameters)
-            made = rebuilt(recipe, source, packed, shape=output.shape, dtype=output.dtype)
+            exact = source.format.exact
+            recipe = (Forward if exact else Masked)(ctx.name, ctx.parameters)
+            parts = (source,) if exact else (source, packed)
+            made = rebuilt(recipe, *parts, shape=output.shape, dtype=output.dtype)
             offer(output, made, dirty=inplace)
 
     @staticmethod
@@ -153,6 +180,31 @@ class MaskFunction(Function):
         else:
             grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
         return grad_x, *(None,) * 5
+
+
+class ExactPReLUFunction(Function):
+    """:class:`PReLUFunction` where w trains, under an exact format. Memory: a reference to x."""
+
+    @staticmethod
+    def forward(x, weight, format):
+        return torch.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, format = inputs
+        ctx.shape = weight.shape
+        keep(ctx, (x, format), exact=(weight,))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (x,), (weight,) = kept(ctx)
+        x = x.unpack()
+        laid = per_channel(weight, grad_out.dim()).to(grad_out.dtype)
+        grads = torch.ops.aten._prelu_kernel_backward(grad_out, x.to(grad_out.dtype), laid)
+        grad_x, grad_weight = grads[0].to(x.dtype), grads[1]
+        grad_weight = grad_weight.sum_to_size(laid.shape).reshape(ctx.shape)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 class PReLUFunction(Function):

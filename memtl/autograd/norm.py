@@ -182,6 +182,18 @@ RMS_NORMS = {
 """Who rounds where: forward(x, weight, shape, eps)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RMSNormed:
+    """The forward again."""
+
+    style: str
+    shape: tuple[int, ...]
+    eps: float | None
+
+    def __call__(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return RMS_NORMS[self.style](x, weight, self.shape, self.eps)
+
+
 class RMSNormFunction(Function):
     """y = x-hat * w, x-hat = x / sqrt(mean(x^2) + eps) over the last dimensions; w + 1 for "gemma".
 
@@ -203,6 +215,15 @@ class RMSNormFunction(Function):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             eps = torch.finfo(wide.dtype).eps if eps is None else eps
             rstd = torch.rsqrt(wide.pow(2).mean(ctx.dims, keepdim=True) + eps)
+        ctx.exact = format.exact
+        if ctx.exact:  # x itself, by reference
+            exact = (rstd, weight if need_x else None)
+            (packed,) = keep(ctx, (None if rstd is None else x, format), exact=exact)
+            if format.rebuild and packed is not None:
+                again = RMSNormed(ctx.style, tuple(shape), eps)
+                offer(output, rebuilt(again, packed, weight, shape=x.shape, dtype=output.dtype))
+            return
+        if rstd is not None:
             x_hat = pack_normalized(x, torch.zeros_like(rstd), rstd, math.prod(shape), format)
             if x_hat is None:
                 x_hat = wide * rstd
@@ -219,6 +240,8 @@ class RMSNormFunction(Function):
         if grads is not None:
             return *grads, *(None,) * 6
         wide = torch.promote_types(grad_out.dtype, torch.float32)
+        if ctx.exact:
+            return *_rms_norm_grads(ctx, grad_out, x_hat.unpack(), rstd, weight), *(None,) * 6
         grad_out = grad_out.to(wide)
         x_hat = x_hat.unpack(wide)
         grad_x = grad_weight = None
@@ -231,6 +254,25 @@ class RMSNormFunction(Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
         return grad_x, grad_weight, *(None,) * 6
+
+
+def _rms_norm_grads(ctx, grad_out, x, rstd, weight):
+    """The gradients of x and the weight from x: autograd's of :data:`RMS_NORMS`, operation by
+    operation, with its roundings."""
+    narrow, early, x = x.dtype, ctx.style == "llama", x.to(rstd.dtype)  # early: x-hat is rounded
+    grad_out = grad_out if early else grad_out.to(x.dtype)
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[1]:
+        x_hat = (x * rstd).to(narrow) if early else x * rstd
+        grad_weight = _sum_rows(grad_out * x_hat, ctx.rows).to(ctx.dtypes[1])
+    if ctx.needs_input_grad[0]:
+        if weight is not None:
+            grad_out = grad_out * (1.0 + weight.float() if ctx.style == "gemma" else weight)
+        grad_out = (grad_out.to(narrow) if early else grad_out).to(x.dtype)
+        along = -0.5 * (grad_out * x).sum(ctx.dims, keepdim=True) * rstd.pow(3)
+        elements = math.prod(x.shape[ctx.rows :])
+        grad_x = (grad_out * rstd + along / elements * (2.0 * x)).to(narrow)
+    return grad_x, grad_weight
 
 
 class NormalizeFunction(Function):
@@ -246,16 +288,24 @@ class NormalizeFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.dim, ctx.eps, format = inputs
+        x, ctx.dim, ctx.eps, format = inputs
         y, norm = output
         ctx.mark_non_differentiable(norm)
-        keep(ctx, (y, format), exact=(norm,))
+        ctx.exact = format.exact
+        keep(ctx, (x if ctx.exact else y, format), exact=(norm,))
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _norm):
         (y,), (norm,) = kept(ctx)
         y = y.unpack()
+        if ctx.exact:  # torch's backward, operation by operation
+            x, wide = y, norm.clamp_min(ctx.eps).expand_as(y)
+            grad_wide = -grad_out * ((x / wide) / wide)
+            grad_norm = grad_wide.sum(ctx.dim, keepdim=True)
+            grad_norm = torch.where(norm >= ctx.eps, grad_norm, 0)
+            grad_x = grad_out / wide + grad_norm * (x / norm).masked_fill_(norm == 0, 0)
+            return grad_x, None, None, None
         along = y * (grad_out * y).sum(ctx.dim, keepdim=True)
         along = torch.where(norm < ctx.eps, 0, along)  # there the divisor is a constant
         grad_x = (grad_out - along) / norm.clamp_min(ctx.eps)
@@ -282,5 +332,8 @@ class VectorNormFunction(Function):
             dims = ctx.dim if isinstance(ctx.dim, (tuple, list)) else (ctx.dim,)
             for dim in sorted(d % len(x.shape) for d in dims):
                 grad_out, norm = grad_out.unsqueeze(dim), norm.unsqueeze(dim)
+        if x.format.exact:
+            along = (x.unpack() / norm).masked_fill_(norm == 0, 0)
+            return grad_out * along, None, None, None
         scale = torch.where(norm == 0, 0, grad_out / norm)  # torch's subgradient at 0
         return x.unpack() * scale, None, None, None

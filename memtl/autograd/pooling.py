@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
 from ..storage.convolution import shape_only
-from .keep import Function, first_order, keep, kept
+from .keep import Blank, Function, first_order, keep, kept
 
 aten = torch.ops.aten
 
@@ -20,6 +20,16 @@ ADAPTIVE_MAX_POOL = {
     1: F.adaptive_max_pool1d,
     2: F.adaptive_max_pool2d,
     3: F.adaptive_max_pool3d,
+}
+MAX_POOL_BACKWARD = {
+    1: aten.max_pool2d_with_indices_backward,
+    2: aten.max_pool2d_with_indices_backward,
+    3: aten.max_pool3d_with_indices_backward,
+}
+ADAPTIVE_MAX_POOL_BACKWARD = {
+    1: aten.adaptive_max_pool2d_backward,
+    2: aten.adaptive_max_pool2d_backward,
+    3: aten.adaptive_max_pool3d_backward,
 }
 
 
@@ -41,9 +51,9 @@ class MaxPoolFunction(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, *window, _ = inputs
+        x, *window, ctx.ceil_mode = inputs
         y, places = output
-        ctx.window, ctx.x_shape = tuple(window), x.shape
+        ctx.window, ctx.x = tuple(window), Blank.of(x)
         ctx.mark_non_differentiable(places)
         format = places_format(window[0])
         keep(ctx, (Packed(format, (places,), y.shape, torch.float32), format))
@@ -53,8 +63,13 @@ class MaxPoolFunction(Function):
     def backward(ctx, grad_out, _places):
         (places,), _ = kept(ctx)
         dims = len(ctx.window[0])
-        place = _in_plane(places.unpack().to(torch.int64), ctx.x_shape[-dims:], ctx.window)
-        return scatter_planes(grad_out, place, ctx.x_shape, dims), *(None,) * 5
+        place = _in_plane(places.unpack().to(torch.int64), ctx.x.shape[-dims:], ctx.window)
+        x, window = ctx.x.make(), ctx.window
+        if dims == 1:  # torch's is a plane of one row
+            x, grad_out, place = (t.unsqueeze(-2) for t in (x, grad_out, place))
+            window = tuple((first, *w) for first, w in zip((1, 1, 0, 1), window, strict=True))
+        grad_x = MAX_POOL_BACKWARD[dims](grad_out, x, *window, ctx.ceil_mode, place)
+        return grad_x.squeeze(-2) if dims == 1 else grad_x, *(None,) * 5
 
 
 def places_format(kernel: Sequence[int]) -> Format:
@@ -80,7 +95,7 @@ class AdaptiveMaxPoolFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, _, ctx.dims = inputs
-        ctx.x_shape = x.shape
+        ctx.x = Blank.of(x)
         ctx.mark_non_differentiable(output[1])
         keep(ctx, (output[1], Dense()))
 
@@ -88,8 +103,11 @@ class AdaptiveMaxPoolFunction(Function):
     @first_order
     def backward(ctx, grad_out, _place):
         (place,), _ = kept(ctx)
-        place = place.tensors[0].to(torch.int64)
-        return scatter_planes(grad_out, place, ctx.x_shape, ctx.dims), None, None
+        x, place = ctx.x.make(), place.tensors[0].to(torch.int64)
+        if ctx.dims == 1:
+            x, grad_out, place = (t.unsqueeze(-2) for t in (x, grad_out, place))
+        grad_x = ADAPTIVE_MAX_POOL_BACKWARD[ctx.dims](grad_out, x, place)
+        return grad_x.squeeze(-2) if ctx.dims == 1 else grad_x, None, None
 
 
 class ExtremeFunction(Function):
@@ -167,13 +185,6 @@ def _in_plane(offset: Tensor, plane: torch.Size, window) -> Tensor:
         step = offset // math.prod(kernel[i + 1 :]) % kernel[i]
         place = place * plane[i] + starts[i] + step * dilation[i]
     return place
-
-
-def scatter_planes(grad_out: Tensor, place: Tensor, shape: torch.Size, dims: int) -> Tensor:
-    """Each element of grad_out added at its place in a plane of zeros."""
-    start = len(shape) - dims
-    planes = grad_out.new_zeros((*shape[:start], math.prod(shape[start:])))
-    return planes.scatter_add_(-1, place.flatten(start), grad_out.flatten(start)).view(shape)
 
 
 class ShapeOnlyFunction(Function):

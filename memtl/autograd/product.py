@@ -122,11 +122,10 @@ class MultiplyFunction(Function):
         grads: list[Tensor | None] = [None, None, None]
         if ctx.shapes[0] is not None and ctx.needs_input_grad[0]:
             grads[0] = grad_out
-        scaled = grad_out if ctx.value == 1 else grad_out * ctx.value
-        if b is not None and ctx.needs_input_grad[1]:
-            grads[1] = scaled * b.unpack()
-        if a is not None and ctx.needs_input_grad[2]:
-            grads[2] = scaled * a.unpack()
+        for i, factor in ((1, b), (2, a)):
+            if factor is not None and ctx.needs_input_grad[i]:
+                factor = factor.unpack()
+                grads[i] = grad_out * (factor if ctx.value == 1 else factor * ctx.value)
         summed = (
             None if g is None else g.sum_to_size(shape).to(dtype)
             for g, shape, dtype in zip(grads, ctx.shapes, ctx.dtypes, strict=True)

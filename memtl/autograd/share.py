@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..storage import Dense, Format, Packed
-from ..storage.rebuilt import ExactRecipe, View, rebuilt
+from ..storage.rebuilt import View, rebuilt
 
 
 class _Offer(NamedTuple):
@@ -88,12 +88,12 @@ def offered(x: Tensor) -> Packed | None:
 
 def held(weight: Tensor) -> Packed:
     """A layer's weight as it is kept for the gradient of x: what it is made of, where that gives
-    its every bit (:class:`memtl.storage.rebuilt.ExactRecipe`), else by reference.
+    its every bit, else by reference.
 
     A weight made of constants is a leaf; what was offered for this very tensor stands for it.
     """
     found = offered(weight) if sharing() else None
-    if found is not None and isinstance(getattr(found.format, "recipe", None), ExactRecipe):
+    if found is not None and found.format.exact:
         return found
     return Packed(Dense(), (weight,), weight.shape, weight.dtype)
 

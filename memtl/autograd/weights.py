@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..storage.rebuilt import ExactRecipe, rebuilt
+from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
 from .share import held, offer, sharing
 
@@ -17,7 +17,7 @@ _SMALLEST = 2.0**-100  # scale; far from where those bits would be lost
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(ExactRecipe):
+class Scaled:
     """int8 codes [O, ...] times the scale [O] of each output channel."""
 
     dtype: torch.dtype
@@ -76,7 +76,7 @@ def _by_output(t: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Standardized(ExactRecipe):
+class Standardized:
     """(w - mean) / (std + eps) of each output channel of w [O, ...]; std is unbiased."""
 
     eps: float

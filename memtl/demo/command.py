@@ -166,7 +166,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="handwritten digits, or the digit of every pixel where several are scattered (digits)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs a method (1)")
-    parser.add_argument("--steps", type=_count, metavar="N", help="steps a run (120; segmentation 240)")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="steps a run (120; segmentation 240)"
+    )
     parser.add_argument(
         "--keep", type=_fraction, nargs="+", default=[0.1, 0.03], metavar="FRACTION",
         help="what Back Razor keeps of a linear layer's input (0.1 0.03)",

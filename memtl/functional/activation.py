@@ -8,12 +8,20 @@ from torch import Tensor
 
 from ..autograd.activation import (
     ActivationFunction,
+    ExactActivationFunction,
     SquareFunction,
     activation,
     pack_activation,
+    pack_exactly,
 )
 from ..autograd.dropout import DropoutFunction, InPlaceDropoutFunction
-from ..autograd.mask import MASKS, MaskFunction, PReLUFunction, pack_mask
+from ..autograd.mask import (
+    MASKS,
+    ExactPReLUFunction,
+    MaskFunction,
+    PReLUFunction,
+    pack_mask,
+)
 from ..autograd.share import shared
 from ..storage import Bits, Dense, Format
 from .common import (
@@ -195,6 +203,8 @@ def prelu(x: Tensor, weight: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     need_x, need_weight = needs(x, weight)
     if not (need_x or need_weight):
         return torch.prelu(x, weight)
+    if need_weight and format.exact:
+        return ExactPReLUFunction.apply(x, weight, format)
     return PReLUFunction.apply(x, weight, format, need_x, need_weight)
 
 
@@ -232,14 +242,19 @@ def _elementwise(
     if not any(needs(x)):
         return activation(name, *parameters).forward(x, inplace)
     made = None
+    act = activation(name, *parameters)
     if inplace and torch.compiler.is_compiling():
         # Compiled code keeps less so. What is kept must not be x itself: it is about to change.
         kept = x.clone() if isinstance(format, Dense) else x
         return x.copy_(_elementwise(name, kept, format, parameters))
+    if format.exact:
+        with torch.no_grad():
+            packed = pack_exactly(x, act, format, inplace)
+        return ExactActivationFunction.apply(x, name, parameters, format, inplace, packed)
     if inplace:
         with torch.no_grad():
             kept = x.clone() if isinstance(format, Dense) else x
-            made = pack_activation(kept, activation(name, *parameters), format)
+            made = pack_activation(kept, act, format)
     return ActivationFunction.apply(x, name, parameters, format, inplace, made)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd.convolution import ConvolutionFunction, convolve
+from ..autograd.convolution import ConvolutionFunction, ExactConvolutionFunction, convolve
 from ..storage import Format
 from ..storage.convolution import ConvGeometry
 from .common import LINEAR, autocast, check_format, check_shape, check_tensors, needs, sizes
@@ -193,7 +193,8 @@ def _convolution(
     if not (need_x or need_weight or need_bias):
         return convolve(x, weight, bias, geometry)
     x, cast = autocast(x)
-    return ConvolutionFunction.apply(x, weight, bias, format, cast, geometry, need_x, need_weight)
+    function = ExactConvolutionFunction if format.exact else ConvolutionFunction
+    return function.apply(x, weight, bias, format, cast, geometry, need_x, need_weight)
 
 
 def _per_dim(name: str, value: Numbers, dims: int) -> tuple[int, ...]:

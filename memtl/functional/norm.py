@@ -15,6 +15,12 @@ from ..autograd.channel_norm import (
     GroupNormFunction,
     SyncBatchNormFunction,
 )
+from ..autograd.exact_norm import (
+    ExactBatchNormFunction,
+    ExactGroupNormFunction,
+    ExactLayerNormFunction,
+    group_norm_input,
+)
 from ..autograd.norm import (
     RMS_NORMS,
     LayerNormFunction,
@@ -45,7 +51,8 @@ def layer_norm(
 ) -> Tensor:
     """``F.layer_norm``, with the normalised input x-hat kept in ``format``.
 
-    The gradients of x and of the weight are taken from it.
+    The gradients of x and of the weight are taken from it. Under an exact format x itself is kept,
+    by reference, and gradients are torch's, bit for bit.
 
     Args:
         x: [..., *normalized_shape], floating point.
@@ -54,7 +61,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: as :func:`linear`.
 
-    Memory: ``format.nbytes(x)`` and one number a row.
+    Memory: ``format.nbytes(x)`` and one number a row, two under an exact format.
     """
     check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     shape = _check_normalized("layer_norm", x, normalized_shape, format)
@@ -63,7 +70,8 @@ def layer_norm(
     need_x, need_weight, need_bias = needs(x, weight, bias)
     if not (need_x or need_weight or need_bias):
         return F.layer_norm(x, shape, weight, bias, eps)
-    return LayerNormFunction.apply(x, weight, bias, shape, eps, format, need_x, need_weight)[0]
+    function = ExactLayerNormFunction if format.exact else LayerNormFunction
+    return function.apply(x, weight, bias, shape, eps, format, need_x, need_weight)[0]
 
 
 def rms_norm(
@@ -117,7 +125,9 @@ def batch_norm(
     """``F.batch_norm``, running statistics included, with x-hat kept in ``format``.
 
     In training the gradients of x and of the weight are taken from x-hat. In evaluation that of x
-    is exact, and x-hat is kept for the weight's alone.
+    is exact, and x-hat is kept for the weight's alone. Under an exact format x itself is kept, by
+    reference, gradients are torch's, bit for bit, and running statistics are referenced in
+    evaluation, as torch does: changing them before backward is an error.
 
     Args:
         x: [B, C, ...], floating point.
@@ -145,7 +155,8 @@ def batch_norm(
     need_x, need_weight, need_bias = needs(x, weight, bias)
     if not (need_x or need_weight or need_bias) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return BatchNormFunction.apply(
+    function = ExactBatchNormFunction if format.exact else BatchNormFunction
+    return function.apply(
         x, weight, bias, running_mean, running_var, training, momentum, eps, format, need_x,
         need_weight,
     )[0]  # fmt: skip
@@ -281,7 +292,9 @@ def group_norm(
     if not (need_x or need_weight or need_bias) or x.numel() == 0:
         return F.group_norm(x, num_groups, weight, bias, eps)
     x = autocast_float32(x)
-    return GroupNormFunction.apply(x, weight, bias, num_groups, eps, format, need_x, need_weight)[0]
+    function = ExactGroupNormFunction if format.exact else GroupNormFunction
+    x = group_norm_input(x) if format.exact else x
+    return function.apply(x, weight, bias, num_groups, eps, format, need_x, need_weight)[0]
 
 
 def normalize(

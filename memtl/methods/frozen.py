@@ -16,18 +16,24 @@ from .config import ConversionConfig
 
 @dataclasses.dataclass(frozen=True)
 class FrozenConfig(ConversionConfig):
-    """No gradient changes; nothing is kept that no gradient needs.
+    """No gradient changes, not by a bit; nothing is kept that no gradient needs.
 
     Kept for backward: nothing by frozen linear layers, convolutions and batch norms in evaluation;
     one bit an element by ReLU, its kin and dropout; the place of a maximum by pooling; its input by
-    a normalisation or an activation with a curved derivative; q, k and v by attention; its input by
-    a layer whose weight trains, unless it can be made, exactly, from what is kept already. Which
-    weights train is looked up at every forward: thawing one later is safe.
+    a normalisation (and two numbers a row) or an activation with a curved derivative (its output by
+    sigmoid and tanh); q, k and v by attention, whose forward runs once more in backward; its input
+    by a layer whose weight trains, unless it can be made, exactly, from what is kept already. All
+    of that by reference: no tensor is copied but where torch copies one. Which weights train is
+    looked up at every forward: thawing one later is safe.
+
+    Sums that torch takes in another order may differ in the last bit: products of matrices that
+    broadcast over the batch, SyncBatchNorm; and what ``torch.compile`` makes of the rest.
 
     Args:
         linear, convolution, attention, norm, activation: None for exact; else the bits, 8, 4, 3 or
             2, in which layers of that role keep what they keep (``activation``: of the derivative).
-            Gradients are then approximate.
+            Gradients are then approximate. For LoRA in the attention of a vision transformer, 8 in
+            all of them: some 4.7 times fewer bytes than stock.
         target_modules, exclude_modules: as in :func:`memtl.nn.convert`.
 
     Raises:

@@ -40,7 +40,11 @@ class Bits(Format):
 
     @property
     def precision(self) -> int:
-        return 64  # exact
+        return 64
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"1 bit{self._once}"

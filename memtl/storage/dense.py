@@ -45,5 +45,9 @@ class Dense(Format):
     def precision(self) -> int:
         return 8 * DTYPES[self.dtype].itemsize if self.dtype else 64
 
+    @property
+    def exact(self) -> bool:
+        return self.dtype is None
+
     def __str__(self) -> str:
         return f"dense{' ' + self.dtype if self.dtype else ''}{self._once}"

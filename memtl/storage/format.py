@@ -84,6 +84,11 @@ class Format(abc.ABC):
         return 0
 
     @property
+    def exact(self) -> bool:
+        """Whether what is unpacked is what was packed, bit for bit."""
+        return False
+
+    @property
     def _once(self) -> str:
         """For the end of ``str``."""
         return " once" if self.rebuild else ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,19 +15,9 @@ Recipe = Callable[..., Tensor]
 """A frozen dataclass without tensors; called with the parts, dense, it gives the tensor.
 
 It may have a method ``decode(parts, shape, dtype)`` that makes the tensor of the parts as they are
-packed, in one pass over memory, or returns None for parts it does not know so.
+packed, in one pass over memory, or returns None for parts it does not know so. From parts that are
+exact, in the dtypes they had, it gives every bit of the tensor.
 """
-
-
-class ExactRecipe:
-    """Base of recipes that make their tensor anew bit for bit: of the parts in the dtypes they had,
-    as the forward did. A layer takes its weight from such a recipe alone."""
-
-    if TYPE_CHECKING:
-        __call__: Recipe
-
-    def decode(self, parts: Sequence[Packed], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return self(*(p.unpack() for p in parts)).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +50,8 @@ class Rebuilt(Format):
         decode = getattr(self.recipe, "decode", None)
         if decode is not None and (made := decode(parts, shape, dtype)) is not None:
             return made
+        if self.exact:  # in the precision of the forward, for the very bits that it gave
+            return self.recipe(*(None if p is None else p.unpack() for p in parts)).to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         dense = (
             None if p is None else p.unpack(wide if p.dtype.is_floating_point else None)
@@ -87,6 +78,10 @@ class Rebuilt(Format):
     @property
     def precision(self) -> int:
         return min(part.format.precision for part in self.parts if part is not None)
+
+    @property
+    def exact(self) -> bool:
+        return all(part.format.exact for part in self.parts if part is not None)
 
     def __str__(self) -> str:
         return "rebuilt"

@@ -78,7 +78,11 @@ def test_under_other_formats_the_input_is_kept(name, format):
     g = grad_like(out)
     out.backward(g)
     stored = pack(x.detach(), format).unpack()
-    assert_same(x.grad, g * activation(name).derivative(stored))
+    expected = g * activation(name).derivative(stored)
+    if format.exact:  # by torch's own kernel: see test_exact.py
+        torch.testing.assert_close(x.grad, expected)
+    else:
+        assert_same(x.grad, expected)
     assert saved_bytes(function(name), x, format=format) == format.nbytes(x.shape, x.dtype)
 
 
@@ -230,9 +234,11 @@ def test_in_place_forms_overwrite_x_and_give_the_gradients_of_the_others(name, f
     (out, (grad,), _), (same_out, (same_grad,), _), (stock_out, (stock_grad,), _) = results
     assert_same(out, stock_out)
     assert_same(out, same_out)
-    assert_same(grad, same_grad)
-    if format is None or isinstance(format, Dense):
-        torch.testing.assert_close(grad, stock_grad)
+    if format is None or format.exact:  # of y in place, as in torch
+        assert_same(grad, stock_grad)
+        torch.testing.assert_close(grad, same_grad)
+    else:
+        assert_same(grad, same_grad)
     kept = 0 if format is None else format.nbytes(values.shape, values.dtype)
     if format is None:
         kept = -(-values.numel() // 8)
@@ -303,4 +309,7 @@ def test_in_place_compiled_as_one_graph(name, format):
         torch.compile(fn, fullgraph=True, backend="aot_eager"), [values]
     )
     assert_same(compiled, out)
-    assert_same(compiled_grad, grad)
+    if format is not None and format.exact:  # compiled code takes it of x
+        torch.testing.assert_close(compiled_grad, grad)
+    else:
+        assert_same(compiled_grad, grad)

@@ -142,10 +142,12 @@ def test_a_batch_of_one_image_trains():
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
 def test_statistics_that_change_before_backward_do_not_matter(needs):
-    """In evaluation stock keeps the buffers themselves, and refuses; here their values are kept."""
+    """In evaluation stock keeps the buffers themselves, and refuses; here their values are kept,
+    but for exact formats, which do as stock does."""
     x, w, b = leaves([torch.randn(4, 5, 6), torch.randn(5), torch.randn(5)], needs)
     mean, var = torch.randn(5), torch.rand(5) + 0.5
-    out = M.batch_norm(x, mean, var, w, b, format=Dense())
+    out = M.batch_norm(x, mean, var, w, b, format=Dense("fp32"))
+    exact = M.batch_norm(x, mean, var, w, b, format=Dense())
     g = grad_like(out)
     expected = torch.autograd.grad(
         out, [t for t in (x, w, b) if t.requires_grad], g, retain_graph=True
@@ -155,6 +157,8 @@ def test_statistics_that_change_before_backward_do_not_matter(needs):
     found = torch.autograd.grad(out, [t for t in (x, w, b) if t.requires_grad], g)
     for a, e in zip(found, expected, strict=True):
         assert_same(a, e)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exact.backward(g)
 
 
 def test_statistics_are_needed_in_evaluation():

@@ -203,20 +203,13 @@ def test_what_rep_net_keeps_of_mobilenetv2():
     with memory.SavedTensors(model) as tensors:
         model(images(1, 224))
     by_layer = {n: b for n, b in tensors.by_layer.items() if not n.startswith("rep_net")}
-    bits = elements = 0
+    masks = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ReLU6) and name in by_layer:
-            bits += by_layer.pop(name)
-            elements += 1
-    assert elements > 30
-    # All that is left: rstd of the frozen batch norms, and the classifier's input.
-    channels = sum(
-        m.num_features
-        for n, m in model.named_modules()
-        if isinstance(m, nn.BatchNorm2d) and by_layer.get(n)
-    )
-    assert by_layer.pop("classifier") == 4 * 1280
-    assert sum(by_layer.values()) == 4 * channels
+            del by_layer[name]
+            masks += 1
+    assert masks > 30
+    assert by_layer == {"classifier": 4 * 1280}  # its input; frozen layers keep nothing
     assert tensors.bytes < 5 * 2**20 / 2
 
 

@@ -1,0 +1,330 @@
+"""Under an exact format gradients are stock's, bit for bit, and what is kept is kept by reference.
+
+Every function over the table in cases.py; then the bytes of each kind of layer, by formula, and
+what is rebuilt from what.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import memtl
+from memtl import functional as M
+from memtl.autograd import share
+from memtl.memory import saved_bytes
+from memtl.nn import ROLES, convert
+from memtl.storage import Dense
+from tests.autograd.cases import CASES
+from tests.helpers import assert_same, grad_like, leaves
+
+EXACT = Dense(rebuild=True)
+EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# torch folds the broadcast operand into a product of another shape.
+ANOTHER_ORDER = (CASES["matmul-broadcast"],)
+NO_16_BITS = ("avg_pool3d",)  # torch has none
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def step(fn, tensors, needs=None, autocast=False):
+    """(y, gradients) of ``fn`` on fresh leaves; the layout of tensors is kept."""
+    inputs = [
+        t.detach().as_strided(t.shape, t.stride()).requires_grad_(need)
+        for t, need in zip(tensors, needs or [True] * len(tensors), strict=True)
+    ]
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = fn(*inputs)
+    out.backward(grad_like(out))
+    return out.detach(), [t.grad for t in inputs]
+
+
+def check(case, tensors, needs=None, autocast=False):
+    expected, stock = step(case.stock, tensors, needs, autocast)
+    for format in (EXACT, Dense()):
+        out, ours = step(lambda *t: case.ours(format, *t), tensors, needs, autocast)  # noqa: B023
+        assert_same(out, expected)
+        for a, b in zip(ours, stock, strict=True):
+            if case in ANOTHER_ORDER and b is not None:
+                assert (a - b).norm() <= 4 * torch.finfo(out.dtype).eps * b.norm()
+            elif b is None:
+                assert a is None
+            else:
+                assert_same(a, b)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_stock_bit_for_bit(case, dtype):
+    if case.function in NO_16_BITS and dtype.itemsize == 2:
+        pytest.skip("torch has none")
+    if dtype == torch.float64 and case.function == "rms_norm":
+        pytest.skip("transformers' computes in float32")
+    check(case, case.tensors(dtype))
+
+
+@EVERY
+def test_gradients_are_stock_bit_for_bit_under_autocast(case):
+    check(case, case.tensors(), autocast=True)
+
+
+@EVERY
+def test_each_gradient_alone_is_stock_bit_for_bit(case):
+    tensors = case.tensors()
+    for i in range(len(tensors)):
+        check(case, tensors, [j == i for j in range(len(tensors))])
+
+
+def _last(t):
+    """Channels last in memory, of any number of dimensions."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t
+
+
+def _every_second(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def _transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@EVERY
+@pytest.mark.parametrize("layout", [_last, _every_second, _transposed])
+def test_gradients_are_stock_bit_for_bit_in_every_layout(case, layout):
+    if case is CASES["linear-transposed"]:
+        pytest.skip("Conv1D takes views of contiguous tensors")
+    tensors = case.tensors()
+    check(case, [layout(tensors[0]), *tensors[1:]])
+
+
+@EVERY
+def test_no_more_is_kept_than_by_stock(case):
+    """The generator's state, 5056 bytes, stands for the mask of attention's dropout."""
+    tensors = case.tensors()
+    for needs in ([True] * len(tensors), [True] + [False] * (len(tensors) - 1)):
+        stock = saved_bytes(case.stock, *leaves(tensors, needs))
+        ours = saved_bytes(case.ours, EXACT, *leaves(tensors, needs))
+        assert ours <= stock + 5056 * (case.random and case.function != "dropout")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("hardtanh", (-0.4, 0.7)), ("hardtanh", (-1.0, 2.0)), ("threshold", (0.1, 5))],
+)
+def test_what_lies_on_a_bound(name, arguments, dtype):
+    """As it is written in each type, and one step to either side."""
+    bounds = torch.tensor(arguments).to(dtype).repeat_interleave(3)
+    step_ = torch.finfo(dtype).eps * bounds.abs()
+    x = bounds + step_ * torch.tensor([-1, 0, 1] * 2, dtype=dtype)
+    grads = []
+    for module in (F, M):
+        leaf = x.clone().requires_grad_()
+        getattr(module, name)(leaf, *arguments).sum().backward()
+        grads.append(leaf.grad)
+    assert_same(*grads)
+
+
+@EVERY
+def test_what_is_not_kept_is_not_read(case, poison):
+    """An operator is handed memory of the right layout where its result depends on no element."""
+    tensors = case.tensors()
+    for i in range(len(tensors)):
+        check(case, tensors, [j == i for j in range(len(tensors))])
+
+
+@EVERY
+def test_compiled_as_one_graph(case):
+    if case.random:
+        pytest.skip("compiled code draws other random numbers")
+    torch._dynamo.reset()
+    tensors = case.tensors()
+    expected, stock = step(case.stock, tensors)
+    compiled = torch.compile(lambda *t: case.ours(EXACT, *t), fullgraph=True, backend="aot_eager")
+    out, ours = step(compiled, tensors)
+    assert_same(out, expected)
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- bytes
+
+B, N, C = 3, 7, 20
+TOKENS, IMAGES = (B, N, C), (B, C, 5, 9)
+
+
+def kept(layer, shape, *, x=True, parameters=False, inplace=False, train=True, skip=False):
+    """Bytes that ``layer`` keeps, parameters and buffers apart."""
+    layer.train(train).requires_grad_(parameters)
+    convert(layer, dict.fromkeys(ROLES, EXACT))
+    given = torch.randn(shape, requires_grad=x)
+    return saved_bytes(lambda: layer(given * 1 if inplace and x else given))
+
+
+def bits(shape):
+    return math.ceil(math.prod(shape) / 8)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, bytes_",
+    [
+        (nn.Linear(C, 5), TOKENS, 0),
+        (nn.Conv2d(C, 4, 3), IMAGES, 0),
+        (nn.Conv2d(C, 4, 1, 2), IMAGES, 0),
+        (nn.ConvTranspose2d(C, 4, 3), IMAGES, 0),
+        (nn.ReLU(), TOKENS, bits(TOKENS)),
+        (nn.ReLU6(), TOKENS, bits(TOKENS)),
+        (nn.Hardsigmoid(), TOKENS, bits(TOKENS)),
+        (nn.LeakyReLU(), TOKENS, bits(TOKENS)),
+        (nn.PReLU(), TOKENS, bits(TOKENS)),
+        (nn.Dropout(0.3), TOKENS, bits(TOKENS)),
+        # four bits an element of the output, in whole groups of 64
+        (nn.MaxPool2d(3, 2), IMAGES, math.ceil(B * C * 2 * 4 / 64) * 32),
+        (nn.AvgPool2d(2), IMAGES, 0),
+        (nn.GELU(), TOKENS, 4 * math.prod(TOKENS)),
+        (nn.SiLU(), TOKENS, 4 * math.prod(TOKENS)),
+        (nn.Hardswish(), TOKENS, 4 * math.prod(TOKENS)),
+        (nn.Sigmoid(), TOKENS, 4 * math.prod(TOKENS)),
+        (nn.LayerNorm(C), TOKENS, 4 * math.prod(TOKENS) + 8 * B * N),
+        (nn.RMSNorm(C), TOKENS, 4 * math.prod(TOKENS) + 4 * B * N),
+        (nn.GroupNorm(4, C), IMAGES, 4 * math.prod(IMAGES) + 8 * B * 4),
+        (nn.BatchNorm2d(C), IMAGES, 4 * math.prod(IMAGES) + 8 * C),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_bytes_of_a_frozen_layer(layer, shape, bytes_):
+    assert kept(layer, shape) == bytes_
+    layer = copy.deepcopy(layer)
+    memtl.unconvert(layer)
+    assert kept(layer, shape, x=False) == 0
+
+
+@pytest.mark.parametrize("function", [F.silu, F.hardswish], ids=lambda f: f.__name__)
+def test_in_place_a_copy_is_kept_as_torch_keeps_one(function):
+    kind = {F.silu: nn.SiLU, F.hardswish: nn.Hardswish}[function]
+    assert kept(kind(inplace=True), TOKENS, inplace=True) == 4 * math.prod(TOKENS)
+
+
+def test_a_batch_norm_in_evaluation():
+    assert kept(nn.BatchNorm2d(C), IMAGES, train=False) == 0
+    trained = kept(nn.BatchNorm2d(C), IMAGES, train=False, parameters=True)
+    assert trained == 4 * math.prod(IMAGES)
+    assert kept(nn.BatchNorm2d(C), IMAGES, x=False, train=False, parameters=True) == trained
+
+
+def test_a_bias_alone_needs_nothing():
+    for layer, shape in (
+        (nn.Linear(C, 5), TOKENS),
+        (nn.Conv2d(C, 4, 3), IMAGES),
+        (nn.LayerNorm(C), TOKENS),
+        (nn.GroupNorm(4, C), IMAGES),
+        (nn.BatchNorm2d(C).eval(), IMAGES),
+    ):
+        layer.weight.requires_grad_(False)
+        convert(layer, dict.fromkeys(ROLES, EXACT))
+        assert saved_bytes(layer, torch.randn(shape)) == 0, layer
+
+
+# ------------------------------------------------------------------------------------ rebuilding
+
+
+def attention(x):
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (x, x * 2, x * 3))
+    return M.scaled_dot_product_attention(q, k, v, format=EXACT).transpose(1, 2).flatten(2)
+
+
+W, G = torch.rand(C) + 0.5, torch.randn(C)
+MEAN, VAR = torch.randn(C), torch.rand(C) + 0.5
+MADE = {
+    "layer_norm": lambda x: M.layer_norm(x, (C,), W, G, format=EXACT),
+    "rms_norm": lambda x: M.rms_norm(x, (C,), W, format=EXACT),
+    "rms_norm-llama": lambda x: M.rms_norm(x, (C,), W, 1e-6, format=EXACT, style="llama"),
+    "batch_norm": lambda x: M.batch_norm(x, None, None, W, G, True, format=EXACT),
+    "batch_norm-evaluation": lambda x: M.batch_norm(
+        x, MEAN, VAR, W.clone().requires_grad_(), G, format=EXACT
+    ),
+    "group_norm": lambda x: M.group_norm(x, 4, W, G, format=EXACT),
+    "relu of a norm": lambda x: M.relu(M.batch_norm(x, None, None, W, G, True, format=EXACT)),
+    "hardsigmoid of a norm": lambda x: M.hardsigmoid(M.group_norm(x, 2, W, G, format=EXACT)),
+    "gate of a norm": lambda x: M.sigmoid(M.group_norm(x, 2, W, G, format=EXACT), format=EXACT),
+    "gelu": lambda x: M.gelu(x, format=EXACT),
+    "silu in place": lambda x: M.silu(x * 1, True, format=EXACT),
+    "hardswish of a norm, in place": lambda x: M.hardswish(
+        M.group_norm(x, 2, W, G, format=EXACT), True, format=EXACT
+    ),
+    "dropout of gelu": lambda x: M.dropout(M.gelu(x, format=EXACT), 0.3),
+    "product": lambda x: M.mul(M.gelu(x, format=EXACT), M.silu(x, format=EXACT), format=EXACT),
+    "attention": lambda x: attention(x.flatten(2) if x.dim() > 3 else x),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_rebuilt_is_the_tensor_bit_for_bit(name, dtype):
+    shape = IMAGES if "norm" in name and "layer" not in name and "rms" not in name else TOKENS
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = MADE[name](x)
+    for t in (y, y[1:, ::2], y.transpose(0, 1)):
+        found = share.shared(t, EXACT)
+        assert found is not None
+        assert all(part.untyped_storage()._cdata != t.untyped_storage()._cdata
+                   for part in found.tensors)  # fmt: skip
+        assert_same(found.unpack(), t.detach())
+
+
+def test_a_norm_and_its_readers_keep_one_tensor():
+    """As lora_A reads the output of a frozen norm."""
+    x = torch.randn(TOKENS, requires_grad=True)
+    weight = nn.Parameter(torch.randn(4, C))
+
+    def run(x):
+        return M.linear(MADE["layer_norm"](x), weight, format=EXACT)
+
+    own = weight.nbytes + W.nbytes + G.nbytes
+    assert saved_bytes(run, x) == x.nbytes + 8 * B * N + own
+    run(x).backward(torch.ones(B, N, 4))
+    ours, weight.grad = weight.grad, None
+    F.linear(F.layer_norm(x, (C,), W, G), weight).backward(torch.ones(B, N, 4))
+    assert_same(ours, weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_cast_of_autocast_is_rebuilt(dtype):
+    x = torch.randn(TOKENS, requires_grad=True)
+    weight = nn.Parameter(torch.randn(4, C))
+    grads = []
+    for norm, linear in ((F.layer_norm, F.linear), (M.layer_norm, M.linear)):
+        format = {} if norm is F.layer_norm else {"format": EXACT}
+        with torch.autocast("cpu", dtype):
+            out = linear(norm(x, (C,), W, G, **format), weight, **format)
+        weight.grad = None
+        out.backward(torch.ones_like(out))
+        grads.append(weight.grad)
+    assert_same(*grads)
+
+
+def test_a_coarser_state_stands_for_no_exact_tensor():
+    x = torch.randn(TOKENS, requires_grad=True)
+    for format in (memtl.storage.Quantized(8, rebuild=True), Dense("fp32", rebuild=True)):
+        assert share.shared(M.layer_norm(x, (C,), format=format), EXACT) is None
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_nothing_outlives_its_tensor(name):
+    gc.collect()
+    before = len(share._offers)
+    shape = IMAGES if "norm" in name and "layer" not in name and "rms" not in name else TOKENS
+    for backward in (True, False):
+        x = torch.randn(shape, requires_grad=True)
+        y = MADE[name](x)
+        assert len(share._offers) > before
+        if backward:
+            y.sum().backward()
+        del x, y
+        assert len(share._offers) == before  # no cycle: no collector was needed
