@@ -44,6 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import tensors_in
+from .nn.weights import compressed
 
 __all__ = ["Analytic", "profile"]
 
@@ -143,6 +144,8 @@ def profile(
     parameters = sum(
         p.numel() * (trainable_bits if p.requires_grad else frozen_bits) for p in model.parameters()
     )
+    codes = {layer.weight_codes for layer in compressed(model).values()}  # no parameters
+    parameters += sum(code.numel() * frozen_bits for code in codes)
     return Analytic(parameters / 8, walk.peak() / 8 / len(inputs[0]), batch_size)
 
 

@@ -107,9 +107,9 @@ def estimate(
         raise ValueError(f"estimate is for image classifiers of timm's, not {name}")
     torch.manual_seed(0)
     model = models.timm_model(name, size=size).train()
-    prepare(model, method, num_classes, size)
     images = torch.randn(SAMPLES, model.default_cfg["input_size"][0], size, size)
     try:
+        prepare(model, method, num_classes, size)
         counted = analytic.profile(model, images, batch_size=batch_size)
         stock = _kept(model, images)
     except (RuntimeError, AssertionError) as error:

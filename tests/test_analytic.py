@@ -287,3 +287,10 @@ def test_nothing_is_left_behind(fails):
 def test_errors(arguments, options, error, said):
     with pytest.raises(error, match=said):
         analytic.profile(*arguments, **options)
+
+
+def test_weights_in_eight_bits_count_as_frozen_ones_do():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).requires_grad_(False)
+    plain = analytic.profile(model, torch.randn(1, 3, 4, 4))
+    memtl.nn.compress_weights(model)
+    assert analytic.profile(model, torch.randn(1, 3, 4, 4)) == plain

@@ -88,9 +88,9 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         load_model=lambda classes: assets.load("cnn_glyphs", classes),
         rates={
             "last": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
-            "norms": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "norms": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
             "biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
-            "lite residual": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "lite residual": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
             "Rep-Net": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
             "Rep-Net + biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
             "full": Rate(2e-3, (2e-3, 4e-3, 8e-3)),

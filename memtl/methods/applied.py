@@ -26,14 +26,18 @@ def apply(model: nn.Module, config: Config) -> Any:
 
     Raises:
         TypeError: ``config`` is no method's configuration.
-        ValueError: the method finds nothing to change in this model.
+        ValueError: the method finds nothing to change in this model; or it trains a part of the
+            model, which is compiled already.
     """
     if not isinstance(config, Config):
         raise TypeError(
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
-    if isinstance(config, TransferConfig) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
+    if isinstance(config, TransferConfig):
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("apply the method first, torch.compile the model afterwards")
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
     report = config.apply(model)
     record(model, (*applied(model), config.resolved(model)))
     return report

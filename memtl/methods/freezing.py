@@ -31,13 +31,22 @@ def freeze(model: nn.Module) -> None:
     """No parameter of ``model`` trains any more.
 
     Raises:
-        ValueError: another method did this, and what it trains would be frozen too.
+        ValueError: another method did this, or peft has put adapters in, and what those train would
+            be frozen too.
     """
     if isinstance(model, FrozenBackbone):
         raise ValueError(
             f"a method that trains a part of this {type(model).__name__} was applied already; only "
             "VQTConfig(train_backbone=True), once, goes on top of another"
         )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            raise ValueError(
+                f"peft trains {name or 'this model'}, which this method would freeze; only "
+                "VQTConfig(train_backbone=True), FrozenConfig and other conversions go on top of it"
+            )
     model.requires_grad_(False)
 
 

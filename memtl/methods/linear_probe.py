@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .partial import PartialConfig
 from .transfer import Trained
@@ -32,10 +32,14 @@ class LinearProbeConfig(PartialConfig):
             TypeError, ValueError: as :meth:`PartialConfig.freeze`.
         """
         head = self.freeze(model)
-        model.get_submodule(head).register_forward_pre_hook(copied)
+        model.get_submodule(head).register_forward_pre_hook(copied, with_kwargs=True)
         return self.finish(model, head)
 
 
-def copied(head: nn.Module, args: tuple) -> tuple:
+def copied(head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A hook: the feature is a view of all tokens as a rule, which it must not keep alive."""
-    return (args[0].clone(), *args[1:])
+    return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -50,11 +50,8 @@ class LiteResidualConfig(SideConfig):
             pooled = max(1, size // 2)
             largest = pooled if pooled % 2 else pooled - 1
             found.append(
-                Site(
-                    block.entry,
-                    block.name,
-                    block.reads,
-                    block.gives,
+                Site.at(
+                    block,
                     pool=2,
                     kernel=min(self.kernel, largest),
                     stride=max(1, round(size / min(block.gives[1:]))),

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn import convert
 from ..nn.layers import Layer
-from ..nn.weights import compress_weights
+from ..nn.weights import check_weights, compress_weights
 from .backbone import classifier, linear_classifier
 from .freezing import evaluate_all_but, freeze
 from .frozen import FrozenConfig
@@ -60,6 +60,8 @@ class PartialConfig(TransferConfig):
         """
         check_module(model)
         name, head = classifier(model)
+        if self.weight_bits is not None:
+            check_weights(model, set(head.modules()))
         wrapped = type(head).__module__.startswith("peft.")
         if self.num_classes is None and not wrapped and any(True for _ in head.parameters()):
             freeze(model)

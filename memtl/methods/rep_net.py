@@ -23,9 +23,10 @@ class RepNetConfig(SideConfig):
     classifier train.
 
     A module works at the resolution of what it adds to where the block halves it, else at half of
-    that. Its kernel is 5x5, on maps of 7x7 and less 3x3. The frozen network runs in evaluation
-    mode, its batch norms with their own statistics. Gradients pass through all of it behind the
-    first module; of that nothing is kept but a bit for every ReLU.
+    that. Its kernel is 5x5, on maps of 7x7 and less 3x3. (The authors' ResNet has one module more,
+    beside the last block, and adds that of its first stage twice.) The frozen network runs in
+    evaluation mode, its batch norms with their own statistics. Gradients pass through all of it
+    behind the first module; of that nothing is kept but a bit for every ReLU.
 
     Args:
         num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
@@ -42,9 +43,12 @@ class RepNetConfig(SideConfig):
         found: list[Site] = []
         for block in (blocks[0] for blocks in stages.blocks):
             size = min(block.gives[1:])
-            entry, reads = (block.entry, block.reads) if found else (stages.stem, stages.image)
-            halves = found and min(reads[1:]) > size
-            pool = max(1, round(min(reads[1:]) / size)) * (1 if halves else 2)
             kernel = 3 if size <= SMALL else 5
-            found.append(Site(entry, block.name, reads, block.gives, pool, kernel))
+            if found:
+                ratio = max(1, round(min(block.reads[1:]) / size))
+                found.append(Site.at(block, pool=max(2, ratio), kernel=kernel))
+                continue
+            pool = 2 * max(1, round(min(stages.image[1:]) / size))
+            image, stem = stages.image, stages.stem
+            found.append(Site(stem, block.name, image, block.gives, pool, kernel, early=True))
         return found

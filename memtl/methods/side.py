@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..nn.standardized import StandardizedConv2d
 from .partial import PartialConfig, is_bias, parameters_outside
 from .reading import PerThread
-from .stages import Map
-from .transfer import Trained, check_count, check_flag, replace
+from .stages import Block, Map, argument
+from .transfer import Trained, check_count, check_flag, check_module, replace
 
 EPS = 1e-3  # of the batch norms, as in the published networks
 DIVISOR = 8  # of the channels in the middle
@@ -25,6 +25,9 @@ DIVISOR = 8  # of the channels in the middle
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideConfig(PartialConfig):
     """The base of methods that add such modules.
+
+    Their batch norms follow the batch in training, which therefore needs two images where a
+    module's maps are one pixel.
 
     Args:
         num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
@@ -71,16 +74,20 @@ class SideConfig(PartialConfig):
             TypeError: ``model`` is no module.
             ValueError: as :meth:`memtl.methods.stages.Stages.of` and :meth:`PartialConfig.freeze`.
         """
+        check_module(model)
+        if hasattr(model, self.name):
+            raise ValueError(
+                f"this {type(model).__name__} has a {self.name} already, where side modules go"
+            )
         sites = self.sites(model)
         biases = parameters_outside(model, is_bias) if self.bias else []
+        modules = SideModules(self, sites).to(next(model.parameters()).dtype)
         head = self.freeze(model)
         for parameter in biases:
             parameter.requires_grad_(True)
-        modules = SideModules(self, sites).to(next(model.parameters()).dtype)
         replace(model, self.name, modules)
         modules.connect(model)
-        trained = self.finish(model, self.name, head)
-        return trained
+        return self.finish(model, self.name, head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Site:
         reads, gives: those two maps.
         pool: by how much the average pooling in front makes what is read smaller.
         kernel, stride: of the spatial convolution.
+        early: whether the module has to run before the block does.
     """
 
     entry: str
@@ -102,6 +110,20 @@ class Site:
     pool: int
     kernel: int
     stride: int = 1
+    early: bool = False
+
+    @classmethod
+    def at(cls, block: Block, **options: int) -> Site:
+        """Beside that block."""
+        early = block.overwritten or block.entry != block.name
+        return cls(block.entry, block.name, block.reads, block.gives, **options, early=early)
+
+
+class Pool(nn.AvgPool2d):
+    """Average pooling of what there is: a map smaller than the window becomes one pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, min(self.kernel_size, *x.shape[2:]))
 
 
 class SideModule(nn.Module):
@@ -111,10 +133,10 @@ class SideModule(nn.Module):
     def __init__(self, config: SideConfig, site: Site) -> None:
         super().__init__()
         channels, gives = site.reads[0], site.gives[0]
-        middle = max(DIVISOR, round(channels * config.expand / DIVISOR) * DIVISOR)
+        middle = divisible(channels * config.expand)
         groups = math.gcd(config.groups, channels, middle)
         convolution = StandardizedConv2d if config.weight_standardization else nn.Conv2d
-        self.pool = nn.AvgPool2d(min(site.pool, *site.reads[1:]))
+        self.pool = Pool(site.pool)
         self.conv1 = convolution(
             channels, middle, site.kernel, site.stride, site.kernel // 2, groups=groups, bias=False
         )
@@ -128,8 +150,19 @@ class SideModule(nn.Module):
         self.bn2.bias.requires_grad_(not config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn1(self.conv1(self.pool(x))))
-        return self.bn2(self.conv2(x))
+        x = self.conv1(self.pool(x))
+        if self.training and x.numel() == x.shape[1]:
+            raise ValueError(
+                "a side module normalises by the batch, which in training takes more than one "
+                "image where its maps are one pixel"
+            )
+        return self.bn2(self.conv2(self.act(self.bn1(x))))
+
+
+def divisible(channels: float) -> int:
+    """The nearest multiple of 8, no more than a tenth below, as the published networks round."""
+    nearest = max(DIVISOR, int(channels + DIVISOR / 2) // DIVISOR * DIVISOR)
+    return nearest if nearest >= 0.9 * channels else nearest + DIVISOR
 
 
 def added(x: Tensor, side: Tensor) -> Tensor:
@@ -156,18 +189,33 @@ class SideModules(nn.ModuleList):
 
     def connect(self, model: nn.Module) -> None:
         """Place the hooks."""
+        model.register_forward_pre_hook(Forget(self))
         for index, site in enumerate(self.sites):
             target = model.get_submodule(site.target)
-            if site.entry == site.target:
-                target.register_forward_hook(Beside(self, index))
-            else:
-                model.get_submodule(site.entry).register_forward_pre_hook(Before(self, index))
+            if site.early:
+                entry = model.get_submodule(site.entry)
+                entry.register_forward_pre_hook(Before(self, index), with_kwargs=True)
                 target.register_forward_hook(Behind(self, index))
+            else:
+                target.register_forward_hook(Beside(self, index), with_kwargs=True)
+
+
+# Hooks are objects, since copies of a model copy its hooks.
+
+
+@dataclasses.dataclass
+class Forget:
+    """Drop what a forward that did not end has left."""
+
+    modules: SideModules
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        self.modules.state.now.maps.clear()
 
 
 @dataclasses.dataclass
 class Hook:
-    """A hook of the side module of that index. (An object, since copies of a model copy hooks.)"""
+    """A hook of the side module of that index."""
 
     modules: SideModules
     index: int
@@ -176,15 +224,18 @@ class Hook:
 class Beside(Hook):
     """Add to a block's output what the module makes of the block's input."""
 
-    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return added(output, self.modules[self.index](args[0]))
+    def __call__(
+        self, block: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        return added(output, self.modules[self.index](argument(args, kwargs)))
 
 
 class Before(Hook):
     """Run the module on what another one is given, in front of the block."""
 
-    def __call__(self, entry: nn.Module, args: tuple) -> None:
-        self.modules.state.now.maps[self.index] = self.modules[self.index](args[0])
+    def __call__(self, entry: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        made = self.modules[self.index](argument(args, kwargs))
+        self.modules.state.now.maps[self.index] = made
 
 
 class Behind(Hook):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..nn.weights import compressed
 from .backbone import classifier, linear_of
 from .config import Config
-from .freezing import FrozenBackbone
 from .record import applied
 
 _HERE = __name__.rpartition(".")[0]
@@ -142,19 +141,16 @@ def replace_classifier(model: nn.Module, name: str, head: nn.Module, classes: in
 
 def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What has to be kept of a trained model, by name: the parameters that train; all that a method
-    made, frozen since or not; persistent buffers (running statistics, the index of selected
-    features), of a network that a method keeps in evaluation mode those beside the former alone.
-    Weights in 8 bits are frozen, and no buffers, but for those of what a method made."""
+    made, frozen since or not; persistent buffers (running statistics, which a norm that somebody
+    put into training mode has changed; the index of selected features). Weights in 8 bits are
+    frozen, and no buffers, but for those of what a method made."""
     made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_HERE)]
     if any(isinstance(config, TransferConfig) for config in applied(model)):
         made.append(classifier(model)[0])
     inside = tuple(f"{name}." for name in made)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    beside = {name.rpartition(".")[0] for name in parameters}
-    everywhere = not isinstance(model, FrozenBackbone)
     coded = compressed(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         own = name in parameters or name.startswith(inside)
-        buffer = not isinstance(tensor, nn.Parameter) and name not in coded
-        if own or (buffer and (everywhere or name.rpartition(".")[0] in beside)):
+        if own or not (isinstance(tensor, nn.Parameter) or name in coded):
             yield name, tensor.detach()

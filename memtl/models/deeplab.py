@@ -63,6 +63,8 @@ class Segmenter(nn.Module):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(atrous_rates, (tuple, list)):
+            raise TypeError(f"atrous_rates must be a list of ints, got {atrous_rates!r}")
         if not atrous_rates or min(atrous_rates) < 1:
             raise ValueError(f"atrous_rates must be at least 1 each, got {atrous_rates}")
         if not 0 <= dropout < 1:

@@ -24,7 +24,8 @@ class StandardizedConv2d(nn.Conv2d):
         x [B, C, H, W] or [C, H, W] -> [B, O, H', W'] or [O, H', W'].
 
     Raises:
-        ValueError: an output channel has one element, which has no deviation; ``eps`` is negative.
+        ValueError: an output channel has one element, which has no deviation; or ``eps`` is not
+            positive.
 
     Memory: of the standardisation none: backward makes the weight again from the parameter. The
     input is kept by reference, as torch does, if the weight trains; converted, in the format of the
@@ -39,8 +40,8 @@ class StandardizedConv2d(nn.Conv2d):
                 "StandardizedConv2d: each output channel needs two elements at least, got a weight "
                 f"{list(self.weight.shape)}"
             )
-        if not eps >= 0:
-            raise ValueError(f"StandardizedConv2d: eps must not be negative, got {eps}")
+        if not eps > 0:  # a constant channel would be 0 / 0
+            raise ValueError(f"StandardizedConv2d: eps must be positive, got {eps}")
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from typing import Any
 
@@ -19,7 +18,12 @@ def swapped_class(mixin: type, original: type) -> type:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # 3.10
         return _rebuild, _made_of(type(self)), state
 
+    def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+        # Who makes another layer of a layer's class (peft, of a convolution's) wants its own class.
+        return original(*args, **kwargs)
+
     namespace = {
+        "__new__": new,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__reduce_ex__": reduce,
@@ -37,7 +41,7 @@ def _made_of(cls: Any) -> tuple[type, ...]:
 
 
 def _rebuild(original: type, *mixins: type) -> nn.Module:
-    return copyreg.__newobj__(_in_front(original, *mixins))  # type: ignore[attr-defined]
+    return object.__new__(_in_front(original, *mixins))
 
 
 def _in_front(original: type, *mixins: type) -> type:

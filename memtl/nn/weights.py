@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,11 +122,12 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
     scale is its channel's largest magnitude / 127, rounded up to 17 bits; no value moves by more
     than half of it, before it is rounded to the weight's own dtype.
 
-    ``layer.weight`` then decodes them, and is no parameter. ``state_dict()`` has the decoded values
-    under the same key; ``load_state_dict()`` encodes what it is given, as does ``layer.weight =``.
-    A weight that several such layers share stays shared (until ``.to()`` another device); one that
-    something else holds too, an embedding, is left alone, as are weights that are computed
-    (parametrisations). Conversion before or after makes no difference. There is no second
+    ``layer.weight`` then decodes them, and is no parameter: what is written into the tensor that it
+    gives is lost (when LoRA is merged, say: :func:`expand_weights` first). ``state_dict()`` has the
+    decoded values under the same key; ``load_state_dict()`` encodes what it is given, as does
+    ``layer.weight =``. A weight that several such layers share stays shared (until ``.to()`` moves
+    it); one that something else holds too, an embedding, is left alone, as are weights that are
+    computed (parametrisations). Conversion before or after makes no difference. There is no second
     derivative through such a layer.
 
     Args:
@@ -169,6 +170,30 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
             layer.register_buffer("weight_scale", scale, persistent=False)
             swap_innermost(layer, CompressedWeight, memtl_weight_dtype=dtype)
     return len(made)
+
+
+def check_weights(model: nn.Module, apart: Container[nn.Module] = ()) -> None:
+    """Raise unless :func:`compress_weights` can do its work once all but the modules ``apart`` are
+    frozen.
+
+    Raises:
+        ValueError: there is no weight to compress, or one, which is named, holds a value that is
+            not finite.
+    """
+    found = False
+    for name, module in model.named_modules():
+        if not isinstance(module, KINDS) or module in apart:
+            continue
+        weight = module.weight
+        if is_lazy(weight) or not weight.is_floating_point() or not weight.numel():
+            continue
+        found = True
+        try:
+            encoded(weight)
+        except ValueError as error:
+            raise ValueError(f"{plain_name(name) or type(model).__name__}.weight {error}") from None
+    if not found:
+        raise ValueError(f"nothing to compress in {type(model).__name__}")
 
 
 def _compressible(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:

@@ -54,6 +54,7 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError: the labels are no whole numbers.
         ValueError: the shapes do not fit, or a label is outside its range.
+        FloatingPointError: a logit is NaN.
     """
     if labels.is_floating_point():
         raise TypeError(f"labels must be int64, got {labels.dtype}")
@@ -67,6 +68,8 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels must be in 0 .. {classes - 1}, for there are {classes} logits, but they are "
             f"in {labels.min()} .. {labels.max()}"
         )
+    if logits.isnan().any():  # argmax would call them a class
+        raise FloatingPointError("the logits hold NaN: they tell no class")
     predicted = logits.argmax(1)
     found = (labels[predicted == labels], labels, predicted)
     return torch.stack([classes_.flatten().bincount(minlength=classes) for classes_ in found])

@@ -215,3 +215,16 @@ def test_a_classifier_that_peft_wrapped_is_refused():
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="leave it to the method: no modules_to_save"):
         memtl.apply(wrapped, BitFitConfig())
+
+
+def test_adapters_of_peft_are_not_frozen_in_silence():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        transformers_and_vits.build(), peft.LoraConfig(r=2, target_modules=["qkv"])
+    )
+    before = trained(wrapped)
+    with pytest.raises(ValueError, match="peft trains .*, which this method would freeze"):
+        memtl.apply(wrapped, BitFitConfig())
+    assert trained(wrapped) == before
+    memtl.apply(wrapped, FrozenConfig())
+    assert trained(wrapped) == before

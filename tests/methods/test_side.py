@@ -244,8 +244,10 @@ def test_a_network_without_stages_is_refused_and_left_alone(config):
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got NoneType"):
         memtl.apply(None, config())
     model = applied(config)
-    with pytest.raises(ValueError, match="a method that trains a part of this"):
+    with pytest.raises(ValueError, match=f"has a {config.name} already"):
         memtl.apply(model, config(image_size=SIZE))
+    with pytest.raises(ValueError, match="a method that trains a part of this"):
+        memtl.apply(model, memtl.BitFitConfig())
 
 
 @both
@@ -383,3 +385,143 @@ def test_a_side_module_alone():
     module = SideModule(RepNetConfig(groups=2), site)
     assert module.conv1.groups == 1  # 5 channels cannot be halved
     assert module(torch.randn(2, 5, 6, 6)).shape == (2, 3, 3, 3)
+
+
+class Overwriting(nn.Module):
+    """A block that begins with an activation in place."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.conv = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return self.conv(self.act(x))
+
+
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.stages = nn.Sequential(nn.Sequential(*(Overwriting(8) for _ in range(2))))
+        self.head = nn.Linear(8, CLASSES)
+        self.feature_info = [{"module": "stages.0", "num_chs": 8, "reduction": 4}]
+
+    def forward(self, x):
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+def test_a_module_reads_what_its_block_reads_though_the_block_changes_it():
+    model, x = PreActivation(), images().double()
+    memtl.apply(model, LiteResidualConfig(image_size=SIZE))
+    moved(model.lite_residual)
+    model.double().train()
+    y = model.stem(x)
+    for block, module in zip(model.stages[0], model.lite_residual, strict=True):
+        y = block.conv(y.clamp_min(0)) + module_formula(module, y, y.shape[2:])
+    assert_close(model(x), model.head(y.mean((2, 3))), 1e-10)
+
+
+@both
+@pytest.mark.parametrize("fields", [{"weight_bits": 8}, {"groups": 64}], ids=str)
+def test_what_fails_changes_nothing(config, fields):
+    model, x = build(), images()
+    expected = model(x).detach()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    weight = model.blocks[3][0].conv_pw.weight
+    if "weight_bits" in fields:
+        value = weight[0, 0].clone()
+        weight.data[0, 0] = float("nan")
+    elif config is RepNetConfig:
+        pytest.skip("its kernels are never of one element")
+    with pytest.raises(ValueError, match=r"blocks.3.0.conv_pw.weight|needs two elements"):
+        memtl.apply(model, config(image_size=32, num_classes=3, **fields))
+    if "weight_bits" in fields:
+        weight.data[0, 0] = value
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_same(model(x).detach(), expected)
+    memtl.apply(model, config(image_size=SIZE))  # and again, with success
+    assert_same(model(x).detach(), expected)
+
+
+def test_a_name_that_is_taken():
+    model = build()
+    model.rep_net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has a rep_net already"):
+        memtl.apply(model, RepNetConfig(image_size=SIZE))
+    assert isinstance(model.rep_net, nn.Linear)
+
+
+@both
+def test_grey_images(config):
+    model = build(in_chans=1)
+    memtl.apply(model, config(image_size=SIZE))
+    assert model(torch.randn(2, 1, SIZE, SIZE)).shape == (2, CLASSES)
+
+
+@both
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "resnet18", "convnext_atto"])
+def test_a_network_that_is_checkpointed_already(config, name):
+    plain, model = build(name), build(name)
+    model.load_state_dict(plain.state_dict())
+    model.set_grad_checkpointing()
+    for m in (plain, model):
+        memtl.apply(m, config(image_size=SIZE))
+    key = config.name
+    assert model.get_submodule(key).sites == plain.get_submodule(key).sites
+
+
+@both
+def test_smaller_and_narrower_images_than_it_was_made_for(config):
+    model = applied(config, image_size=224).eval()
+    for height, width in ((32, 32), (64, 48), (40, 97)):
+        assert model(torch.randn(2, 3, height, width)).shape == (2, CLASSES)
+
+
+@both
+def test_one_small_image_in_training(config):
+    model = applied(config).train()
+    with pytest.raises(ValueError, match="takes more than one image"):
+        model(images(1, 32))
+    model.eval()(images(1, 32))
+
+
+def test_a_forward_that_did_not_end_leaves_nothing():
+    model, x = applied(RepNetConfig), images()
+    expected = model.eval()(x).detach()
+    handle = model.blocks[1][0].register_forward_pre_hook(lambda m, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    handle.remove()
+    assert model.rep_net.state.now.maps
+    assert_same(model(x).detach(), expected)
+    assert not model.rep_net.state.now.maps
+
+
+def test_channels_are_rounded_as_published():
+    from memtl.methods.side import divisible
+
+    assert [divisible(c) for c in (3, 8, 20, 24, 36, 52, 96)] == [8, 8, 24, 24, 40, 56, 96]
+
+
+@both
+def test_statistics_of_a_norm_that_was_put_into_training_are_saved(config, tmp_path):
+    model, x = applied(config), images(4)
+    base = build()
+    base.load_state_dict({n: t for n, t in model.state_dict().items() if config.name not in n})
+    model.train()
+    model.bn1.train()
+    before = model.bn1.running_mean.clone()
+    model(x)
+    assert not torch.equal(model.bn1.running_mean, before)
+    memtl.save(model, tmp_path)
+    memtl.load(base, tmp_path)
+    assert_same(base.eval()(x).detach(), model.eval()(x).detach())
+
+
+@both
+def test_a_compiled_model_is_refused(config):
+    model = torch.compile(build())
+    with pytest.raises(ValueError, match="apply the method first, torch.compile"):
+        memtl.apply(model, config(image_size=SIZE))

@@ -18,9 +18,10 @@ def firsts(stages):
 def staged():
     """Two stages, of one block each."""
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    other = nn.Sequential(nn.Conv2d(8, 16, 2, 2))
     model = nn.Sequential()
     model.stem = nn.Conv2d(3, 8, 4, 4)
-    model.stages = nn.Sequential(nn.Sequential(block), nn.Sequential(nn.Conv2d(8, 16, 2, 2)))
+    model.stages = nn.Sequential(nn.Sequential(block), nn.Sequential(other))
     model.feature_info = [
         {"module": f"stages.{i}", "num_chs": 8 << i, "reduction": 4 << i} for i in range(2)
     ]
@@ -84,6 +85,9 @@ def test_looking_changes_nothing():
             "swin_tiny_patch4_window7_224",
             r"passes on \[56, 56, 96\], not 96 channels first",
         ),
+        ("xception41", "has no stages: its features, .*, are no neighbours"),
+        ("selecsls42", "has no stages"),
+        ("hrnet_w18_small", "has no stages: .* are no neighbours|it has no module"),
         ("vgg11", "has no stages: features.4.* is .* and no list of blocks"),
     ],
 )

@@ -427,7 +427,9 @@ def test_decoded_weights_are_not_saved(tmp_path, train_bias):
     assert memtl.methods.transfer.Trained.of(model).total == total(model)
     owned = dict(memtl.methods.transfer.owned(model))
     bias = ["conv_head.bias"] if train_bias else []
-    assert sorted(owned) == ["classifier.bias", "classifier.weight", *bias]
+    buffers = {n for n, _ in model.named_buffers() if n in model.state_dict()}
+    assert sorted(owned.keys() - buffers) == ["classifier.bias", "classifier.weight", *bias]
+    assert all("weight" not in name for name in buffers)
     memtl.save(model, tmp_path)
     fresh = network()
     method(fresh)
@@ -532,3 +534,19 @@ def test_a_standardised_convolution_refuses_what_has_no_deviation():
         with pytest.raises(ValueError, match="eps"):
             standardised(eps=eps)
     assert "eps=1e-05" in repr(standardised())
+
+
+@pytest.mark.parametrize("first", ["compressed", "converted", "both"])
+def test_lora_of_a_convolution_goes_on_top(first):
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).requires_grad_(False)
+    if first != "converted":
+        compress_weights(model)
+    if first != "compressed":
+        convert(model, memtl.FrozenConfig().formats())
+    expected = model(x := torch.randn(2, 3, 8, 8))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)
+    assert type(model[0].lora_A["default"]) is nn.Conv2d  # a layer of torch's own
+    assert_same(model(x).detach(), expected)
+    model(x).sum().backward()
+    assert model[0].lora_B["default"].weight.grad is not None

@@ -99,3 +99,8 @@ def test_an_unknown_metric_fails_before_training():
         with pytest.raises(ValueError, match="metric must be one of accuracy, mean_iou, got 'iou'"):
             call()
     assert model.scale == 1
+
+
+def test_logits_that_are_no_numbers():
+    with pytest.raises(FloatingPointError, match="the logits hold NaN"):
+        metrics.count(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
