@@ -10,7 +10,8 @@ the operator's.
 
 Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
 checkpointing, and with Back Razor (fast, keep 0.1); then VQT beside a forward pass of the frozen
-network; steps taking turns. Saved bytes are exact; the peak is the most that a step needs beyond
+network; LoRA on it, with its frozen layers as PyTorch has them and as memtl does; parts of a frozen
+mobilenetv2_100, Rep-Net's among them; steps taking turns. Saved bytes are exact; the peak is the most that a step needs beyond
 what is allocated between steps: weights and the optimizer's state.
 """
 
@@ -35,6 +36,8 @@ from benchmarks.training.steps import SEED, format_rows, measure  # noqa: E402
 from benchmarks.training.workloads import (  # noqa: E402
     CHECKPOINTING,
     FROZEN_MODES,
+    LORA_MODES,
+    SIDE_MODES,
     STOCK,
     Mode,
     Workload,
@@ -48,14 +51,15 @@ class Scale:
     """How much is measured: everything, or just enough to run every line."""
 
     model: str
+    convolutional: str
     batch: int
     seconds: float  # for one case, and for the training steps of one mode
     copy_bytes: int
     rotate_bytes: int
 
 
-FULL = Scale("vit_base_patch16_224", 64, 1.5, 2**30, 2**28)
-QUICK = Scale("vit_tiny_patch16_224", 1, 0.0, 2**22, 2**22)
+FULL = Scale("vit_base_patch16_224", "mobilenetv2_100", 64, 1.5, 2**30, 2**28)
+QUICK = Scale("vit_tiny_patch16_224", "mobilenetv2_035", 2, 0.0, 2**22, 2**22)
 
 
 def kernel_rows(
@@ -94,8 +98,14 @@ def main() -> int:
         print(harness.format_row(row), flush=True)
         record["rows"].append(row)
     workload = Workload(scale.model, scale.batch)
+    small = Workload(scale.convolutional, scale.batch)
     record["training"] = []
-    pairs = [(workload, MODES), (workload, FROZEN_MODES)]
+    pairs = [
+        (workload, MODES),
+        (workload, FROZEN_MODES),
+        (workload, LORA_MODES),
+        (small, SIDE_MODES),
+    ]
     for rows in measure(pairs, device, timer, 3 * scale.seconds, autocast=torch.bfloat16):
         print(f"\n{format_rows(rows, 'autocast bfloat16')}")
         record["training"] += rows
