@@ -11,8 +11,8 @@ the operator's.
 Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
 checkpointing, and with Back Razor (fast, keep 0.1); then VQT beside a forward pass of the frozen
 network; LoRA on it, with its frozen layers as PyTorch has them and as memtl does; parts of a frozen
-mobilenetv2_100, Rep-Net's among them; steps taking turns. Saved bytes are exact; the peak is the most that a step needs beyond
-what is allocated between steps: weights and the optimizer's state.
+mobilenetv2_100, Rep-Net's among them; steps taking turns. Saved bytes are exact; the peak is the
+most that a step needs beyond what is allocated between steps: weights and the optimizer's state.
 """
 
 import argparse
