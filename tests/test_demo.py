@@ -28,6 +28,7 @@ NAMES = {
     ("cnn", "digits"): [*PARTS, *WHOLE],
     ("cnn", "segmentation"): [PARTS[0], PARTS[2], *PARTS[4:], *WHOLE],
 }
+BATCH = {"digits": 8, "segmentation": 2}
 every = pytest.mark.parametrize("key", KEYS, ids="-".join)
 
 
@@ -43,7 +44,8 @@ def small(task, train=64, rest=20):
 
 @pytest.fixture(scope="module")
 def tasks():
-    return {key: small(EXPERIMENTS[key].load_task()) for key in KEYS}
+    sizes = {"digits": (64, 20), "segmentation": (8, 4)}
+    return {key: small(EXPERIMENTS[key].load_task(), *sizes[key[1]]) for key in KEYS}
 
 
 def built(key, name, seed=0):
@@ -59,7 +61,8 @@ def run(request, tmp_path_factory, tasks):
     folder, key = tmp_path_factory.mktemp("demo"), request.param
     arguments = ["--model", key[0], "--task", key[1], "--quick", "--steps", "1", "--seeds", "2"]
     arguments += ["--json", str(folder / "demo.json"), "--html", str(folder / "demo.html")]
-    tiny = dataclasses.replace(EXPERIMENTS[key], load_task=lambda: tasks[key], batch_size=8)
+    batch = BATCH[key[1]]
+    tiny = dataclasses.replace(EXPERIMENTS[key], load_task=lambda: tasks[key], batch_size=batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMTL_PROGRESS", "0")
         patch.setitem(EXPERIMENTS, key, tiny)
@@ -75,7 +78,7 @@ def test_json_has_every_figure_and_where_it_is_from(run):
     assert record["model"]["name"] == EXPERIMENTS[key].asset
     assert record["model"]["sha256"] == assets.metadata(record["model"]["name"])["sha256"]
     assert record["task"]["metric"] == {"digits": "accuracy", "segmentation": "mean_iou"}[key[1]]
-    assert record["settings"]["steps"] == 1 and record["settings"]["batch_size"] == 8
+    assert record["settings"]["steps"] == 1 and record["settings"]["batch_size"] == BATCH[key[1]]
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert record["environment"]["backends"]["topk_pack"] == backends.owner("topk_pack", "cpu")
     assert {"device", "platform", "versions", "commit"} <= set(record["environment"])
@@ -86,7 +89,7 @@ def test_json_has_every_figure_and_where_it_is_from(run):
         assert method["test_score_std"] >= 0
         assert [len(losses) for losses in method["losses"]] == [1, 1]
         assert method["seconds_per_step"] > 0 and method["learning_rate"] > 0
-        assert method["saved_bytes_per_sample"] * 8 == method["saved_bytes"]
+        assert method["saved_bytes_per_sample"] * BATCH[key[1]] == method["saved_bytes"]
         whole = method["name"] in WHOLE
         assert (method["trainable"] == record["model"]["parameters"]) == whole
     full = next(m for m in record["methods"] if m["name"] == FULL)
@@ -101,7 +104,7 @@ def test_what_is_kept(run):
     assert checkpointed < full / 8
     assert smallest < tenth and once < full / 7
     if "Rep-Net" in saved:
-        assert saved["last layer only"] < saved["Rep-Net"] < saved["Rep-Net + biases"] < full / 6
+        assert saved["last layer only"] < saved["Rep-Net"] < saved["Rep-Net + biases"] < full / 5
     if "norms + last layer" in saved:
         assert saved["biases + last layer"] < saved["norms + last layer"] / 10 < full / 15
 
