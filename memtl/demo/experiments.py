@@ -67,7 +67,8 @@ evaluation. Checkpointing runs each block's forward twice a step, so its running
 evaluation uses, follow the batches faster.
 """
 
-# Chosen by `memtl demo --tune` with the same --model and --task.
+# Chosen by `memtl demo --tune --seeds 2` with the same --model and --task (vit: --seeds 3); of
+# scores that are equal to a tenth of a point, the smaller rate.
 EXPERIMENTS: dict[tuple[str, str], Experiment] = {
     ("vit", "digits"): Experiment(
         asset="vit_glyphs",
@@ -91,8 +92,8 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
             "norms": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
             "biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
             "lite residual": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
-            "Rep-Net": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
-            "Rep-Net + biases": Rate(1e-2, (3e-3, 1e-2, 3e-2)),
+            "Rep-Net": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
+            "Rep-Net + biases": Rate(3e-3, (3e-3, 1e-2, 3e-2)),
             "full": Rate(2e-3, (2e-3, 4e-3, 8e-3)),
         },
         notes=BATCH_NORMS,
@@ -105,9 +106,9 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         load_model=lambda classes: assets.load_segmenter("cnn_glyphs", classes),
         rates={
             "last": Rate(8e-3, (4e-3, 8e-3, 1.6e-2)),
-            "biases": Rate(8e-3, (4e-3, 8e-3, 1.6e-2)),
-            "Rep-Net": Rate(8e-3, (4e-3, 8e-3, 1.6e-2)),
-            "Rep-Net + biases": Rate(8e-3, (4e-3, 8e-3, 1.6e-2)),
+            "biases": Rate(3.2e-2, (8e-3, 1.6e-2, 3.2e-2)),
+            "Rep-Net": Rate(3.2e-2, (1.6e-2, 3.2e-2, 6.4e-2)),
+            "Rep-Net + biases": Rate(3.2e-2, (1.6e-2, 3.2e-2, 6.4e-2)),
             "full": Rate(8e-3, (4e-3, 8e-3, 1.6e-2)),
         },
         batch_size=8,
