@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ..nn import Report, convert
-from ..storage import Format, format_from_dict
+from ..storage import Format, Quantized, format_from_dict
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,3 +118,15 @@ class ConversionConfig(Config):
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
         )
+
+
+def check_bits(config: Config, *names: str) -> None:
+    """Raise unless each of those fields is None or bits in which values can be kept."""
+    for name in names:
+        bits = getattr(config, name)
+        if bits is None:
+            continue
+        try:
+            Quantized(bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from ..nn import ROLES
 from ..storage import Dense, Format, Quantized
-from .config import ConversionConfig
+from .config import ConversionConfig, check_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,7 @@ class FrozenConfig(ConversionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for role in ROLES:
-            if (bits := getattr(self, role)) is None:
-                continue
-            try:
-                Quantized(bits)
-            except ValueError as error:
-                raise ValueError(f"{role}: {error}") from None
+        check_bits(self, *ROLES)
 
     def formats(self) -> dict[str, Format | None]:
         """Role -> format."""

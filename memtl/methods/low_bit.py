@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..nn import ROLES
 from ..storage import Format, Quantized
-from .config import ConversionConfig
+from .config import ConversionConfig, check_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +47,9 @@ class LowBitConfig(ConversionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bits", *ROLES):
-            bits = getattr(self, name)
-            if bits is None and name != "bits":
-                continue
-            try:
-                Quantized(bits)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        if self.bits is None:
+            raise TypeError("bits must be an int, got None")
+        check_bits(self, "bits", *ROLES)
 
     def formats(self) -> dict[str, Format | None]:
         """Role -> format."""
