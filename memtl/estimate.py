@@ -22,9 +22,9 @@ from .methods import (
     RepNetConfig,
     apply,
 )
-from .methods.backbone import linear_classifier
-from .methods.stages import NoStages
-from .methods.transfer import TransferConfig
+from .methods.base.backbone import linear_classifier
+from .methods.base.stages import NoStages
+from .methods.base.transfer import TransferConfig
 from .report import Table
 
 MB = 1e6

@@ -1,21 +1,21 @@
 """Transfer methods, one file or folder each: a configuration that knows how to apply itself."""
 
 from .adaptformer import AdaptFormerConfig
-from .applied import apply, unconvert
 from .back_razor import BackRazorConfig
+from .base.applied import apply, unconvert
+from .base.config import Config
+from .base.record import applied
+from .base.saving import load, save
+from .base.transfer import Trained
 from .bitfit import BitFitConfig
-from .config import Config
 from .frozen import FrozenConfig
 from .head2toe import Head2ToeConfig
 from .linear_probe import LinearProbeConfig
 from .lite_residual import LiteResidualConfig
 from .low_bit import LowBitConfig
 from .norm_tuning import NormTuningConfig
-from .record import applied
 from .rep_net import RepNetConfig
-from .saving import load, save
 from .selection import Selection, select_features
-from .transfer import Trained
 from .vpt import VPTConfig
 from .vqt import VQTConfig
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.swap import swap
-from .backbone import Backbone
-from .freezing import evaluate_all_but, freeze
-from .reading import PerThread, tokens, with_tokens
-from .transfer import Trained, TransferConfig, check_count, check_probability, replace
+from .base.backbone import Backbone
+from .base.freezing import evaluate_all_but, freeze
+from .base.reading import PerThread, tokens, with_tokens
+from .base.transfer import Trained, TransferConfig, check_count, check_probability, replace
 
 MLPS = ("mlp", "intermediate", "ffn")
 """Names of a block's MLP, or of the first half of it."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ..nn import ROLES
 from ..storage import Dense, Format, Quantized, TopK
 from ..storage.format import check_fraction
-from .config import ConversionConfig
+from .base.config import ConversionConfig
 
 
 @dataclasses.dataclass(frozen=True)

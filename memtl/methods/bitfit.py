@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from .partial import PartialConfig, is_bias, parameters_outside
-from .transfer import Trained
+from .base.partial import PartialConfig, is_bias, parameters_outside
+from .base.transfer import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class BitFitConfig(PartialConfig):
     through the network.
 
     Args:
-        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
     """
 
     method: ClassVar[str] = "bitfit"

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from ..nn import ROLES
 from ..storage import Dense, Format, Quantized
-from .config import ConversionConfig, check_bits
+from .base.config import ConversionConfig, check_bits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .freezing import freeze
-from .head import ChunkedHead
-from .reading import Reader, attach, tokens
-from .transfer import Trained, TransferConfig, check_count, check_flag, replace_classifier
+from .base.backbone import Backbone
+from .base.freezing import freeze
+from .base.head import ChunkedHead
+from .base.reading import Reader, attach, tokens
+from .base.transfer import Trained, TransferConfig, check_count, check_flag, replace_classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

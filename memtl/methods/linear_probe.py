@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .partial import PartialConfig
-from .transfer import Trained
+from .base.partial import PartialConfig
+from .base.transfer import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class LinearProbeConfig(PartialConfig):
     layers keeps.
 
     Args:
-        num_classes, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
         convert: as there; a linear classifier has no use for it.
     """
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from .side import SideConfig, Site
-from .stages import Stages
-from .transfer import check_count
+from .base.side import SideConfig, Site
+from .base.stages import Stages
+from .base.transfer import check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class LiteResidualConfig(SideConfig):
     pre-train it so, modules included).
 
     Args:
-        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
         expand, groups, weight_standardization, bias, image_size: as in
-            :class:`memtl.methods.side.SideConfig`.
+            :class:`memtl.methods.base.side.SideConfig`.
         kernel: of the spatial convolution; smaller where the pooled map is.
     """
 

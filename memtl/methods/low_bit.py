@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from ..nn import ROLES
 from ..storage import Format, Quantized
-from .config import ConversionConfig, check_bits
+from .base.config import ConversionConfig, check_bits
 
 
 @dataclasses.dataclass(frozen=True)

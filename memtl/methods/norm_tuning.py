@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from .partial import PartialConfig, parameters_outside
-from .transfer import Trained
+from .base.partial import PartialConfig, parameters_outside
+from .base.transfer import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class NormTuningConfig(PartialConfig):
     parameters, much memory. ``FrozenConfig(norm=8)``, applied before, keeps it in 8 bits.
 
     Args:
-        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
     """
 
     method: ClassVar[str] = "norm_tuning"

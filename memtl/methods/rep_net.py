@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from .side import SideConfig, Site
-from .stages import Stages
+from .base.side import SideConfig, Site
+from .base.stages import Stages
 
 SMALL = 7  # size of a map up to which the kernel is the smaller one
 
@@ -29,9 +29,9 @@ class RepNetConfig(SideConfig):
     behind the first module; of that nothing is kept but a bit for every ReLU.
 
     Args:
-        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
         expand, groups, weight_standardization, bias, image_size: as in
-            :class:`memtl.methods.side.SideConfig`.
+            :class:`memtl.methods.base.side.SideConfig`.
     """
 
     method: ClassVar[str] = "rep_net"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..tasks import Split
 from ..training import History, Settings, fit
-from .backbone import classifier, linear_of
-from .config import Config
-from .features import OnFeatures, collect
-from .head import ChunkedHead
-from .record import applied, record, unwrapped
+from .base.backbone import classifier, linear_of
+from .base.config import Config
+from .base.features import OnFeatures, collect
+from .base.head import ChunkedHead
+from .base.record import applied, record, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)

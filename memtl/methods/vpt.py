@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Backbone, uniform_like_patches
-from .freezing import evaluate_all_but, freeze
-from .reading import tokens, with_tokens
-from .transfer import (
+from .base.backbone import Backbone, uniform_like_patches
+from .base.freezing import evaluate_all_but, freeze
+from .base.reading import tokens, with_tokens
+from .base.transfer import (
     Trained,
     TransferConfig,
     check_count,

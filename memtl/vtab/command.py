@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import assets
 from ..methods import applied, save
-from ..methods.record import unwrapped
+from ..methods.base.record import unwrapped
 from ..report import check_device, environment, mean_std
 from ..tasks import VtabTask, load_digits_vtab, load_vtab
 from ..tasks.vtab import DATASETS, NORMALISATIONS, OTHER, datasets

@@ -19,8 +19,8 @@ from ..methods import (
     apply,
     select_features,
 )
-from ..methods.backbone import attention_blocks, classifier, linear_of
-from ..methods.features import OnFeatures, collect
+from ..methods.base.backbone import attention_blocks, classifier, linear_of
+from ..methods.base.features import OnFeatures, collect
 from ..methods.vqt import CachedBatch, FromCache
 from ..tasks import Split
 from ..training import Settings, seeded

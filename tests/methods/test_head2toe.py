@@ -7,8 +7,8 @@ import torch
 
 import memtl
 from memtl import Head2ToeConfig, VQTConfig
+from memtl.methods.base.transfer import owned
 from memtl.methods.head2toe import pooled
-from memtl.methods.transfer import owned
 from tests.helpers import assert_same
 from tests.methods.models import (
     CLASSES,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import memtl
 from memtl.methods import applied
-from memtl.methods.features import OnFeatures, collect
-from memtl.methods.head import ChunkedHead
+from memtl.methods.base.features import OnFeatures, collect
+from memtl.methods.base.head import ChunkedHead
 from memtl.tasks import Split
 from memtl.training import Settings, evaluate
 from tests.helpers import assert_same

@@ -11,7 +11,7 @@ from torch import nn
 
 import memtl
 from memtl import LiteResidualConfig, RepNetConfig, memory
-from memtl.methods.side import SideModule
+from memtl.methods.base.side import SideModule
 from memtl.nn.layers import Layer
 from tests.helpers import assert_same
 from tests.methods.convnets import CLASSES, NAMES, SIZE, build, images, moved
@@ -379,7 +379,7 @@ def test_images_by_keyword_and_accumulated_gradients():
 
 
 def test_a_side_module_alone():
-    from memtl.methods.side import Site
+    from memtl.methods.base.side import Site
 
     site = Site("a", "b", (5, 6, 6), (3, 6, 6), pool=2, kernel=3)
     module = SideModule(RepNetConfig(groups=2), site)
@@ -500,7 +500,7 @@ def test_a_forward_that_did_not_end_leaves_nothing():
 
 
 def test_channels_are_rounded_as_published():
-    from memtl.methods.side import divisible
+    from memtl.methods.base.side import divisible
 
     assert [divisible(c) for c in (3, 8, 20, 24, 36, 52, 96)] == [8, 8, 24, 24, 40, 56, 96]
 

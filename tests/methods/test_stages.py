@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memtl.methods.stages import Stages
+from memtl.methods.base.stages import Stages
 from tests.helpers import assert_same
 from tests.methods.convnets import build, images
 

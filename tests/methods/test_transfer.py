@@ -11,8 +11,8 @@ from torch import nn
 
 import memtl
 from memtl import AdaptFormerConfig, Head2ToeConfig, LinearProbeConfig, VPTConfig, VQTConfig
-from memtl.methods.config import config_from_dict
-from memtl.methods.transfer import owned
+from memtl.methods.base.config import config_from_dict
+from memtl.methods.base.transfer import owned
 from tests.helpers import assert_same
 from tests.methods.models import (
     CLASSES,

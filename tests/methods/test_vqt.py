@@ -12,7 +12,7 @@ from torch import nn
 
 import memtl
 from memtl import VQTConfig
-from memtl.methods.transfer import owned
+from memtl.methods.base.transfer import owned
 from tests.helpers import assert_same
 from tests.methods.models import (
     CLASSES,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ...files import sha256_of, write_aside
 from ...training import evaluating, track
-from ..backbone import classifier
-from ..reading import ReadBlock
+from ..base.backbone import classifier
+from ..base.reading import ReadBlock
 from .reader import Attended
 from .tuning import VQTHead
 

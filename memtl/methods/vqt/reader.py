@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...functional import query_attention
 from ...nn.calls import Tap
-from ..reading import PerThread, Reader, tokens
+from ..base.reading import PerThread, Reader, tokens
 
 JACOBIAN_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 

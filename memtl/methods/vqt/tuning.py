@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...functional.query_attention import KEEPS
-from ..backbone import Backbone, uniform_like_patches
-from ..freezing import freeze
-from ..head import ChunkedHead
-from ..reading import attach
-from ..transfer import (
+from ..base.backbone import Backbone, uniform_like_patches
+from ..base.freezing import freeze
+from ..base.head import ChunkedHead
+from ..base.reading import attach
+from ..base.transfer import (
     Trained,
     TransferConfig,
     check_count,

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..nn.weights import compressed
+from ...nn.weights import compressed
 from .backbone import classifier, linear_of
 from .config import Config
 from .record import applied
 
-_HERE = __name__.rpartition(".")[0]
+_METHODS = __name__.removesuffix(".base.transfer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     made, frozen since or not; persistent buffers (running statistics, which a norm that somebody
     put into training mode has changed; the index of selected features). Weights in 8 bits are
     frozen, and no buffers, but for those of what a method made."""
-    made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_HERE)]
+    made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_METHODS)]
     if any(isinstance(config, TransferConfig) for config in applied(model)):
         made.append(classifier(model)[0])
     inside = tuple(f"{name}." for name in made)

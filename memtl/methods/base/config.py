@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from ..nn import Report, convert
-from ..storage import Format, Quantized, format_from_dict
+from ...nn import Report, convert
+from ...storage import Format, Quantized, format_from_dict
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..training import evaluating
+from ...training import evaluating
 from .backbone import classifier, linear_of
 from .head import ChunkedHead
 from .record import unwrapped
 
 if TYPE_CHECKING:
-    from ..tasks import Images
+    from ...tasks import Images
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.standardized import StandardizedConv2d
+from ...nn.standardized import StandardizedConv2d
 from .partial import PartialConfig, is_bias, parameters_outside
 from .reading import PerThread
 from .stages import Block, Map, argument
@@ -30,7 +30,7 @@ class SideConfig(PartialConfig):
     module's maps are one pixel.
 
     Args:
-        num_classes, convert, weight_bits: as in :class:`memtl.methods.partial.PartialConfig`.
+        num_classes, convert, weight_bits: as in :class:`memtl.methods.base.partial.PartialConfig`.
         expand: channels in the middle of a module, as a multiple of those it reads, rounded to a
             multiple of 8.
         groups: of its spatial convolution (1 where what it reads cannot be divided so).
@@ -72,7 +72,7 @@ class SideConfig(PartialConfig):
 
         Raises:
             TypeError: ``model`` is no module.
-            ValueError: as :meth:`memtl.methods.stages.Stages.of` and :meth:`PartialConfig.freeze`.
+            ValueError: as :meth:`Stages.of` and :meth:`PartialConfig.freeze`.
         """
         check_module(model)
         if hasattr(model, self.name):

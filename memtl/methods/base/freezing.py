@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..nn.swap import swap
+from ...nn.swap import swap
 
 
 class FrozenBackbone:

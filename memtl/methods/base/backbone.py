@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.bytecode import calls_of
-from ..nn.swap import original_class
+from ...nn.bytecode import calls_of
+from ...nn.swap import original_class
 
 
 @dataclasses.dataclass(frozen=True)

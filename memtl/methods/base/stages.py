@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training import evaluating
+from ...training import evaluating
 from .transfer import check_module
 
 Map = tuple[int, int, int]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..nn import convert
-from ..nn.layers import Layer
-from ..nn.weights import check_weights, compress_weights
+from ...nn import convert
+from ...nn.layers import Layer
+from ...nn.weights import check_weights, compress_weights
+from ..frozen import FrozenConfig
 from .backbone import classifier, linear_classifier
 from .freezing import evaluate_all_but, freeze
-from .frozen import FrozenConfig
 from .transfer import Trained, TransferConfig, check_flag, check_module
 
 

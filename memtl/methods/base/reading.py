@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.swap import swap
+from ...nn.swap import swap
 from .freezing import evaluate_all_but
 
 State = TypeVar("State")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import nn as layers
+from ... import nn as layers
 from .config import Config, ConversionConfig
 from .record import applied, record
 from .transfer import TransferConfig

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import sha256_of, write_aside
-from ..nn.report import plain_name
-from ..nn.weights import compressed
+from ...files import sha256_of, write_aside
+from ...nn.report import plain_name
+from ...nn.weights import compressed
 from .applied import apply
 from .config import config_from_dict
 from .record import applied, unwrapped
@@ -28,7 +28,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     and the file of weights that it names.
 
     Weights are the parameters that require a gradient, all that the methods made, and buffers (see
-    :func:`memtl.methods.transfer.owned`), by their names in the model, without the prefixes of
+    :func:`memtl.methods.base.transfer.owned`), by their names in the model, without the prefixes of
     torch.compile and of parallel wrappers. A save that is interrupted leaves the save that was
     there before; what another save of memtl left in ``directory`` is deleted.
 
