@@ -153,6 +153,25 @@ def test_compiled_as_one_graph(case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d], ids=lambda n: n.__name__)
+def test_compiled_for_several_sizes(norm, train):
+    torch._dynamo.reset()
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, affine=True), nn.ReLU()).train(train)
+    ours = copy.deepcopy(stock)
+    convert(ours, dict.fromkeys(ROLES, EXACT))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        grads = []
+        for model in (stock, compiled):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------- bytes
 
 B, N, C = 3, 7, 20
@@ -313,6 +332,35 @@ def test_a_coarser_state_stands_for_no_exact_tensor():
     x = torch.randn(TOKENS, requires_grad=True)
     for format in (memtl.storage.Quantized(8, rebuild=True), Dense("fp32", rebuild=True)):
         assert share.shared(M.layer_norm(x, (C,), format=format), EXACT) is None
+
+
+@pytest.mark.parametrize("trained", ["norm", "linear", "both"])
+def test_a_forward_in_training_before_the_backward_of_one_in_evaluation(trained):
+    """It changes running statistics, of which autograd sees no change: as stock's goes on with the
+    new ones, and keeps the old output, so does memtl's."""
+    stock = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 4)).eval()
+    stock[0].requires_grad_(trained != "linear")
+    stock[1].requires_grad_(trained != "norm")
+    ours = copy.deepcopy(stock)
+    convert(ours, dict.fromkeys(ROLES, EXACT))
+    grads = []
+    x, other = torch.randn(9, C), torch.randn(9, C) + 5
+    for model in (stock, ours):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        model.train()(other)
+        out.square().sum().backward()
+        grads.append([leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*grads, strict=True):
+        assert_same(a, b)
+
+
+def test_no_more_is_kept_than_the_output_of_a_small_batch_norm():
+    model = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 4)).eval()
+    x = torch.randn(1, C, requires_grad=True)
+    stock = saved_bytes(model, x)
+    convert(model, dict.fromkeys(ROLES, EXACT))
+    assert saved_bytes(model, x) <= stock
 
 
 @pytest.mark.parametrize("name", MADE)
