@@ -28,6 +28,7 @@ EXACT = Dense(rebuild=True)
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # torch folds the broadcast operand into a product of another shape.
 ANOTHER_ORDER = (CASES["matmul-broadcast"],)
+LAID_OTHERWISE = ("scaled_dot_product_attention", "einsum")  # of operands that are not contiguous
 NO_16_BITS = ("avg_pool3d",)  # torch has none
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -41,8 +42,10 @@ def step(fn, tensors, needs=None, autocast=False):
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = fn(*inputs)
-    out.backward(grad_like(out))
-    return out.detach(), [t.grad for t in inputs]
+    needing = [t for t in inputs if t.requires_grad]
+    # Not backward(), which lays the gradient of a leaf out like the leaf.
+    grads = iter(torch.autograd.grad(out, needing, grad_like(out)))
+    return out.detach(), [next(grads) if t.requires_grad else None for t in inputs]
 
 
 def check(case, tensors, needs=None, autocast=False):
@@ -57,6 +60,7 @@ def check(case, tensors, needs=None, autocast=False):
                 assert a is None
             else:
                 assert_same(a, b)
+                assert a.stride() == b.stride() or case.function in LAID_OTHERWISE
 
 
 @EVERY
@@ -101,6 +105,88 @@ def test_gradients_are_stock_bit_for_bit_in_every_layout(case, layout):
         pytest.skip("Conv1D takes views of contiguous tensors")
     tensors = case.tensors()
     check(case, [layout(tensors[0]), *tensors[1:]])
+
+
+LAID = {
+    "contiguous": lambda t: t,
+    "channels last": _last,
+    "transposed": _transposed,
+    "part": lambda t: torch.cat((t, t), 1).to(memory_format=torch.channels_last)[:, : t.shape[1]],
+    "odd": lambda t: t.contiguous().as_strided(
+        t.shape, [3 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    ),
+    "expanded": lambda t: t[:1, :, :1, :1].expand(t.shape),
+    "one number": lambda t: t[0, 0, 0, 0].expand(t.shape),
+}
+OF_LAYOUT = {
+    "relu": (),
+    "relu6": (),
+    "hardtanh": (-0.4, 0.7),
+    "hardsigmoid": (),
+    "leaky_relu": (0.2,),
+    "threshold": (0.1, 5.0),
+    "dropout": (0.3,),
+    "avg_pool2d": (2,),
+    "adaptive_avg_pool2d": ((3, 2),),
+    "adaptive_max_pool2d": ((3, 2),),
+    "max_pool2d": (2,),
+    "reflect": ((1, 2, 0, 1), "reflect"),
+    "replicate": ((1, 2, 0, 1), "replicate"),
+    "prelu": (torch.full((1,), 0.3),),
+}
+
+
+@pytest.mark.parametrize("of_grad", LAID)
+@pytest.mark.parametrize("of_x", ["contiguous", "channels last", "transposed", "part"])
+@pytest.mark.parametrize("size", [(2, 6, 8, 10), (2, 6, 1, 1), (1, 6, 8, 10), (3, 1, 8, 10)])
+@pytest.mark.parametrize("name", OF_LAYOUT)
+def test_gradients_lie_in_memory_as_stock_lays_them(name, size, of_x, of_grad):
+    """A sum further down takes them in that order. Where a size is 1 a stride may be any."""
+    if 1 in size[2:] and ("pool" in name or name in ("reflect", "replicate")):
+        pytest.skip("too small")
+    if 1 in size and (of_x == "part" or name == "prelu"):
+        pytest.skip("a stride that says nothing")
+    x = LAID[of_x](torch.randn(size))
+    results = []
+    for module in (F, M):
+        function = getattr(module, "pad" if name in ("reflect", "replicate") else name)
+        leaf = x.detach().as_strided(x.shape, x.stride()).requires_grad_()
+        torch.manual_seed(0)
+        y = function(leaf, *OF_LAYOUT[name])
+        given = LAID[of_grad](torch.ones(y.shape).cumsum(0).cumsum(1).cumsum(3))
+        results.append((y, *torch.autograd.grad(y, leaf, given)))
+    for ours, stock in zip(*reversed(results), strict=True):
+        assert_same(ours, stock)
+        assert ours.stride() == stock.stride()
+
+
+@pytest.mark.parametrize("of_x", ["channels last", "transposed"])
+@pytest.mark.parametrize("name", ["relu", "hardtanh", "hardsigmoid", "leaky_relu", "dropout"])
+def test_gradients_in_place_lie_in_memory_as_stock_lays_them(name, of_x):
+    x = LAID[of_x](torch.randn(2, 6, 8, 10))
+    grads = []
+    for module in (F, M):
+        leaf = x.detach().as_strided(x.shape, x.stride()).requires_grad_()
+        torch.manual_seed(0)
+        y = getattr(module, name)(leaf * 1, inplace=True)
+        grads += torch.autograd.grad(y, leaf, LAID[of_x](torch.randn(x.shape)))
+    assert_same(*grads)
+    assert grads[0].stride() == grads[1].stride()
+
+
+@pytest.mark.parametrize("of_x", LAID)
+def test_dropout_lets_what_is_not_finite_through(of_x):
+    """As a loss scaler relies on."""
+    x = LAID[of_x](torch.randn(2, 6, 8, 10))
+    grads = []
+    for module in (F, M):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        given = torch.full(x.shape, math.inf)
+        given[:, :3] = math.nan
+        module.dropout(leaf, 0.5).backward(given)
+        grads.append(leaf.grad)
+    assert_same(*grads)
 
 
 @EVERY

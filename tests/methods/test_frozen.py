@@ -130,6 +130,19 @@ def test_gradients_of_a_network_are_stock_bit_for_bit(name, train):
     assert_same_step(again, stock)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "ghostnet_050"])
+def test_gradients_in_channels_last_are_stock_bit_for_bit(name, train):
+    model = named(name).train(train).requires_grad_(True)
+    model = model.to(memory_format=torch.channels_last)
+    x = batch(model).to(memory_format=torch.channels_last)
+    stock = measured(model, x)
+    memtl.apply(model, FrozenConfig())
+    ours = measured(model, x)
+    assert_same_step(ours, stock)
+    assert ours[0] < stock[0]
+
+
 def lora(name: str) -> nn.Module:
     """LoRA in every block, B not zero."""
     if name == "bert":
