@@ -185,6 +185,20 @@ def test_dropout_lets_what_is_not_finite_through(of_x):
     assert_same(*grads)
 
 
+@pytest.mark.parametrize("of_grad", [lambda t: t, _transposed])
+@pytest.mark.parametrize("layout", [_last, _every_second, _transposed, lambda t: t])
+@pytest.mark.parametrize("shape", [(4, 7, 9, 16), (4, 63, 16), (63, 16), (16,)])
+def test_the_gradient_of_a_bias_is_summed_in_the_order_of_stock(shape, layout, of_grad):
+    x, weight, bias = layout(torch.randn(shape)), torch.randn(12, 16), torch.randn(12)
+    given = of_grad(torch.randn(*shape[:-1], 12))
+    grads = []
+    for function in (F.linear, lambda *t: M.linear(*t, format=EXACT)):
+        tensors = leaves((x, weight, bias))
+        grads.append(torch.autograd.grad(function(*tensors), tensors, given))
+    for a, b in zip(*grads, strict=True):
+        assert_same(a, b)
+
+
 def _heads(t):
     return t.unflatten(-1, (2, -1)).transpose(1, 2)
 
