@@ -314,6 +314,23 @@ def test_compiled_for_several_sizes(norm, train):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", [EXACT, memtl.storage.Quantized(8, rebuild=True)], ids=str)
+@pytest.mark.parametrize("name", ["silu", "hardswish", "mish", "elu"])
+def test_in_place_under_torch_func(name, format):
+    """Nothing is shared there."""
+
+    def loss(module, x, **options):
+        y = module.gelu(x, **options)
+        y = getattr(module, name)(y, inplace=True, **options)
+        return (y * y).sum()
+
+    x = torch.randn(4, 6)
+    grad = torch.func.grad(lambda t: loss(M, t, format=format))(x)
+    expected = torch.func.grad(lambda t: loss(F, t))(x)
+    atol = 1e-6 if format is EXACT else 0.05
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=atol)
+
+
 # ---------------------------------------------------------------------------------------- bytes
 
 B, N, C = 3, 7, 20
