@@ -126,7 +126,7 @@ class Blank(NamedTuple):
         return cls(t.shape, t.stride(), t.dtype, t.device)
 
     def make(self) -> Tensor:
-        """A tensor of that layout; its memory is never written."""
+        """A tensor of that layout, uninitialised; torch's deterministic mode fills it."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 

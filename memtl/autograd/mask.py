@@ -58,8 +58,8 @@ def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, mask: torch.where(mask, x, torch.where(x < middle, lo, hi).to(x.dtype))
 
 
-# Comparisons are torch's own, negated where it negates them: NaN lets its gradient through or not
-# as there.
+# Comparisons are torch's own, negated where it negates them, and treat NaN as there; but for ReLU6
+# and Hardtanh, where NaN lets its gradient through, and torch's choice varies with the place.
 MASKS: dict[str, Callable[..., Mask]] = {
     "relu": lambda: Mask(
         lambda x, inplace=False: F.relu(x, inplace),

@@ -514,6 +514,17 @@ def test_a_forward_in_training_before_the_backward_of_one_in_evaluation(trained)
         assert_same(a, b)
 
 
+def test_a_step_between_forward_and_backward_raises_where_something_is_rebuilt():
+    norm, linear = nn.LayerNorm(C), nn.Linear(C, 4)
+    model = nn.Sequential(norm, linear)
+    convert(model, dict.fromkeys(ROLES, EXACT))
+    out = model(torch.randn(TOKENS, requires_grad=True))
+    with torch.no_grad():
+        norm.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_no_more_is_kept_than_the_output_of_a_small_batch_norm():
     model = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 4)).eval()
     x = torch.randn(1, C, requires_grad=True)
