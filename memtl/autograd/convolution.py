@@ -116,8 +116,8 @@ class ConvolutionFunction(Function):
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
             w = weight.unpack().to(grad_out.dtype)
-            mask = [True, False, False]
-            grad_x = convolution_backward(grad_out, ctx.x.make(), w, ctx.geometry, mask)[0]
+            x_like, mask = ctx.x.make(grad_out.dtype), [True, False, False]
+            grad_x = convolution_backward(grad_out, x_like, w, ctx.geometry, mask)[0]
         if x is not None and ctx.needs_input_grad[1]:
             if ctx.rebuilt:
                 grad_weight = library_weight_grad(

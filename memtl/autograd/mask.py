@@ -267,7 +267,7 @@ class PReLUFunction(Function):
         (positive, negative), (weight,) = kept(ctx)
         grad_x = grad_weight = None
         if positive is not None and ctx.needs_input_grad[0]:
-            scaled = grad_out * per_channel(weight, grad_out.dim())
+            scaled = grad_out * per_channel(weight, grad_out.dim()).to(grad_out.dtype)
             grad_x = torch.where(as_laid(positive.unpack(), ctx.stride), grad_out, scaled)
         if negative is not None and ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad_out.dtype, torch.float32)

@@ -205,7 +205,8 @@ class ShapeOnlyFunction(Function):
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        return SHAPE_ONLY[ctx.name][1](grad_out, ctx.x.make(), *ctx.arguments), None, None
+        x = ctx.x.make(grad_out.dtype)  # which autocast may have chosen
+        return SHAPE_ONLY[ctx.name][1](grad_out, x, *ctx.arguments), None, None
 
 
 def _pad(mode: str):

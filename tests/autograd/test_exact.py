@@ -156,6 +156,22 @@ def test_gradients_lie_in_memory_as_stock_lays_them(name, size, of_x, of_grad):
         assert ours.stride() == stock.stride()
 
 
+@pytest.mark.parametrize("name", OF_LAYOUT)
+def test_of_bfloat16_under_autocast(name):
+    """Which calls some of them in float32."""
+    x = torch.randn(2, 6, 8, 10).bfloat16()
+    results = []
+    for module in (F, M):
+        function = getattr(module, "pad" if name in ("reflect", "replicate") else name)
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(leaf, *OF_LAYOUT[name])
+        results.append((y, *torch.autograd.grad(y, leaf, grad_like(y))))
+    for ours, stock in zip(*reversed(results), strict=True):
+        assert_same(ours, stock)
+
+
 @pytest.mark.parametrize("of_x", ["channels last", "transposed"])
 @pytest.mark.parametrize("name", ["relu", "hardtanh", "hardsigmoid", "leaky_relu", "dropout"])
 def test_gradients_in_place_lie_in_memory_as_stock_lays_them(name, of_x):
