@@ -103,6 +103,12 @@ def _gelu_bloom(x: Tensor) -> Tensor:  # its bloom_gelu_forward
     return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
 
 
+def _gelu_bloom_derivative(x: Tensor) -> Tensor:  # of its bloom_gelu_back
+    t = torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))
+    slope = (1 - t * t) * (0.79788456 + 0.1070322243 * x * x)
+    return 0.5 * x * slope + 0.5 * (1 + t)
+
+
 def _silu_derivative(x: Tensor) -> Tensor:
     return aten.silu_backward(torch.ones_like(x), x)
 
@@ -180,7 +186,14 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
         _gelu("tanh"), forward=_plain(_gelu_new), of_input=_gelu_new_grad
     ),
     "gelu_fast": lambda: _gelu_written_out(_gelu_fast, 0.7978845608),
-    "gelu_bloom": lambda: _gelu_written_out(_gelu_bloom, 0.79788456),
+    "gelu_bloom": lambda: Activation(
+        _plain(_gelu_bloom),
+        _gelu_bloom_derivative,
+        -0.13,
+        1.13,
+        hidden=True,
+        of_input=lambda g, x: _gelu_bloom_derivative(x) * g,
+    ),
     "quick_gelu": lambda: Activation(
         _plain(lambda x: x * torch.sigmoid(1.702 * x)),
         lambda x: _silu_derivative(1.702 * x),

@@ -15,7 +15,6 @@ from ..storage.convolution import (
     ConvGeometry,
     convolution_backward,
     library_weight_grad,
-    shape_only,
 )
 from ..storage.rebuilt import Rebuilt, rebuilt
 from .keep import Blank, Function, first_order, keep, kept
@@ -40,13 +39,6 @@ def uses_each_input_once(kernel: Sequence[int], geometry: ConvGeometry) -> bool:
     if transposed or groups > 1 or any(padding) or max(dilation) > 1:
         return False
     return all(k <= s for k, s in zip(kernel, stride, strict=True)) and max(stride) > 1
-
-
-def _input_grad(
-    grad_out: Tensor, x_shape: torch.Size, channels_last: bool, weight: Tensor, geometry
-) -> Tensor:
-    x, weight = shape_only(grad_out, x_shape, channels_last), weight.to(grad_out.dtype)
-    return convolution_backward(grad_out, x, weight, geometry, [True, False, False])[0]
 
 
 def _bias_grad(grad_out: Tensor) -> Tensor:
@@ -99,7 +91,7 @@ class ConvolutionFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, format, cast, ctx.geometry, need_x, need_weight = inputs
-        ctx.x_shape, ctx.weight_shape, ctx.weight_dtype = x.shape, weight.shape, weight.dtype
+        ctx.x, ctx.weight_shape, ctx.weight_dtype = Blank.of(x), weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.patches = uses_each_input_once(weight.shape[2:], ctx.geometry)
         ctx.channels_last = is_channels_last(x)
@@ -123,14 +115,15 @@ class ConvolutionFunction(Function):
         (x, weight), _ = kept(ctx)
         grad_x = grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
-            w = weight.unpack()
-            grad_x = _input_grad(grad_out, ctx.x_shape, ctx.channels_last, w, ctx.geometry)
+            w = weight.unpack().to(grad_out.dtype)
+            x_like, mask = ctx.x.make(grad_out.dtype), [True, False, False]
+            grad_x = convolution_backward(grad_out, x_like, w, ctx.geometry, mask)[0]
         if x is not None and ctx.needs_input_grad[1]:
             if ctx.rebuilt:
                 grad_weight = library_weight_grad(
                     x.unpack(grad_out.dtype).flatten(1),
                     grad_out,
-                    ctx.x_shape[1:],
+                    ctx.x.shape[1:],
                     ctx.weight_shape,
                     ctx.geometry,
                     channels_last=False,
@@ -140,7 +133,7 @@ class ConvolutionFunction(Function):
                 grad_weight = grad_weight.view(ctx.weight_shape)
             else:
                 grad_weight = x.conv_weight_grad(
-                    grad_out, ctx.x_shape[1:], ctx.weight_shape, ctx.geometry, ctx.channels_last
+                    grad_out, ctx.x.shape[1:], ctx.weight_shape, ctx.geometry, ctx.channels_last
                 )
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

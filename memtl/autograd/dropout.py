@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..storage import Bits, Packed
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
+from .mask import as_laid
 from .share import offer, shared
 
 
@@ -29,20 +31,22 @@ class DropoutFunction(Function):
             # On a CPU F.dropout multiplies by noise that it draws like this.
             noise = F.dropout(torch.ones_like(x), p, True)
             y, mask = x * noise, noise != 0
-        return y, *Bits().pack(mask)
+        return y, *Bits.like(y).pack(mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.p = inputs
         y, bits = output
         ctx.mark_non_differentiable(bits)
-        keep(ctx, (Packed(Bits(), (bits,), x.shape, torch.bool), Bits()))
-        offer_dropped(y, shared(x), bits, ctx.p, dirty=False)
+        ctx.stride = y.stride()
+        packed = Packed(Bits.like(y), (bits,), x.shape, torch.bool)
+        keep(ctx, (packed, packed.format))
+        offer_dropped(y, shared(x), packed, ctx.p, dirty=False)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out, _bits):
-        return dropped(grad_out, kept(ctx)[0][0].tensors, ctx.p), None
+        return dropped(grad_out, kept(ctx)[0][0], ctx.p, ctx.stride), None
 
 
 class InPlaceDropoutFunction(Function):
@@ -57,18 +61,36 @@ class InPlaceDropoutFunction(Function):
     def setup_context(ctx, inputs, output):
         x, _, bits, ctx.p, source = inputs
         ctx.mark_dirty(x)
-        keep(ctx, (Packed(Bits(), (bits,), x.shape, torch.bool), Bits()))
-        offer_dropped(x, source, bits, ctx.p, dirty=True)
+        ctx.stride = x.stride()
+        packed = Packed(Bits.like(x), (bits,), x.shape, torch.bool)
+        keep(ctx, (packed, packed.format))
+        offer_dropped(x, source, packed, ctx.p, dirty=True)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        return dropped(grad_out, kept(ctx)[0][0].tensors, ctx.p), *(None,) * 4
+        return dropped(grad_out, kept(ctx)[0][0], ctx.p, ctx.stride), *(None,) * 4
 
 
-def dropped(x: Tensor, bits: tuple[Tensor, ...], p: float) -> Tensor:
-    """x, or the gradient, through dropout."""
-    return Bits().apply(bits, x, _scale(p, x))
+def dropped(x: Tensor, mask: Packed, p: float, stride: tuple[int, ...] | None = None) -> Tensor:
+    """x, or the gradient, through dropout: a product, as there, so that what is not finite is not
+    lost where the mask is clear. ``stride``: of what was dropped; torch lays a gradient out so, or
+    like the one given."""
+    format = mask.format
+    assert isinstance(format, Bits)
+    if torch.compiler.is_compiling():
+        return format.apply(mask.tensors, x, _scale(p, x))
+    if x.is_cuda:
+        return torch.ops.aten.native_dropout_backward(x, mask.unpack(), _scale(p, x))
+    # Where all is finite, selecting is the product, in half the time.
+    alike = stride in (None, x.stride()) and format.laid(x).is_contiguous()
+    if alike and type(x) is Tensor and math.isfinite(x.sum().item()):
+        y = format.apply(mask.tensors, x, _scale(p, x))
+        return y if stride is None or format.order is None else as_laid(y, stride)
+    noise = format.unpack(mask.tensors, mask.shape, x.dtype, _scale(p, x))
+    if alike:
+        return noise.mul_(x)
+    return x * (noise if stride is None else as_laid(noise, stride))
 
 
 def _scale(p: float, x: Tensor) -> float:
@@ -90,13 +112,17 @@ class Dropped:
     """x through dropout of probability p; the mask is packed."""
 
     p: float
+    order: tuple[int, ...] | None = None
 
     def __call__(self, x: Tensor, bits: Tensor) -> Tensor:
-        return dropped(x, (bits,), self.p)
+        format = Bits(order=self.order)
+        return dropped(x, Packed(format, (bits,), x.shape, torch.bool), self.p)
 
 
-def offer_dropped(y: Tensor, source: Packed | None, bits: Tensor, p: float, *, dirty: bool) -> None:
+def offer_dropped(y: Tensor, source: Packed | None, mask: Packed, p: float, *, dirty: bool) -> None:
     """y can be made from what stands for x, and the packed mask."""
     if source is not None:
-        made = rebuilt(Dropped(p), source, bits, shape=y.shape, dtype=y.dtype)
+        assert isinstance(mask.format, Bits)
+        recipe = Dropped(p, mask.format.order)
+        made = rebuilt(recipe, source, *mask.tensors, shape=y.shape, dtype=y.dtype)
         offer(y, made, dirty=dirty)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..storage import Format, Packed
 from ..storage.rebuilt import Recipe, rebuilt
 from .keep import Blank, Function, first_order, keep, kept
-from .share import offer
+from .share import offer, sharing
 
 aten = torch.ops.aten
 
@@ -83,8 +83,8 @@ def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, 
 
 class ExactBatchNormFunction(Function):
     """Memory: where the weight needs a gradient, or x in training, a reference to x; in training
-    mean and rstd, two numbers a channel. Running statistics are referenced in evaluation. Returns
-    what torch's own function does."""
+    mean and rstd, two numbers a channel. Running statistics are referenced in evaluation, and
+    copied where y is rebuilt. Returns what torch's own function does."""
 
     @staticmethod
     def forward(
@@ -102,16 +102,26 @@ class ExactBatchNormFunction(Function):
         read = need_weight or (need_x and ctx.training)
         running = (None, None) if ctx.training else (mean, var)
         (packed,) = keep(ctx, (x if read else None, format), exact=(weight, *running, *saved))
+        if packed is None or not (format.rebuild and sharing()):
+            return
+        if not ctx.training:  # a forward in training changes them, and not their versions
+            if y.numel() <= 2 * mean.numel():
+                return
+            running = (mean.clone(), var.clone())
         _offer(y, BatchNormed(ctx.training, ctx.eps), packed, weight, bias, *running, format=format)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out, *_):
         (x,), (weight, mean, var, saved_mean, saved_var, reserved) = kept(ctx)
-        grads = aten._batch_norm_impl_index_backward(
-            ctx.kernel, ctx.x.make() if x is None else x.unpack(), grad_out, weight, mean, var,
-            saved_mean, saved_var, ctx.training, ctx.eps, list(ctx.needs_input_grad[:3]), reserved,
-        )  # fmt: skip
+        x, mask = ctx.x.make() if x is None else x.unpack(), list(ctx.needs_input_grad[:3])
+        statistics = (weight, mean, var, saved_mean, saved_var, ctx.training, ctx.eps, mask)
+        if ctx.kernel == 0:  # torch's own: the other way in is not traced with symbolic sizes
+            grads = aten.native_batch_norm_backward(grad_out, x, *statistics)
+        else:
+            grads = aten._batch_norm_impl_index_backward(
+                ctx.kernel, x, grad_out, *statistics, reserved
+            )
         return *grads, *(None,) * 8
 
 

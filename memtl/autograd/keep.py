@@ -125,9 +125,10 @@ class Blank(NamedTuple):
     def of(cls, t: Tensor) -> Blank:
         return cls(t.shape, t.stride(), t.dtype, t.device)
 
-    def make(self) -> Tensor:
-        """A tensor of that layout; its memory is never written."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+    def make(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of that layout, uninitialised; torch's deterministic mode fills it."""
+        dtype = dtype or self.dtype
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.device)
 
 
 def is_parameter(t: Tensor) -> bool:

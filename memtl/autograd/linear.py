@@ -42,6 +42,8 @@ class LinearFunction(Function):
         ctx.transposed = transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = weight.dtype
+        # To a product of more dimensions torch adds the bias by itself, unless x is contiguous.
+        ctx.apart = x.dim() > 2 and not x.is_contiguous() and not transposed
         ctx.columns = format.exact and x.dim() == 2 and x.stride() == (1, x.shape[0])
         weight = held(weight) if need_x else None
         keep(ctx, (x if need_weight else None, format), (weight, Dense()))
@@ -64,5 +66,6 @@ class LinearFunction(Function):
                 grad_weight = x.weight_grad(grad_out).to(ctx.weight_dtype)
                 grad_weight = grad_weight.t() if ctx.transposed else grad_weight
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_out.reshape(-1, grad_out.shape[-1]).sum(0).to(ctx.bias_dtype)
+            rows = grad_out if ctx.apart else grad_out.reshape(-1, grad_out.shape[-1])
+            grad_bias = rows.sum(tuple(range(rows.dim() - 1))).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

@@ -22,7 +22,8 @@ class Mask:
     """An elementwise function whose derivative is ``on`` inside a mask, elsewhere ``off``.
 
     ``mask(x)``: packed. ``of_output``: it can be read off y as well as off x.
-    ``rebuild(x, mask)``: y from an approximate x and the exact mask.
+    ``rebuild(x, mask)``: y from an approximate x and the exact mask. ``like_grad``: torch lays the
+    gradient out like the one given, where that says how; else always like x.
     """
 
     forward: Callable[..., Tensor]
@@ -31,6 +32,7 @@ class Mask:
     on: float = 1.0
     off: float = 0.0
     of_output: bool = True
+    like_grad: bool = False
 
 
 def _inside(lo: float, hi: float | None) -> Callable[[Tensor], Tensor]:
@@ -56,8 +58,8 @@ def _nearest_end(lo: float, hi: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, mask: torch.where(mask, x, torch.where(x < middle, lo, hi).to(x.dtype))
 
 
-# Comparisons are torch's own, negated where it negates them: NaN lets its gradient through or not
-# as there.
+# Comparisons are torch's own, negated where it negates them, and treat NaN as there; but for ReLU6
+# and Hardtanh, where NaN lets its gradient through, and torch's choice varies with the place.
 MASKS: dict[str, Callable[..., Mask]] = {
     "relu": lambda: Mask(
         lambda x, inplace=False: F.relu(x, inplace),
@@ -68,12 +70,14 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, inplace=False: F.relu6(x, inplace),
         _inside(0.0, 6.0),
         _nearest_end(0.0, 6.0),
+        like_grad=True,
     ),
     "hardtanh": lambda lo, hi: Mask(
         lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
         _inside(lo, hi),
         _nearest_end(lo, hi),
         of_output=_short(lo) and _short(hi),
+        like_grad=True,
     ),
     "hardsigmoid": lambda: Mask(
         lambda x, inplace=False: F.hardsigmoid(x, inplace),
@@ -81,6 +85,7 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, mask: _nearest_end(0.0, 1.0)(x / 6 + 0.5, mask),
         on=0.1666666716337204,  # 1 / 6 in float32, whatever x is in
         of_output=False,
+        like_grad=True,
     ),
     "leaky_relu": lambda slope: Mask(
         lambda x, inplace=False: F.leaky_relu(x, slope, inplace),
@@ -101,7 +106,7 @@ MASKS: dict[str, Callable[..., Mask]] = {
 def pack_mask(x: Tensor, name: str, parameters: tuple[float, ...]) -> Tensor | None:
     """The mask as bits where only x, before it is overwritten, can tell it; else None."""
     mask = MASKS[name](*parameters)
-    return None if mask.of_output else mask.mask(x)
+    return None if mask.of_output else mask.mask(Bits.like(x).laid(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +126,14 @@ class Masked:
         x, bits = parts
         if self.name != "relu" or x is None or bits is None:
             return None
-        if isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
+        row_major = bits.format == Bits()
+        if row_major and isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
             affine = x.format.split(x.tensors)
             made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0])
             if made is not None:
                 return made
-        return Bits().apply(bits.tensors, x.unpack(dtype))
+        assert isinstance(bits.format, Bits)
+        return bits.format.apply(bits.tensors, x.unpack(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +165,11 @@ class MaskFunction(Function):
         mask = MASKS[ctx.name](*ctx.parameters)
         if inplace:
             ctx.mark_dirty(x)
+        format, ctx.stride = Bits.like(output), output.stride()
         if bits is None:
-            bits = mask.mask(output if mask.of_output else x)
-        packed = Packed(Bits(), (bits,), x.shape, torch.bool)
-        keep(ctx, (packed, Bits()))
+            bits = mask.mask(format.laid(output if mask.of_output else x))
+        packed = Packed(format, (bits,), x.shape, torch.bool)
+        keep(ctx, (packed, format))
         if source is not None:
             exact = source.format.exact
             recipe = (Forward if exact else Masked)(ctx.name, ctx.parameters)
@@ -175,11 +183,37 @@ class MaskFunction(Function):
         (bits,), _ = kept(ctx)
         mask = MASKS[ctx.name](*ctx.parameters)
         if mask.off:
-            on, off = grad_out * mask.on, grad_out * mask.off
-            grad_x = torch.where(bits.unpack(), on, off)
+            sign = as_laid(bits.unpack(grad_out.dtype), ctx.stride)
+            grad_x = torch.ops.aten.leaky_relu_backward(grad_out, sign, mask.off, False)
         else:
-            grad_x = Bits().apply(bits.tensors, grad_out, mask.on)
+            grad_x = masked(grad_out, bits, mask, ctx.stride)
         return grad_x, *(None,) * 5
+
+
+def masked(grad_out: Tensor, bits: Packed, mask: Mask, stride: tuple[int, ...]) -> Tensor:
+    """grad_out * ``mask.on`` where the bit is set, else 0, laid out as torch does; ``stride`` is of
+    what the mask was read from."""
+    format = bits.format
+    assert isinstance(format, Bits)
+    alike = grad_out.stride() == stride or 1 not in grad_out.shape
+    like_mask = not mask.like_grad or format.laid(grad_out).is_contiguous()
+    if torch.compiler.is_compiling() or (alike and like_mask):
+        grad_x = format.apply(bits.tensors, grad_out, mask.on)
+        return grad_x if format.order is None else as_laid(grad_x, stride)
+    inside = as_laid(bits.unpack(grad_out.dtype), stride)
+    if not mask.like_grad:
+        return torch.ops.aten.threshold_backward(grad_out, inside, 0.0)
+    grad_x = torch.ops.aten.hardtanh_backward(grad_out, inside, 0.0, 2.0)
+    return grad_x if mask.on == 1 else grad_x.mul_(mask.on)
+
+
+def as_laid(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """t with the strides of what it was packed from: those of a dimension of size 1 say nothing,
+    but torch reads them."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, stride, strict=True))
+    if 1 not in t.shape or reach != t.numel() or torch.compiler.is_compiling():
+        return t
+    return t.as_strided(t.shape, stride)
 
 
 class ExactPReLUFunction(Function):
@@ -223,7 +257,8 @@ class PReLUFunction(Function):
         x, weight, format, need_x, need_weight = inputs
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         negative = x.clamp_max(0) if need_weight else None
-        pairs = ((x > 0 if need_x else None, Bits()), (negative, format))
+        positive, ctx.stride = x > 0 if need_x else None, x.stride()
+        pairs = ((positive, Bits.like(x if positive is None else positive)), (negative, format))
         keep(ctx, *pairs, exact=(weight if need_x else None,))
 
     @staticmethod
@@ -232,8 +267,8 @@ class PReLUFunction(Function):
         (positive, negative), (weight,) = kept(ctx)
         grad_x = grad_weight = None
         if positive is not None and ctx.needs_input_grad[0]:
-            scaled = grad_out * per_channel(weight, grad_out.dim())
-            grad_x = torch.where(positive.unpack(), grad_out, scaled)
+            scaled = grad_out * per_channel(weight, grad_out.dim()).to(grad_out.dtype)
+            grad_x = torch.where(as_laid(positive.unpack(), ctx.stride), grad_out, scaled)
         if negative is not None and ctx.needs_input_grad[1]:
             wide = torch.promote_types(grad_out.dtype, torch.float32)
             product = grad_out.to(wide) * negative.unpack(wide)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
-from ..storage.convolution import shape_only
 from .keep import Blank, Function, first_order, keep, kept
 
 aten = torch.ops.aten
@@ -124,7 +123,8 @@ class ExtremeFunction(Function):
     def setup_context(ctx, inputs, output):
         x, dim, ctx.keepdim, _ = inputs
         ctx.dims = sorted(d % x.dim() for d in dim)
-        keep(ctx, (x == _unreduced(output, ctx), Bits()))
+        reached = _unreduced(output, ctx) == x
+        keep(ctx, (reached, Bits.like(reached)))
 
     @staticmethod
     @first_order
@@ -134,7 +134,7 @@ class ExtremeFunction(Function):
         reached = reached.unpack()
         count = reached.sum(ctx.dims, keepdim=True).to(wide)
         share = (_unreduced(grad_out, ctx) / count).to(grad_out.dtype)
-        return reached * share, None, None, None  # NaN where no element equals a NaN
+        return share * reached, None, None, None  # NaN where no element equals a NaN
 
 
 def _unreduced(t: Tensor, ctx) -> Tensor:
@@ -188,7 +188,7 @@ def _in_plane(offset: Tensor, plane: torch.Size, window) -> Tensor:
 
 
 class ShapeOnlyFunction(Function):
-    """Functions of :data:`SHAPE_ONLY`, whose backward needs the shape of x and no element of it.
+    """Functions of :data:`SHAPE_ONLY`, whose backward needs the layout of x and no element.
 
     Exact. Memory: none (torch keeps x).
     """
@@ -200,13 +200,13 @@ class ShapeOnlyFunction(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.name, ctx.arguments = inputs
-        ctx.x_shape = x.shape
+        ctx.x = Blank.of(x)
 
     @staticmethod
     @first_order
     def backward(ctx, grad_out):
-        like = shape_only(grad_out, ctx.x_shape)
-        return SHAPE_ONLY[ctx.name][1](grad_out, like, *ctx.arguments), None, None
+        x = ctx.x.make(grad_out.dtype)  # which autocast may have chosen
+        return SHAPE_ONLY[ctx.name][1](grad_out, x, *ctx.arguments), None, None
 
 
 def _pad(mode: str):
@@ -233,4 +233,4 @@ SHAPE_ONLY = {
         for dims in (1, 2, 3)
     },
 }
-"""Name -> forward(x, *arguments), and backward(grad_out, x of that shape, *arguments)."""
+"""Name -> forward(x, *arguments), and backward(grad_out, x or a blank, *arguments)."""

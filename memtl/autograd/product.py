@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..storage import Format
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept
 from .share import offer
@@ -36,6 +37,78 @@ class MatmulFunction(Function):
         if a is not None and ctx.needs_input_grad[1]:
             grad_b = (a.unpack().transpose(-2, -1) @ grad_out).sum_to_size(ctx.shapes[1])
         return grad_a, grad_b, None, None, None, None
+
+
+class ExactMatmulFunction(Function):
+    """y = a b, two matrices or two batches of them, under an exact format: the gradients are
+    torch's, bit for bit. Memory: a reference to each operand whose partner needs a gradient."""
+
+    @staticmethod
+    def forward(a, b, format, need_a, need_b):
+        return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, format, need_a, need_b = inputs
+        # Of a matrix that is stored by columns torch makes the gradient by columns.
+        ctx.columns = [t.dim() == 2 and t.stride() == (1, t.shape[0]) for t in (a, b)]
+        keep(ctx, (a if need_b else None, format), (b if need_a else None, format))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        (a, b), _ = kept(ctx)
+        grad_a = grad_b = None
+        if b is not None and ctx.needs_input_grad[0]:
+            b = b.unpack()
+            grad_a = (b @ grad_out.mT).mT if ctx.columns[0] else grad_out @ b.mT
+        if a is not None and ctx.needs_input_grad[1]:
+            a = a.unpack()
+            grad_b = (grad_out.mT @ a).mT if ctx.columns[1] else a.mT @ grad_out
+        return grad_a, grad_b, None, None, None
+
+
+def folds(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> bool:
+    """Whether torch multiplies a batch and a matrix as two matrices."""
+    batch, need = (a, need_b) if a.dim() >= b.dim() else (b.mT, need_a)
+    if batch.dim() < 3 or min(a.dim(), b.dim()) > 2:
+        return False
+    if need:
+        return True
+    if a.dim() == 2:
+        return False
+    shape, stride = batch.shape, batch.stride()
+    return batch.numel() == 0 or all(
+        stride[i] == stride[i + 1] * shape[i + 1] for i in range(batch.dim() - 2)
+    )
+
+
+def exact_matmul(a: Tensor, b: Tensor, format: Format, need_a: bool, need_b: bool) -> Tensor:
+    """torch.matmul, step by step: what it copies is kept, and no more."""
+    view = torch.ops.aten._unsafe_view
+    if a.dim() == b.dim() == 2:
+        return ExactMatmulFunction.apply(a, b, format, need_a, need_b)
+    if folds(a, b, need_a, need_b):
+        if a.dim() > 2:
+            flat = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+            y = ExactMatmulFunction.apply(flat, b, format, need_a, need_b)
+            return view(y, (*a.shape[:-1], b.shape[-1]))
+        batch = b.mT
+        flat = batch.reshape(batch.shape[:-1].numel(), batch.shape[-1])
+        y = ExactMatmulFunction.apply(flat, a.t(), format, need_b, need_a)
+        return view(y, (*batch.shape[:-1], a.shape[0])).mT.contiguous()
+    if a.dim() == b.dim() == 3 and a.shape[0] != b.shape[0]:
+        if a.shape[0] == 1 and need_a:
+            return exact_matmul(a[0], b, format, need_a, need_b)
+        if b.shape[0] == 1 and need_b:
+            return exact_matmul(a, b[0], format, need_a, need_b)
+    size = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    operands = []
+    for t in (a, b):
+        shape = (size.numel(), *t.shape[-2:])
+        operands.append(t if t.shape == shape else t.expand(*size, *shape[1:]).reshape(shape))
+    y = ExactMatmulFunction.apply(*operands, format, need_a, need_b)
+    return view(y, (*size, a.shape[-2], b.shape[-1]))
 
 
 class BaddbmmFunction(Function):

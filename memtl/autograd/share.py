@@ -43,7 +43,7 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
 
     ``dirty``: x is what a Function changes in place; autograd will count that change once more.
     """
-    if packed is None or not sharing() or x.is_inference():
+    if packed is None or not sharing() or x.is_inference() or _wrapped(x, *packed.tensors):
         return
     storage = x.untyped_storage()._cdata
     if any(t.untyped_storage()._cdata == storage for t in packed.tensors):
@@ -64,7 +64,7 @@ def offer_input(x: Tensor, packed: Packed) -> None:
 def shared(x: Tensor, format: Format | None = None) -> Packed | None:
     """What stands for x, if ``format`` takes it: the very same format, or, where that is to be
     rebuilt, anything in as many bits. Without a format, whatever there is."""
-    if x.is_leaf or not sharing():
+    if x.is_leaf or not sharing() or _wrapped(x):
         return None
     found = offered(x)
     if found is None and x._base is not None and not x._base.is_leaf:
@@ -115,6 +115,11 @@ def _overlaps(x: Tensor) -> bool:
 
 def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(-1 if t.is_inference() else t._version for t in tensors)
+
+
+def _wrapped(*tensors: Tensor) -> bool:
+    """Whether one is torch.func's: those have neither storage nor version of their own."""
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def sharing() -> bool:

@@ -226,7 +226,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
         return DropoutFunction.apply(x, p)[0]
     with torch.no_grad():  # what F.dropout multiplies by, on every device
         noise = F.dropout(torch.ones_like(x), p, True, inplace=True)
-        (bits,) = Bits().pack(noise != 0)
+        (bits,) = Bits.like(x).pack(noise != 0)
     return InPlaceDropoutFunction.apply(x, noise, bits, p, shared(x))
 
 

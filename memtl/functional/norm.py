@@ -127,7 +127,8 @@ def batch_norm(
     In training the gradients of x and of the weight are taken from x-hat. In evaluation that of x
     is exact, and x-hat is kept for the weight's alone. Under an exact format x itself is kept, by
     reference, gradients are torch's, bit for bit, and running statistics are referenced in
-    evaluation, as torch does: changing them before backward is an error.
+    evaluation, as torch does: changing them before backward is an error, but for a forward in
+    training, which torch does not notice either.
 
     Args:
         x: [B, C, ...], floating point.

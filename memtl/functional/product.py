@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ..autograd.keep import is_parameter
-from ..autograd.product import BaddbmmFunction, EinsumFunction, MatmulFunction, MultiplyFunction
+from ..autograd.product import (
+    BaddbmmFunction,
+    EinsumFunction,
+    MatmulFunction,
+    MultiplyFunction,
+    exact_matmul,
+)
 from ..storage import Dense, Format
 from .common import (
     FOUR_BITS,
@@ -34,7 +40,8 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     Memory: ``format.nbytes`` of each operand whose partner needs a gradient; an operand that is a
     parameter, or a view of one, is there anyway and is kept by reference, exactly. One that is a
     quarter of its partner or of the result or less (the queries beside a map of attention) is kept
-    in twice the bits: it costs little beside them.
+    in twice the bits: it costs little beside them. Under an exact format a reference to what
+    torch.matmul keeps, which is a copy where it makes one, and gradients are its, bit for bit.
     """
     check_tensors("matmul", a=a, b=b)
     check_format("matmul", format)
@@ -47,6 +54,9 @@ def matmul(a: Tensor, b: Tensor, *, format: Format = FOUR_BITS) -> Tensor:
     need_a, need_b = needs(a, b)
     if not (need_a or need_b) or a.dim() < 2 or b.dim() < 2:
         return torch.matmul(a, b)
+    if format.exact:
+        (a, _), (b, _) = autocast(a), autocast(b)
+        return exact_matmul(a, b, format, need_a, need_b)
     result = a.numel() // max(1, a.shape[-1]) * b.shape[-1]
     format_a, format_b = _operand_formats(a, b, result, format)
     (a, _), (b, _) = autocast(a), autocast(b)

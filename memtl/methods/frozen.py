@@ -26,8 +26,15 @@ class FrozenConfig(ConversionConfig):
     of that by reference: no tensor is copied but where torch copies one. Which weights train is
     looked up at every forward: thawing one later is safe.
 
-    Sums that torch takes in another order may differ in the last bit: products of matrices that
-    broadcast over the batch, SyncBatchNorm; and what ``torch.compile`` makes of the rest.
+    Exceptions. Sums that torch takes in another order may differ in the last bit: SyncBatchNorm; an
+    RMSNorm behind a residual sum, to which stock adds its two gradients one by one; under autocast
+    a weight used twice, whose gradients stock sums in bfloat16, memtl in float32; and what
+    ``torch.compile`` makes of the rest. ReLU6 and Hardtanh let the gradient of NaN through.
+
+    What is rebuilt in backward is rebuilt from tensors as they are then, parameters of norms among
+    them: a write between forward and backward that autograd sees, as an optimizer's step on a
+    norm's parameters, raises there; one it does not see (through ``.data`` or numpy, into a norm's
+    bias say) changes gradients.
 
     Args:
         linear, convolution, attention, norm, activation: None for exact; else the bits, 8, 4, 3 or

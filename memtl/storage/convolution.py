@@ -44,16 +44,6 @@ def convolution_backward(
     )
 
 
-def shape_only(like: Tensor, shape: Sequence[int], channels_last: bool = False) -> Tensor:
-    """A tensor of that shape, for operators that read but the shape and the layout.
-
-    Its memory is never touched. (An expanded number would be copied out by the operator.)
-    """
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
-    layout = formats.get(len(shape), torch.contiguous_format)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
 def library_weight_grad(
     x: Tensor,
     grad_out: Tensor,
@@ -69,6 +59,6 @@ def library_weight_grad(
         x = x.view(x.shape[0], *spatial, channels).movedim(-1, 1)
     else:
         x = x.view(x.shape[0], channels, *spatial)
-    weight = shape_only(grad_out, weight_size)
+    weight = grad_out.new_empty(weight_size)  # not read
     grad = convolution_backward(grad_out, x, weight, geometry, [False, True, False])[1]
     return grad.to(torch.promote_types(grad_out.dtype, torch.float32))

@@ -18,7 +18,7 @@ from transformers.activations import (
     NewGELUActivation,
     QuickGELUActivation,
 )
-from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
+from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -212,7 +212,7 @@ CASES: dict[str, Case] = {
     ),
     "gelu": _elementwise("gelu", F.gelu),
     "gelu_fast": _elementwise("gelu_fast", lambda x: FastGELUActivation().forward(x)),
-    "gelu_bloom": _elementwise("gelu_bloom", lambda x: bloom_gelu_forward(x)),
+    "gelu_bloom": _elementwise("gelu_bloom", lambda x: BloomGelu().forward(x)),
     "square": _elementwise("square", torch.square),
     "gelu-tanh": _elementwise("gelu", lambda x: F.gelu(x, approximate="tanh"), approximate="tanh"),
     "gelu_new": _elementwise("gelu_new", lambda x: NewGELUActivation().forward(x)),

@@ -372,6 +372,29 @@ def test_a_view_of_a_result_in_channels_last():
     torch.testing.assert_close(weight.grad, expected)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "act", [M.relu, M.relu6, M.hardsigmoid, M.dropout], ids=lambda f: f.__name__
+)
+def test_a_mask_is_exact_in_every_layout(act, inplace, layout):
+    x = torch.randn(IMAGES)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(1, 3).contiguous().transpose(1, 3)
+    y = M.batch_norm(x.requires_grad_(), None, None, training=True, format=ONCE)
+    before = share.shared(y).unpack()
+    out = act(y, inplace=inplace)
+    found = share.shared(out).unpack()
+    assert cosine(found, out.detach()) > 0.95
+    if act in (M.relu, M.dropout):
+        factor = 2.0 if act is M.dropout else 1.0
+        assert torch.equal(found, torch.where(out != 0, before * factor, 0.0))
+    part = out[:, 1:, 2:]
+    assert torch.equal(share.shared(part).unpack(), found[:, 1:, 2:])
+
+
 def test_a_producer_without_gradients_offers_nothing():
     x, weight = torch.randn(B, N, C), torch.randn(5, C, requires_grad=True)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig
 from transformers import ViTForImageClassification as HuggingFaceViT
+from transformers.models.bloom.modeling_bloom import BloomGelu
 
 import memtl
 from memtl import FrozenConfig
@@ -130,6 +131,19 @@ def test_gradients_of_a_network_are_stock_bit_for_bit(name, train):
     assert_same_step(again, stock)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "ghostnet_050"])
+def test_gradients_in_channels_last_are_stock_bit_for_bit(name, train):
+    model = named(name).train(train).requires_grad_(True)
+    model = model.to(memory_format=torch.channels_last)
+    x = batch(model).to(memory_format=torch.channels_last)
+    stock = measured(model, x)
+    memtl.apply(model, FrozenConfig())
+    ours = measured(model, x)
+    assert_same_step(ours, stock)
+    assert ours[0] < stock[0]
+
+
 def lora(name: str) -> nn.Module:
     """LoRA in every block, B not zero."""
     if name == "bert":
@@ -166,6 +180,17 @@ def test_lora_of_peft(name, train):
     assert few[0] < stock[0] / 2.5
     for n, grad in stock[1].items():
         assert cosine(few[1][n], grad) > 0.99, n
+
+
+def test_the_module_of_bloom():
+    stock = nn.Sequential(nn.Linear(6, 8), BloomGelu(), nn.Linear(8, 3))
+    ours = copy.deepcopy(stock)
+    memtl.apply(ours, FrozenConfig())
+    x = torch.randn(5, 6)
+    for model in (stock, ours):
+        model(x).square().sum().backward()
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        assert_same(a.grad, b.grad)
 
 
 # ------------------------------------------------------------------- what changes after conversion

@@ -544,6 +544,25 @@ def test_bits_round_trip(shape):
     assert_same(Bits().apply(packed.tensors, x, 2.0), torch.where(mask, x * 2, 0.0))
 
 
+def test_bits_in_the_order_of_memory():
+    mask = torch.rand(2, 3, 5, 7) < 0.5
+    for dims in ((0, 3, 1, 2), (3, 1, 0, 2)):
+        laid = mask.permute(dims)
+        format = Bits.like(laid)
+        packed = pack(laid, format)
+        assert packed.nbytes == format.nbytes(laid.shape, laid.dtype) == -(-mask.numel() // 8)
+        assert torch.equal(packed.tensors[0], pack(mask, Bits()).tensors[0])
+        assert_same(packed.unpack(), laid)
+        x = torch.randn(mask.shape).permute(dims)
+        for given in (x, x.contiguous()):
+            got = format.apply(packed.tensors, given, 2.0)
+            assert_same(got, torch.where(laid, x * 2, 0.0))
+            assert got.stride() == packed.unpack().stride() == laid.stride()
+        assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
+    with pytest.raises(ValueError, match="order must be a permutation"):
+        Bits(order=(0, 2))
+
+
 def test_packed_is_frozen():
     packed = pack(torch.randn(3), Dense())
     assert isinstance(packed, Packed)
