@@ -137,7 +137,7 @@ def _checkpoint_blocks(model: Any) -> None:  # Any: a method of timm's models
 
 
 PARTS = (
-    Method("last layer only", "last", _applied(LinearProbeConfig())),
+    Method("last layer only", "last", _applied(LinearProbeConfig(convert=True))),
     Method("norms + last layer", "norms", _applied(NormTuningConfig())),
     Method("biases + last layer", "biases", _applied(BitFitConfig())),
     Method("lite residual + biases", "lite residual", _applied(LiteResidualConfig())),
