@@ -95,7 +95,8 @@ class SavedTensors:
         layer = self._running[-1] if self._running else ""
         for storage in _storages_of(t):
             self._storages.setdefault(storage.data_ptr(), (layer, storage))
-        return t
+        # Not t: an output that is kept by what made it would keep itself, and its graph, for ever.
+        return t.detach()
 
     # It changes nothing of what is saved: see autograd/share.py.
     _pack.memtl_counts = True  # type: ignore[attr-defined]

@@ -1,5 +1,8 @@
 """What memtl.memory counts."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +160,16 @@ def test_memory_that_was_freed_before_is_not_in_the_peak_of_what_comes_next():
     assert 95 * MIB <= first <= 120 * MIB
     assert 9 * MIB <= second <= 30 * MIB
     assert 95 * MIB <= third <= 120 * MIB
+
+
+def test_what_was_measured_is_freed():
+    weights = []
+
+    def once():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Softmax(-1), nn.Linear(4, 4))
+        weights.append(weakref.ref(model[0].weight))
+        assert saved_bytes(model, torch.randn(3, 4)) > 0
+
+    once()
+    gc.collect()
+    assert weights[0]() is None
