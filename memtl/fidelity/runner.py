@@ -91,7 +91,8 @@ class Runner:
         with self._state():
             with memory.SavedTensors(self.model) as saved:
                 loss = self._loss()
-            return Kept(saved.bytes, *_in_formats(loss))
+            weights = {p.data_ptr() for p in self.model.parameters()}
+            return Kept(saved.bytes, *_in_formats(loss, weights))
 
     def _loss(self) -> Tensor:
         loss: Any = self._step(self.model)
@@ -106,8 +107,9 @@ class Runner:
         return loss.squeeze()
 
 
-def _in_formats(loss: Tensor) -> tuple[int, int]:
-    """Bytes kept in storage formats by the graph of ``loss``, and the elements they hold."""
+def _in_formats(loss: Tensor, weights: set[int]) -> tuple[int, int]:
+    """Bytes kept in storage formats by the graph of ``loss``, and the elements they hold; but for
+    the ``weights``, by their addresses, which are there anyway."""
     nodes = [loss.grad_fn]
     visited, counted = set(nodes), set()
     packed_bytes = elements = 0
@@ -126,7 +128,7 @@ def _in_formats(loss: Tensor) -> tuple[int, int]:
             if packed is None or isinstance(packed.format, Rebuilt):
                 continue
             place = tuple(t.data_ptr() for t in packed.tensors)
-            if place in counted:  # by another layer, which keeps the same
+            if weights.issuperset(place) or place in counted:  # by a layer that keeps the same
                 continue
             counted.add(place)
             packed_bytes += packed.nbytes
