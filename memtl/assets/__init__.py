@@ -21,7 +21,7 @@ from torch import nn
 from memtl.models import Segmenter
 from memtl.tasks.glyphs import SIZE
 
-__all__ = ["load", "load_segmenter", "metadata", "names"]
+__all__ = ["encoder", "load", "load_segmenter", "metadata", "names"]
 
 ATROUS_RATES, DROPOUT = (2, 4, 6), 0.1
 """Of a segmenter's head, whose feature maps are small, and its training short."""
@@ -222,3 +222,22 @@ def load_segmenter(
     """
     backbone = load(name, directory=directory, output_stride=output_stride)
     return Segmenter(backbone, num_classes, width=width, atrous_rates=ATROUS_RATES, dropout=DROPOUT)
+
+
+def encoder(name: str = "bert_docstrings") -> Path:
+    """The folder of an encoder that ships with the package, which ``transformers`` loads::
+
+        AutoModelForSequenceClassification.from_pretrained(memtl.assets.encoder(), num_labels=4)
+        AutoTokenizer.from_pretrained(memtl.assets.encoder())
+
+    ``bert_docstrings`` is a BERT of 4 layers, 128 wide, pre-trained by masked-language modelling on
+    the docstrings of Python's standard library; parameters in float16, loaded as float32. The file
+    ``pretrain_bert.py`` made it and can make it again; ``memtl.json`` in the folder says how.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    known = sorted(path.parent.name for path in _HERE.glob("*/config.json"))
+    if name not in known:
+        raise ValueError(f"unknown encoder {name!r}: there is {', '.join(known) or 'none'}")
+    return _HERE / name

@@ -181,7 +181,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _positive_integer(text: str) -> int:
+def positive_integer(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -197,10 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("network", choices=RECIPES, help="a vision transformer or a MobileNetV2")
     parser.add_argument(
-        "--steps", type=_positive_integer, default=argparse.SUPPRESS,
+        "--steps", type=positive_integer, default=argparse.SUPPRESS,
         help="optimiser steps (default: as the shipped network)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=_positive_integer, default=64, help="glyphs per step")
+    parser.add_argument("--batch-size", type=positive_integer, default=64, help="glyphs per step")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files")
     options = parser.parse_args(arguments)

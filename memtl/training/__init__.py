@@ -1,7 +1,7 @@
 """Fine-tuning a classifier: one small loop, what it costs, and the bar that shows how far it is."""
 
 from .cost import Cost, Way, costs
-from .loop import OPTIMIZERS, History, Settings, Step, evaluate, evaluating, fit, seeded
+from .loop import OPTIMIZERS, History, Settings, Step, evaluate, evaluating, fit, loss_of, seeded
 from .metrics import METRICS
 from .progress import track
 
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate",
     "evaluating",
     "fit",
+    "loss_of",
     "seeded",
     "track",
 ]

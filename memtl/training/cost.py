@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import memory
-from .loop import Settings, Step
+from .loop import Settings, Step, loss_of
 from .progress import track
 
 
@@ -74,7 +73,7 @@ def _footprint(way: Way) -> tuple[int, int | None]:
     model = way.build()
 
     def loss() -> Tensor:
-        return F.cross_entropy(model(way.images), way.labels)
+        return loss_of(model, way.images, way.labels)
 
     loss().backward()  # gradients and one-time buffers are there before anything counts
     with memory.SavedTensors(model) as tensors:

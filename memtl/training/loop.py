@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,17 @@ class History:
         return statistics.median(self.seconds[min(5, len(self.seconds) // 2) :])
 
 
+def loss_of(
+    model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """The cross-entropy of what the model gives; of a model with a ``memtl_loss`` what that gives,
+    since not every objective has a class for each sample (:class:`memtl.models.bert.MaskedLM`)."""
+    own: Any = getattr(model, "memtl_loss", None)
+    if own is not None:
+        return own(images, labels)
+    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+
 class Step:
     """Training, one step a call: forward, loss, backward, optimiser. Calling it returns the loss,
     to which ``penalty``, a function of the weights, is added.
@@ -134,7 +146,7 @@ class Step:
         """Raises FloatingPointError, before any weight is touched, where the loss is not finite."""
         settings = self.settings
         rate = settings.rate(self.done)
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=settings.label_smoothing)
+        loss = loss_of(self.model, images, labels, settings.label_smoothing)
         if self.penalty is not None:
             loss = loss + self.penalty()
         value = loss.item()
@@ -162,6 +174,7 @@ def fit(
     *,
     metric: str = "accuracy",
     penalty: Callable[[], Tensor] | None = None,
+    on_step: Callable[[int], None] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
     description: str = "training",
@@ -175,6 +188,7 @@ def fit(
             pixel has a label.
         metric: of the evaluation, one of :data:`METRICS`.
         penalty: as in :class:`Step`.
+        on_step: is called after every step, with how many there have been.
         device: where to train; the model is moved there. None: where it is.
         progress: as in :func:`track`; ``description`` is what its bar says.
 
@@ -207,6 +221,8 @@ def fit(
                 ended = time.perf_counter()
                 seconds.append(ended - started)
                 started = ended
+                if on_step is not None:
+                    on_step(step.done)
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     score = math.nan if val is None else evaluate(model, val, metric=metric)
     return History(tuple(losses), tuple(seconds), score)
@@ -241,7 +257,8 @@ def evaluate(
 
     Args:
         model: returns logits ``[n, C]`` where labels are ``[n]``, ``[n, C, H, W]`` where they are
-            ``[n, H, W]``.
+            ``[n, H, W]``; or has a ``memtl_count(images, labels)`` that counts as
+            :func:`memtl.training.metrics.count` does.
         batch_size: images at a time.
         metric: one of :data:`METRICS`; the accuracy is the fraction of samples, or pixels, that are
             classified correctly.
@@ -254,10 +271,12 @@ def evaluate(
     if not len(split):
         raise ValueError("cannot evaluate on an empty split")
     device, counts = _device(model), torch.zeros((), dtype=torch.int64)
+    own: Any = getattr(model, "memtl_count", None)
+    counted = own or (lambda images, labels: count(model(images), labels))
     batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
     with evaluating(model):
         for images, labels in batches:
-            counts = counts + count(model(images.to(device)), labels).cpu()
+            counts = counts + counted(images.to(device), labels).cpu()
     return score(counts)
 
 

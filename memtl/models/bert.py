@@ -1,0 +1,120 @@
+"""BERT and its kin, of transformers, as functions of token identifiers alone.
+
+The training loop hands a model one tensor. What else an encoder takes follows from it: padding is
+not attended to, what comes behind the first separator is the second text. Columns of padding alone
+are cut off, so that a batch costs what its longest text does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..training.metrics import count
+
+MASKED = 0.15
+"""Share of the tokens to be predicted, as in BERT: of these 80 % are masked, 10 % replaced by a
+token at random, 10 % left."""
+
+
+def inputs(ids: Tensor, tokenizer: Any, types: bool = True) -> dict[str, Tensor]:
+    """What an encoder takes beside the tokens.
+
+    Args:
+        ids: ``[n, length]`` int64, padded at the end.
+        tokenizer: has ``pad_token_id`` and ``sep_token_id``.
+        types: whether the encoder tells a second text from the first.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, with ``types``, ``token_type_ids``, all
+        ``[n, longest]``.
+    """
+    there = ids != tokenizer.pad_token_id
+    longest = max(1, int(there.sum(1).max())) if len(ids) else ids.shape[1]
+    ids, there = ids[:, :longest], there[:, :longest]
+    given = {"input_ids": ids, "attention_mask": there.to(torch.int64)}
+    if types:
+        ends = (ids == tokenizer.sep_token_id).to(torch.int64)
+        given["token_type_ids"] = ((ends.cumsum(1) - ends) > 0) & there
+        given["token_type_ids"] = given["token_type_ids"].to(torch.int64)
+    return given
+
+
+class Classifier(nn.Module):
+    """A sequence classifier of transformers whose input is token identifiers, its output logits.
+
+    Args:
+        model: a ``...ForSequenceClassification``.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.types = getattr(model.config, "type_vocab_size", 0) > 1
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids ``[n, length]`` -> logits ``[n, classes]``."""
+        return self.model(**inputs(ids, self.tokenizer, self.types)).logits
+
+
+class MaskedLM(nn.Module):
+    """A masked-language model of transformers that is trained and scored by token identifiers.
+
+    In training tokens are masked anew every time, by torch's global generator; in evaluation always
+    the same ones. Logits are made of those places alone: of all places they would be most of the
+    work and of the memory of a small encoder.
+
+    Args:
+        model: a ``BertForMaskedLM``, or another whose encoder is ``base_model`` and whose head is
+            ``cls``.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def forward(self, ids: Tensor, chosen: Tensor) -> Tensor:
+        """ids ``[n, length]``, chosen bool ``[n, length]`` -> logits ``[chosen, vocabulary]``."""
+        given = inputs(ids, self.tokenizer)
+        hidden: Any = self.model.base_model(**given).last_hidden_state  # type: ignore[operator]
+        return self.model.cls(hidden[chosen[:, : hidden.shape[1]]])  # type: ignore[operator]
+
+    def memtl_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of masked tokens; ``labels`` are the true tokens, as ``ids``."""
+        corrupted, chosen = corrupt(ids, self.tokenizer)
+        return F.cross_entropy(self(corrupted, chosen), labels.to(ids.device)[chosen])
+
+    def memtl_count(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Of every token, how often it is predicted rightly, is masked, and is predicted."""
+        corrupted, chosen = corrupt(ids, self.tokenizer, torch.Generator().manual_seed(len(ids)))
+        return count(self(corrupted, chosen), labels.to(ids.device)[chosen])
+
+
+def corrupt(
+    ids: Tensor, tokenizer: Any, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mask tokens as BERT does (Devlin et al., NAACL 2019).
+
+    Args:
+        ids: ``[n, length]`` int64; special tokens are never chosen.
+        tokenizer: has ``mask_token_id``, ``all_special_ids`` and ``vocab_size``.
+        generator: of the choice; None for torch's own.
+
+    Returns:
+        The tokens, corrupted, and bool ``[n, length]``, which of them are to be predicted: at
+        least one.
+    """
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    draw = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(special, 2.0)
+    chosen = draw < max(MASKED, draw.min().item() + 1e-7)
+    way = torch.rand(ids.shape, generator=generator).to(ids.device)
+    others = torch.randint(tokenizer.vocab_size, ids.shape, generator=generator).to(ids.device)
+    corrupted = torch.where(chosen & (way < 0.8), tokenizer.mask_token_id, ids)
+    return torch.where(chosen & (way >= 0.9), others, corrupted), chosen

@@ -1,0 +1,86 @@
+"""Texts as token identifiers, which are all that the encoders of :mod:`memtl.models.bert` take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import docstrings
+from .digits import Task
+from .split import Split
+
+MAX_LENGTH = 64
+"""Tokens of a docstring, with the two or three special ones; what is beyond is cut off."""
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str] | Sequence[tuple[str, str]], max_length: int = MAX_LENGTH
+) -> Tensor:
+    """The tokens of texts, or of pairs of texts.
+
+    Args:
+        tokenizer: one of transformers.
+        texts: at least one; of a pair that is too long the longer text loses its end.
+        max_length: tokens of a text with the special ones.
+
+    Returns:
+        ``[n, length]`` int64, filled up with the tokenizer's padding to the longest.
+
+    Raises:
+        ValueError: If there is no text.
+    """
+    if not len(texts):
+        raise ValueError("expected at least one text, got none")
+    pairs = not isinstance(texts[0], str)
+    columns = list(map(list, zip(*texts, strict=True))) if pairs else [list(texts)]
+    coded = tokenizer(*columns, truncation=True, max_length=max_length, padding="longest")
+    return torch.tensor(coded["input_ids"], dtype=torch.int64)
+
+
+def load_docstrings(task: str, tokenizer: Any, max_length: int = MAX_LENGTH) -> Task:
+    """A classification of the standard library's docstrings, in fixed splits.
+
+    Args:
+        task: ``"package"`` (24 classes), ``"kind"`` (4) or ``"pair"`` (2), as
+            :mod:`memtl.tasks.docstrings` says.
+        tokenizer: of the encoder; :func:`memtl.assets.load_tokenizer` has the shipped one's.
+        max_length: as in :func:`encode`.
+
+    Returns:
+        A task whose ``images`` are token identifiers ``[n, length]`` int64.
+
+    Raises:
+        ValueError: If there is no such task, or this Python lacks a class of it.
+    """
+
+    def split(name: str) -> Split:
+        found = docstrings.texts(task, name)
+        return Split(encode(tokenizer, found.texts, max_length), torch.tensor(found.labels))
+
+    return Task(task, len(docstrings.classes(task)), split("train"), split("val"), split("test"))
+
+
+def load_docstrings_mlm(tokenizer: Any, max_length: int = MAX_LENGTH) -> Task:
+    """Masked-language modelling of the same docstrings: a long one is several samples.
+
+    Returns:
+        A task whose ``images`` and ``labels`` are the token identifiers ``[n, max_length]``;
+        which of them are masked is drawn when they are used (:class:`memtl.models.bert.MaskedLM`).
+    """
+
+    def split(name: str) -> Split:
+        found = [document.text for document in docstrings.in_split(name)]
+        coded = tokenizer(
+            found,
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=True,
+            padding="max_length",
+        )
+        ids = torch.tensor(coded["input_ids"], dtype=torch.int64)
+        return Split(ids, ids)
+
+    return Task("mlm", tokenizer.vocab_size, split("train"), split("val"), split("test"))
