@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ...functional import count_bits, magnitude_masks
 from ...nn.masked import masked_weights
 from ...training import track
-from ..base.record import unwrapped
 from .config import TicketConfig
 from .masks import digest, random_masks
 from .run import Run
-from .scope import head_tensors, weights_in_scope
+from .scope import head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
 from .ticket import Source, Ticket
 
@@ -73,8 +72,7 @@ def draw_ticket(
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
-    if isinstance(model, nn.Module):
-        model = unwrapped(model)
+    model = inner_model(model)
     weights = _weights(model, config)
     if any(True for _ in masked_weights(model)):
         raise ValueError(

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from ...functional import count_bits
 from ...nn.masked import mask_weights, masked_weights, unmask_weights
 from ...nn.report import plain_name
-from ..base.record import unwrapped
 from .config import TicketConfig
 from .masks import random_masks
 from .saved import read, write
-from .scope import Weight, backbone_of, named_weights
+from .scope import Weight, backbone_of, inner_model, named_weights
 
 SHOWN = 3
 """Mismatches that an error names."""
@@ -178,7 +177,7 @@ class Ticket:
 
         Memory: one bit a weight.
         """
-        model = unwrapped(model)
+        model = inner_model(model)
         weights = self._weights(model)
         if any(True for _ in masked_weights(model)):
             raise ValueError(
@@ -206,7 +205,7 @@ class Ticket:
         """
         if Ticket.of(model) != self:
             raise ValueError(f"the ticket of this {type(model).__name__} is another one")
-        model = unwrapped(model)
+        model = inner_model(model)
         for module in {module: None for _, _, module, _ in masked_weights(model)}:
             unmask_weights(module)
         del model.__dict__[RECORD]
@@ -219,9 +218,7 @@ class Ticket:
             TypeError: ``model`` is no module.
             ValueError: there is none.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        model = unwrapped(model)
+        model = inner_model(model)
         if RECORD not in model.__dict__:
             raise ValueError(f"this {type(model).__name__} has no ticket")
         config, source = model.__dict__[RECORD]
@@ -280,7 +277,7 @@ class Ticket:
         """
         values = self.values
         if model is not None:
-            weights = self._weights(unwrapped(model))
+            weights = self._weights(inner_model(model))
             values = {
                 layer.name: torch.ops.memtl.bits_select(
                     (w := weights[layer.name].parameter.detach()),
@@ -322,7 +319,7 @@ class Ticket:
         """
         if self.values is None:
             raise ValueError("this ticket was saved without weights: save(path, model) has them")
-        model = unwrapped(model)
+        model = inner_model(model)
         weights = self._weights(model)
         if any(True for _ in masked_weights(model)) and Ticket.of(model) != self:
             raise ValueError(f"this {type(model).__name__} has another ticket")
