@@ -7,6 +7,7 @@ BERT Networks, NeurIPS 2020.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -118,8 +119,9 @@ def _drawn(
         if config.scheme == "random":
             found = random_masks(sizes, kept, generator)
         else:
+            wide = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
             given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
-            found = magnitude_masks(tensors, kept, given)
+            found = magnitude_masks([t.to(wide) for t in tensors], kept, given)
         drawn.update(zip(group, (bits.cpu() for bits in found), strict=True))
     if empty := [name for name in names if not count_bits(drawn[name])]:
         raise ValueError(
