@@ -428,7 +428,7 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.masked_linear(torch.ones(2, 5).int(), torch.ones(4, 5), MASK, None), "float"),
         (lambda: OPS.masked_linear_input_grad(torch.ones(2, 5), torch.ones(4, 5), MASK), "T, 4"),
         (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(3, 5), MASK), "T, O"),
-        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(2, 6), MASK), "bytes"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(2, 7), MASK), "bytes"),
         (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), ONES.half(), MASK), "one dtype"),
         (lambda: OPS.quant_activation_grad(*[torch.ones(0)] * 3, 4, "relu"), "gelu"),
     ],
