@@ -223,6 +223,8 @@ def threshold_mask():
         value, ties = OPS.threshold_magnitude(xs, masks, k)
         for i, x in enumerate(xs):
             yield x, masks[i] if masks else None, value, ties[i]
+
+
 def _masked():
     """tokens, outputs, inputs, bits: odd sizes; all, some and none of the weights."""
     sizes = ((5, 7, 9), (130, 70, 200), (67, 33, 64), (1, 1, 1), (0, 5, 3), (3, 0, 4), (2, 4, 0))

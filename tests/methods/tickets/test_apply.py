@@ -35,9 +35,10 @@ OPTIMIZERS = {
 
 
 def with_ticket(name: str = "bert", sparsity: float = 0.7):
+    """Products are dense, so that they are stock's bit for bit."""
     model, x = network(name)
     ticket = draw_ticket(model, TicketConfig(sparsity=sparsity))
-    ticket.apply(model)
+    ticket.apply(model, sparse=False)
     return model, x, ticket
 
 
@@ -84,7 +85,7 @@ def test_what_stays_as_it_was():
     stock, _ = network("bert")
     model = copy.deepcopy(stock)
     ticket = draw_ticket(model, TicketConfig(sparsity=0.6))
-    ticket.apply(model)
+    ticket.apply(model, sparse=False)
     assert list(model.state_dict()) == list(stock.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in stock.named_parameters()]
     assert [m._get_name() for m in model.modules()] == [m._get_name() for m in stock.modules()]
@@ -264,14 +265,14 @@ def test_conversion_before_and_after(first, config):
     model.eval()
     ticket = draw_ticket(model, TicketConfig(sparsity=0.7))
     dense = copy.deepcopy(model)
-    ticket.apply(dense)
+    ticket.apply(dense, sparse=False)
     if first == "ticket":
-        ticket.apply(model)
+        ticket.apply(model, sparse=False)
         memtl.apply(model, config)
     else:
         memtl.apply(model, config)
         assert draw_ticket(model, TicketConfig(sparsity=0.7)) == ticket
-        ticket.apply(model)
+        ticket.apply(model, sparse=False)
     assert_same(model(x).logits, dense(x).logits)
     assert_zero(trained_once(model, x))
     assert_zero(trained_once(copy.deepcopy(model), x))

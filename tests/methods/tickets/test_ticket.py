@@ -35,7 +35,8 @@ def test_what_a_ticket_says():
     layer = ticket.layers[0]
     assert layer.name == "encoder.layer.0.attention.self.query.weight" and layer.shape == (32, 32)
     mask = bits_unpack(ticket.masks[layer.name], layer.size)
-    assert layer.kept == mask.sum() and layer.sparsity == 1 - layer.kept / layer.size
+    assert layer.kept == mask.sum() and layer.density == layer.kept / layer.size
+    assert layer.sparsity == 1 - layer.density
     text = str(ticket)
     assert "magnitude ticket of mnli, round 1" in text and f"{kept:,} of {total:,}" in text
     assert "encoder.layer.*.attention.self.query.weight x2" in text and "[48, 32]" in text
@@ -96,6 +97,8 @@ def test_other_heads_and_what_does_not_fit():
         small.apply(bert().to("meta"))
     with pytest.raises(TypeError, match="Module"):
         ticket.apply("model")
+    with pytest.raises(TypeError, match="sparse must be None, True or False, got 'yes'"):
+        ticket.apply(bert(), sparse="yes")
 
 
 def test_one_ticket_at_a_time():
