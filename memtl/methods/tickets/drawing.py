@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...functional import count_bits, magnitude_masks, magnitude_threshold
+from ...functional import count_bits, magnitude_masks
 from ...nn.masked import masked_weights
 from ...training import track
 from .config import TicketConfig
@@ -100,7 +100,7 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
 
 def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
-        if not magnitude_threshold([weight], 1).value.isfinite():  # the largest; NaN is larger
+        if not torch.stack(weight.aminmax()).isfinite().all():  # with a NaN, both are
             raise ValueError(f"{name} holds a value that is not finite{when}")
 
 
