@@ -71,6 +71,9 @@ EQUAL = {
     "bits_pack": "numpy.packbits",
     "bits_pack_between": "bits_pack(~(x <= 0))",
     "bits_apply": "torch.where(mask, x * scale, 0)",
+    "masked_linear": "bits_apply, F.linear",
+    "masked_linear_input_grad": "bits_apply, grad_out @",
+    "masked_linear_weight_grad": "grad_out.t() @ x, bits_apply",
     "attention_grad": "backward alone, from all that autograd keeps",
     "query_attention_grad": "backward alone, from all that autograd keeps",
 }
