@@ -235,7 +235,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_the_rule_of_when_it_pays():
     assert sparse_pays(0.05, 1576) and sparse_pays(0.1, 1576)
-    assert not sparse_pays(1.0, 1576)
+    assert sparse_pays(0.1, 1576, torch.bfloat16) and not sparse_pays(0.2, 1576, torch.bfloat16)
+    assert not sparse_pays(1.0, 1576) and not sparse_pays(0.1, 8)
     assert not sparse_pays(0.05, 1576, torch.float64)
     assert not sparse_pays(0.05, 1576, device="cuda")
     with pytest.raises(ValueError, match="density"):
