@@ -170,7 +170,7 @@ def threshold_magnitude(xs: list[Tensor], masks: list[Tensor], k: int) -> tuple[
     found = torch.tensor((0, k), dtype=torch.int64).to(xs[0].device, non_blocking=True)
     counts = found.new_zeros((2**DIGIT,))
     read = [x.contiguous().view(integer) for x in xs]
-    bits = [mask.contiguous() for mask in masks] or [None] * len(xs)
+    bits: list[Tensor | None] = [mask.contiguous() for mask in masks] or [None] * len(xs)
     with torch.cuda.device_of(xs[0]):
         for shift, width in _digits(xs[0].dtype):
             for x, mask in zip(read, bits, strict=True):

@@ -42,6 +42,8 @@ class CompactOptimizer(torch.optim.Optimizer):
     step, twice the survivors, weights and gradients, and one parameter.
     """
 
+    inner: torch.optim.Optimizer
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -51,7 +53,6 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
             raise TypeError(f"optimizer must be a class of torch.optim.Optimizer, got {optimizer}")
-        self.inner: torch.optim.Optimizer | None = None
         super().__init__(params, dict(options))
         self._masks = {p: _Survivors(p, bits) for p, bits in masks.items()}
         given = {p for group in self.param_groups for p in group["params"]}
@@ -87,7 +88,7 @@ class CompactOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; what is added later is trained whole."""
         super().add_param_group(param_group)
-        if self.inner is not None:
+        if hasattr(self, "inner"):  # torch's own __init__ comes here as well
             self.inner.add_param_group(self._compact(self.param_groups[-1]))
             self._adopt()
 
@@ -102,23 +103,20 @@ class CompactOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = {p: part for p, part in self._masks.items() if p.grad is not None}
-        for p in moved:
-            if p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"gradients of pruned parameters must be dense, got {p.grad.layout}"
-                )
+        moved = [(p, p.grad, part) for p, part in self._masks.items() if p.grad is not None]
+        for _, grad, _ in moved:
+            if grad.layout != torch.strided:
+                raise TypeError(f"gradients of pruned parameters must be dense, got {grad.layout}")
         self._hand_on_options()
         try:
-            for p, part in moved.items():
-                part.vector.data = part.of(p)
-                part.vector.grad = part.of(p.grad)
+            for p, grad, part in moved:
+                part.vector.data, part.vector.grad = part.of(p), part.of(grad)
             self.inner.step()
-            for p, part in moved.items():
+            for p, _, part in moved:
                 part.vector.grad = None
                 p.copy_(OPS.bits_expand(part.vector, part.bits, p.shape))
         finally:
-            for part in moved.values():
+            for _, _, part in moved:
                 part.release()
         return loss
 
