@@ -8,14 +8,17 @@ BERT Networks, NeurIPS 2020.
 from .config import TicketConfig
 from .controls import permute_layers
 from .drawing import draw_ticket
+from .optimizer import CompactOptimizer, state_bytes
 from .ticket import AppliedTicket, Source, Ticket, TicketLayer
 
 __all__ = [
     "AppliedTicket",
+    "CompactOptimizer",
     "Source",
     "Ticket",
     "TicketConfig",
     "TicketLayer",
     "draw_ticket",
     "permute_layers",
+    "state_bytes",
 ]
