@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import memtl.reference
 from memtl import _ops
@@ -20,6 +21,8 @@ QUOTAS = ((26, 9), (128, 100))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMPTY_SCALE = torch.empty(0, dtype=torch.bfloat16)
+MASK = torch.zeros(3, dtype=torch.uint8)  # of a weight [4, 5]
+ONES = torch.ones(2, 5)
 EMPTY_COUNTS = torch.empty(0, dtype=torch.int16)
 
 
@@ -195,6 +198,61 @@ def bits_apply():
     yield torch.randn(30, 4).T, OPS.bits_pack(torch.rand(120) < 0.5), 0.5
 
 
+def bits_select():
+    for i, (mask,) in enumerate(bits_pack()):
+        x, count = torch.randn(mask.shape).to(FLOATING[i % 4]), int(mask.sum())
+        yield x, OPS.bits_pack(mask), count
+
+
+def bits_expand():
+    for x, bits, count in bits_select():
+        yield torch.randn(2 * count).to(x.dtype)[::2], bits, list(x.shape)
+
+
+def threshold_magnitude():
+    for i, dtype in enumerate(FLOATING):
+        xs = [torch.randn(s).to(dtype) for s in ((600,), (3, 7), (0, 5), (), (30, 4))]
+        xs.append(torch.randn(30, 4).to(dtype).T)
+        masks = [OPS.bits_pack(torch.rand(x.shape) < 0.7) for x in xs]
+        for k in (1, 100, 400):
+            yield xs, masks if (i + k) % 2 else [], k
+
+
+def threshold_mask():
+    for xs, masks, k in threshold_magnitude():
+        value, ties = OPS.threshold_magnitude(xs, masks, k)
+        for i, x in enumerate(xs):
+            yield x, masks[i] if masks else None, value, ties[i]
+
+
+def _masked():
+    """tokens, outputs, inputs, bits: odd sizes; all, some and none of the weights."""
+    sizes = ((5, 7, 9), (130, 70, 200), (67, 33, 64), (1, 1, 1), (0, 5, 3), (3, 0, 4), (2, 4, 0))
+    for tokens, outputs, inputs in sizes:
+        for kept in (0.1, 0.0, 0.8, 1.0) if tokens == 67 else (0.15,):
+            yield tokens, outputs, inputs, OPS.bits_pack(torch.rand(outputs, inputs) < kept)
+
+
+def masked_linear():
+    for i, (tokens, outputs, inputs, mask) in enumerate(_masked()):
+        for j, dtype in enumerate(FLOATING):
+            x, weight = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs)
+            bias = torch.randn(outputs).to(FLOATING[i % 4]) if j % 2 else None
+            yield x, weight.to(FLOATING[(i + j) % 4]), mask, bias
+    mask = OPS.bits_pack(torch.rand(8, 30) < 0.3)
+    yield torch.randn(30, 6).T, torch.randn(30, 8).T, mask, torch.randn(16)[::2]
+
+
+def masked_linear_input_grad():
+    for x, weight, mask, _ in masked_linear():
+        yield torch.randn(weight.shape[0], x.shape[0]).to(x.dtype).T, weight, mask
+
+
+def masked_linear_weight_grad():
+    for x, weight, mask, _ in masked_linear():
+        yield torch.randn(x.shape[0], weight.shape[0]).to(x.dtype), x, mask
+
+
 def attention_grad():
     def operands(*shape):
         return torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.randn(shape)
@@ -256,6 +314,13 @@ SAMPLES = {
         bits_pack,
         bits_pack_between,
         bits_apply,
+        bits_select,
+        bits_expand,
+        threshold_magnitude,
+        threshold_mask,
+        masked_linear,
+        masked_linear_input_grad,
+        masked_linear_weight_grad,
         attention_grad,
         query_attention,
         query_attention_grad,
@@ -286,13 +351,12 @@ def test_opcheck(name):
     samples = list(SAMPLES[name]())
     assert samples
     for sample in samples[:: max(1, len(samples) // 6)]:
-        plain = [
-            torch.empty(a.shape, dtype=a.dtype)
-            if isinstance(a, torch.Tensor) and not a.numel()
-            else a
-            for a in sample
-        ]  # opcheck cannot copy an empty tensor of unusual strides
-        torch.library.opcheck(getattr(OPS, name).default, tuple(plain))
+        plain = tree_map_only(
+            torch.Tensor,
+            lambda t: t if t.numel() else torch.empty(t.shape, dtype=t.dtype),
+            sample,
+        )  # opcheck cannot copy an empty tensor of unusual strides
+        torch.library.opcheck(getattr(OPS, name).default, plain)
 
 
 @EVERY_OP
@@ -301,7 +365,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_real_results(name):
     for sample in SAMPLES[name]():
         real = tuple_of(op(*sample))
         with FakeTensorMode() as mode:
-            given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in sample]
+            given = tree_map_only(torch.Tensor, mode.from_tensor, sample)
             fake = tuple_of(op(*given))
         assert len(real) == len(fake)
         for a, b in zip(real, fake, strict=True):
@@ -312,7 +376,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_real_results(name):
 @EVERY_OP
 def test_results_are_new_and_inputs_unchanged(name):
     for sample in SAMPLES[name]():
-        tensors = [a for a in sample if isinstance(a, torch.Tensor)]
+        tensors = [a for a in tree_leaves(sample) if isinstance(a, torch.Tensor)]
         before = [t.clone() for t in tensors]
         results = tuple_of(getattr(OPS, name)(*sample))
         for t, copy in zip(tensors, before, strict=True):
@@ -343,6 +407,11 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
                 terms = g.numel() // max(1, g.shape[1])
                 assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
+            elif name.startswith("masked"):
+                # Sums of some 200 terms at most, of a few units; the exact bound: tests/csrc.
+                fine = 1e-12 if b.dtype == torch.float64 else 2e-4
+                assert a.dtype == b.dtype
+                assert_within(a, b, fine + 2 * unit(a.dtype) * b.double().abs())
             elif name in ("quant_norm_grad", "quant_channel_norm_grad"):
                 # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
                 assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
@@ -374,6 +443,13 @@ def test_nothing_is_left_unwritten(name, poison):
     [
         (lambda: OPS.bits_pack(torch.randn(3)), "bool"),
         (lambda: OPS.bits_apply(torch.randn(9), torch.zeros(1, dtype=torch.uint8), 1.0), "2 bytes"),
+        (lambda: OPS.bits_select(torch.randn(9), torch.zeros(1).byte(), 0), "2 bytes"),
+        (lambda: OPS.bits_expand(torch.randn(9), torch.zeros(1).byte(), [9]), "2 bytes"),
+        (lambda: OPS.threshold_magnitude([], [], 0), "one tensor"),
+        (lambda: OPS.threshold_magnitude([torch.randn(3)], [], 4), "from 0 to 3"),
+        (lambda: OPS.threshold_magnitude([torch.ones(3).long()], [], 1), "float"),
+        (lambda: OPS.threshold_magnitude([torch.ones(3)], [torch.ones(2).byte()], 1), "1 byte"),
+        (lambda: OPS.threshold_mask(torch.ones(3), None, torch.ones(()), torch.ones(())), "int64"),
         (lambda: OPS.quant_pack(torch.randn(3), 5, 0), "8, 4, 3 or 2"),
         (lambda: OPS.quant_pack(torch.arange(3), 4, 0), "float"),
         (lambda: OPS.quant_pack_range(torch.randn(3), 4, 1.0, 1.0, 0), "lo < hi|below"),
@@ -382,6 +458,16 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.topk_pack_sample(torch.ones(3, 4).bool(), 1, torch.int8, False), "float"),
         (lambda: OPS.quant_pack_range(torch.ones(4).cfloat(), 4, 0.0, 1.0, 0), "float"),
         (lambda: OPS.quant_apply_range(torch.ones(4), torch.ones(1, 32), 4, 1.0, 0.0), "lo < hi"),
+        (lambda: OPS.masked_linear(torch.ones(2, 3), torch.ones(4, 5), MASK, None), "T, 5"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4), MASK, None), "O, I"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK[:2], None), "3 bytes"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK.int(), None), "uint8"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK, torch.ones(5)), "4"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5).int(), torch.ones(4, 5), MASK, None), "float"),
+        (lambda: OPS.masked_linear_input_grad(torch.ones(2, 5), torch.ones(4, 5), MASK), "T, 4"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(3, 5), MASK), "T, O"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(2, 7), MASK), "bytes"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), ONES.half(), MASK), "one dtype"),
         (lambda: OPS.quant_activation_grad(*[torch.ones(0)] * 3, 4, "relu"), "gelu"),
     ],
 )

@@ -5,7 +5,7 @@ where no kernel was built. Optimised code never imports this package.
 """
 
 from .attention import attention_grad
-from .bits import bits_apply, bits_pack, bits_pack_between
+from .bits import bits_apply, bits_expand, bits_pack, bits_pack_between, bits_select
 from .fused import (
     quant_activation_grad,
     quant_apply_range,
@@ -14,6 +14,7 @@ from .fused import (
     quant_unpack_activation,
     quant_unpack_affine,
 )
+from .masked import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from .quant import (
     quant_pack,
     quant_pack_normalized,
@@ -22,6 +23,7 @@ from .quant import (
     quant_unpack_range,
 )
 from .query_attention import query_attention, query_attention_grad
+from .threshold import threshold_magnitude, threshold_mask
 from .topk import (
     topk_conv_weight_grad,
     topk_pack,
@@ -52,6 +54,13 @@ OPS = {
         bits_pack,
         bits_pack_between,
         bits_apply,
+        bits_select,
+        bits_expand,
+        threshold_magnitude,
+        threshold_mask,
+        masked_linear,
+        masked_linear_input_grad,
+        masked_linear_weight_grad,
         attention_grad,
         query_attention,
         query_attention_grad,

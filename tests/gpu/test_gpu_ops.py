@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 import memtl
 from memtl import _ops, reference
@@ -27,7 +28,7 @@ SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
 
 
 def to_device(arguments):
-    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    return tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), list(arguments))
 
 
 def draw(*size, dtype=torch.float32, special=False, seed=0):
@@ -145,6 +146,36 @@ def bits_apply_cases():
     yield draw(31, 34).t(), reference.bits_pack(draw(34, 31, seed=1) > 0), 0.7
 
 
+def bits_select_cases():
+    for dtype, n in itertools.product(_ops.FLOATING, SIZES):
+        mask = draw(n, seed=1) > 0
+        yield draw(n, dtype=dtype, special=True), reference.bits_pack(mask), int(mask.sum())
+    mask = draw(34, 31, seed=1) > 0
+    yield draw(31, 34).t(), reference.bits_pack(mask), int(mask.sum())
+
+
+def bits_expand_cases():
+    for x, bits, count in bits_select_cases():
+        yield draw(count, dtype=x.dtype, special=True), bits, list(x.shape)
+
+
+def threshold_magnitude_cases():
+    for dtype in _ops.FLOATING:
+        xs = [draw(n, dtype=dtype, special=True, seed=n) for n in (*SIZES, 100_003)]
+        xs.append(draw(31, 34, dtype=dtype).t())
+        masks = [reference.bits_pack(draw(*x.shape, seed=1) > -0.5) for x in xs]
+        for k in (0, 1, 100, 3000, 50_000):
+            yield xs, [], k
+            yield xs, masks, k
+
+
+def threshold_mask_cases():
+    for xs, masks, k in threshold_magnitude_cases():
+        value, ties = reference.threshold_magnitude(xs, masks, k)
+        for i, x in enumerate(xs):
+            yield x, masks[i] if masks else None, value, ties[i]
+
+
 EXACT = {
     "topk_pack": topk_pack_cases,
     "topk_pack_sample": topk_pack_sample_cases,
@@ -159,6 +190,10 @@ EXACT = {
     "bits_pack": bits_pack_cases,
     "bits_pack_between": bits_pack_between_cases,
     "bits_apply": bits_apply_cases,
+    "bits_select": bits_select_cases,
+    "bits_expand": bits_expand_cases,
+    "threshold_magnitude": threshold_magnitude_cases,
+    "threshold_mask": threshold_mask_cases,
 }
 CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
@@ -167,7 +202,8 @@ def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
     queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
-    assert {*EXACT, *sums, *norms, *queries, *CURVES} == set(_ops.NAMES)
+    masked = {"masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"}
+    assert {*EXACT, *sums, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -186,7 +222,17 @@ def test_operator_gives_what_its_definition_gives(name):
     compare(getattr(torch.ops.memtl, name), name)
 
 
-@pytest.mark.parametrize("name", ["bits_pack", "bits_apply"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bits_pack",
+        "bits_apply",
+        "bits_select",
+        "bits_expand",
+        "threshold_magnitude",
+        "threshold_mask",
+    ],
+)
 def test_triton_gives_what_the_definition_gives(name):
     # Whoever serves the operator: the CUDA library goes before Triton where it was built.
     kernels = pytest.importorskip("memtl.kernels")
@@ -277,6 +323,24 @@ def test_topk_weight_grad(dtype):
         # Dot products of T terms in float32, summed in any order.
         bound = gamma(x.shape[0]) * (grad_out.abs().t() @ x.abs())
         assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+def test_masked_linear(dtype):
+    x, weight, bias = draw(70, 130, dtype=dtype), draw(33, 130, seed=1), draw(33, seed=2)
+    grad_out = draw(70, 33, dtype=dtype, seed=3)
+    mask = reference.bits_pack(draw(33, 130, seed=4) > 1)
+    for name, arguments in (
+        ("masked_linear", (x, weight, mask, bias)),
+        ("masked_linear_input_grad", (grad_out, weight, mask)),
+        ("masked_linear_weight_grad", (grad_out, x, mask)),
+    ):
+        actual = getattr(torch.ops.memtl, name)(*to_device(arguments)).cpu()
+        exact = [a.double() if a.is_floating_point() else a for a in arguments]
+        expected = getattr(reference, name)(*exact)
+        assert actual.dtype == getattr(reference, name)(*arguments).dtype
+        # Sums of some 130 terms of a few units, and a rounding to the dtype.
+        assert_within(actual, expected, 1e-4 + torch.finfo(actual.dtype).eps * expected.abs())
 
 
 @pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
