@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..methods import (
     LowBitConfig,
     NormTuningConfig,
     RepNetConfig,
+    Ticket,
     apply,
 )
 from ..tasks import Task, load_digits, load_digits_segmentation
@@ -47,6 +49,7 @@ class Experiment:
         load_model: ``num_classes`` -> the network with a fresh head.
         rates: by kind of method, see :func:`methods`; of the kinds that are compared here.
         batch_size, steps: of a run.
+        ticket: file of a lottery ticket for the network, under which it is trained as well.
         notes: what a reader must know besides.
     """
 
@@ -58,6 +61,7 @@ class Experiment:
     rates: Mapping[str, Rate]
     batch_size: int = 64
     steps: int = 120
+    ticket: Path | None = None
     notes: str = ""
 
 
@@ -69,6 +73,8 @@ evaluation uses, follow the batches faster.
 """
 
 BERT = "A BERT of 4 layers, pre-trained on docstrings of Python's library by masked words,"
+TICKET = assets.encoder() / "ticket-mlm-50.safetensors"
+"""Drawn by the same objective, in five rounds, so good for any task (``memtl tickets``)."""
 
 
 def _docstrings(task: str, max_length: int, goal: str) -> Experiment:
@@ -81,6 +87,7 @@ def _docstrings(task: str, max_length: int, goal: str) -> Experiment:
         rates={"full": Rate(1e-3, (5e-4, 1e-3, 2e-3))},
         batch_size=32,
         steps=240,
+        ticket=TICKET,
     )
 
 
@@ -158,6 +165,7 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         rates={"full": Rate(3e-4, (1e-4, 3e-4, 1e-3))},
         batch_size=32,
         steps=240,
+        ticket=TICKET,
     ),
 }
 """(model, task) -> what is done."""
@@ -191,6 +199,28 @@ PARTS = (
 """Those that train parts of the network."""
 
 
+def _with_ticket(path: Path | None, keep: float) -> list[Method]:
+    """The whole network again, its encoder pruned, and on that what keeps less."""
+    if path is None:
+        return []
+    ticket = Ticket.load(path)
+
+    def pruned(config: Config | None = None) -> Callable[[nn.Module], object]:
+        def prepare(model: Any) -> None:
+            ticket.apply(model.model)
+            if config is not None:
+                apply(model, config)
+
+        return prepare
+
+    name = f"ticket {100 * ticket.sparsity:.0f} %"
+    return [
+        Method(name, "full", pruned()),
+        Method(f"{name} + Back Razor {keep:g}", "full", pruned(BackRazorConfig(keep=keep))),
+        Method(f"{name} + 4 bits, once", "full", pruned(LowBitConfig(bits=4))),
+    ]
+
+
 def methods(experiment: Experiment, keeps: Sequence[float]) -> list[Method]:
     """The methods compared, in the order of the table."""
     back_razor = [
@@ -204,6 +234,7 @@ def methods(experiment: Experiment, keeps: Sequence[float]) -> list[Method]:
         *back_razor,
         Method(f"Back Razor {keeps[0]:g}, small", "full", _applied(small)),
         Method("4 bits, once", "full", _applied(LowBitConfig(bits=4))),
+        *_with_ticket(experiment.ticket, keeps[0]),
     ]
     return [method for method in (*PARTS, *whole) if method.kind in experiment.rates]
 
