@@ -180,7 +180,7 @@ class Ticket:
             model: any that has the ticket's weights in its backbone, with any head.
             sparse: whether linear layers multiply with the surviving weights alone, which changes
                 the order of sums: None where that is faster, which depends on what survives and, at
-                every call, on dtype and device; True always, False never.
+                every call, on the input (its rows, dtype and device); True always, False never.
 
         Raises:
             TypeError: ``model`` is no module, or ``sparse`` none of these.
