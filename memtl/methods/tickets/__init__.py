@@ -5,6 +5,7 @@ Chen, Frankle, Chang, Liu, Zhang, Wang and Carbin: The Lottery Ticket Hypothesis
 BERT Networks, NeurIPS 2020.
 """
 
+from ...nn.masked import parameter_masks
 from .config import TicketConfig
 from .controls import permute_layers
 from .drawing import draw_ticket
@@ -19,6 +20,7 @@ __all__ = [
     "TicketConfig",
     "TicketLayer",
     "draw_ticket",
+    "parameter_masks",
     "permute_layers",
     "state_bytes",
 ]

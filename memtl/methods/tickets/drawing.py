@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import count_bits, magnitude_masks
-from ...nn.masked import masked_weights
+from ...nn.masked import is_masked
 from ...training import track
 from .config import TicketConfig
 from .masks import digest, random_masks
@@ -75,7 +75,7 @@ def draw_ticket(
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
     weights = _weights(model, config)
-    if any(True for _ in masked_weights(model)):
+    if is_masked(model):
         raise ValueError(
             f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
         )
@@ -150,7 +150,7 @@ def _iterative(
     try:
         return _rounds(model, config, source, train, run, before, progress)
     finally:
-        if any(True for _ in masked_weights(model)):
+        if is_masked(model):
             Ticket.of(model).remove(model)
         before.put(model)
 
