@@ -21,6 +21,9 @@ Families and the layouts they share
            a pure function of the seed and the data (see :func:`memtl.reference.quant.dither`), so
            no random-number state is read.
 ``bits``   One bit an element of the flat tensor, least significant bit first.
+``threshold``  The k largest magnitudes of many tensors at once. NaN is larger than any number, and
+           one NaN as large as another. A threshold is the k-th largest magnitude and, for every
+           tensor, how many of the elements that equal it are among the k: the first ones.
 ``query_attention``  A few queries read keys and values that do not train. With the output comes,
            on request, its Jacobian, after which keys and values are not needed again.
 """
@@ -367,17 +370,98 @@ def _(x, lo, hi):
 def _(x, bits, scale):
     """x * scale where the bit is set, else 0; x any shape, the result contiguous."""
     _check_floating("bits_apply", x)
+    _check_bits_of("bits_apply", x.numel(), bits)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_define("bits_select", "(Tensor x, Tensor bits, SymInt count) -> Tensor")
+def _(x, bits, count):
+    """The elements of x, any shape, whose bit is set, in order: [count]; so many bits are set."""
+    _check_floating("bits_select", x)
+    _check_bits_of("bits_select", x.numel(), bits)
+    torch._check_value(count >= 0, lambda: f"bits_select: expected count >= 0, got {count}")
+    return x.new_empty((count,))
+
+
+@_define("bits_expand", "(Tensor values, Tensor bits, SymInt[] size) -> Tensor")
+def _(values, bits, size):
+    """The inverse: values [count], in order, where a bit is set, 0 elsewhere; of shape ``size``."""
+    _check_floating("bits_expand", values)
+    torch._check(
+        values.dim() == 1,
+        lambda: f"bits_expand: expected values [count], got {tuple(values.shape)}",
+    )
+    result = values.new_empty(size)
+    _check_bits_of("bits_expand", result.numel(), bits)
+    return result
+
+
+def _check_bits_of(name: str, numel: int, bits: Tensor) -> None:
     torch._check_type(
-        bits.dtype == torch.uint8, lambda: f"bits_apply: expected uint8 bits, got {bits.dtype}"
+        bits.dtype == torch.uint8, lambda: f"{name}: expected uint8 bits, got {bits.dtype}"
     )
     torch._check(
-        bits.numel() == ceil_div(x.numel(), 8),
+        bits.numel() == ceil_div(numel, 8),
         lambda: (
-            f"bits_apply: {x.numel()} elements need {ceil_div(x.numel(), 8)} bytes of bits, "
-            f"got {bits.numel()}"
+            f"{name}: {numel} elements need {ceil_div(numel, 8)} bytes of bits, got {bits.numel()}"
         ),
     )
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# -------------------------------------------------------------------------------------- threshold
+
+
+@_define("threshold_magnitude", "(Tensor[] xs, Tensor[] masks, int k) -> (Tensor, Tensor)")
+def _(xs, masks, k):
+    """The k-th largest |x| of all elements of xs (tensors of any shape and one dtype) whose bit is
+    set in ``masks`` (bits for each of xs; none: all elements), 0-dim, and for each of xs how many
+    elements of just that magnitude are among the k, int64 [len(xs)]: the first ones, in the order
+    of the list and then of elements. k = 0: inf, and no ties."""
+    name = "threshold_magnitude"
+    torch._check(len(xs) > 0, lambda: f"{name}: expected one tensor or more, got none")
+    for x in xs:
+        _check_floating(name, x)
+        torch._check_type(
+            x.dtype == xs[0].dtype,
+            lambda: f"{name}: expected tensors of one dtype, got {[x.dtype for x in xs]}",
+        )
+    torch._check(
+        len(masks) in (0, len(xs)),
+        lambda: f"{name}: expected no masks, or {len(xs)} as there are tensors, got {len(masks)}",
+    )
+    for x, mask in zip(xs, masks, strict=False):
+        _check_bits_of(name, x.numel(), mask)
+    numel = sum(x.numel() for x in xs)
+    torch._check_value(
+        0 <= k <= numel,
+        lambda: f"{name}: expected k from 0 to {numel}, as there are elements, got {k}",
+    )
+    return xs[0].new_empty(()), xs[0].new_empty((len(xs),), dtype=torch.int64)
+
+
+@_define("threshold_mask", "(Tensor x, Tensor? mask, Tensor value, Tensor ties) -> Tensor")
+def _(x, mask, value, ties):
+    """x, any shape -> bits: set where |x| > value, and for the first ``ties`` elements (int64, one
+    number) where |x| == value; of those alone whose bit is set in ``mask``, if it is given."""
+    name = "threshold_mask"
+    _check_floating(name, x)
+    if mask is not None:
+        _check_bits_of(name, x.numel(), mask)
+    torch._check_type(
+        value.dtype == x.dtype and ties.dtype == torch.int64,
+        lambda: (
+            f"{name}: expected value in {x.dtype}, as x, and ties in torch.int64, got "
+            f"{value.dtype} and {ties.dtype}"
+        ),
+    )
+    torch._check(
+        value.numel() == 1 and ties.numel() == 1,
+        lambda: (
+            f"{name}: expected one value and one number of ties, got {tuple(value.shape)} and "
+            f"{tuple(ties.shape)}"
+        ),
+    )
+    return x.new_empty((ceil_div(x.numel(), 8),), dtype=torch.uint8)
 
 
 # -------------------------------------------------------------------------------------- attention

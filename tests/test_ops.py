@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import memtl.reference
 from memtl import _ops
@@ -195,6 +196,33 @@ def bits_apply():
     yield torch.randn(30, 4).T, OPS.bits_pack(torch.rand(120) < 0.5), 0.5
 
 
+def bits_select():
+    for i, (mask,) in enumerate(bits_pack()):
+        x, count = torch.randn(mask.shape).to(FLOATING[i % 4]), int(mask.sum())
+        yield x, OPS.bits_pack(mask), count
+
+
+def bits_expand():
+    for x, bits, count in bits_select():
+        yield torch.randn(2 * count).to(x.dtype)[::2], bits, list(x.shape)
+
+
+def threshold_magnitude():
+    for i, dtype in enumerate(FLOATING):
+        xs = [torch.randn(s).to(dtype) for s in ((600,), (3, 7), (0, 5), (), (30, 4))]
+        xs.append(torch.randn(30, 4).to(dtype).T)
+        masks = [OPS.bits_pack(torch.rand(x.shape) < 0.7) for x in xs]
+        for k in (1, 100, 400):
+            yield xs, masks if (i + k) % 2 else [], k
+
+
+def threshold_mask():
+    for xs, masks, k in threshold_magnitude():
+        value, ties = OPS.threshold_magnitude(xs, masks, k)
+        for i, x in enumerate(xs):
+            yield x, masks[i] if masks else None, value, ties[i]
+
+
 def attention_grad():
     def operands(*shape):
         return torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.randn(shape)
@@ -256,6 +284,10 @@ SAMPLES = {
         bits_pack,
         bits_pack_between,
         bits_apply,
+        bits_select,
+        bits_expand,
+        threshold_magnitude,
+        threshold_mask,
         attention_grad,
         query_attention,
         query_attention_grad,
@@ -286,13 +318,12 @@ def test_opcheck(name):
     samples = list(SAMPLES[name]())
     assert samples
     for sample in samples[:: max(1, len(samples) // 6)]:
-        plain = [
-            torch.empty(a.shape, dtype=a.dtype)
-            if isinstance(a, torch.Tensor) and not a.numel()
-            else a
-            for a in sample
-        ]  # opcheck cannot copy an empty tensor of unusual strides
-        torch.library.opcheck(getattr(OPS, name).default, tuple(plain))
+        plain = tree_map_only(
+            torch.Tensor,
+            lambda t: t if t.numel() else torch.empty(t.shape, dtype=t.dtype),
+            sample,
+        )  # opcheck cannot copy an empty tensor of unusual strides
+        torch.library.opcheck(getattr(OPS, name).default, plain)
 
 
 @EVERY_OP
@@ -301,7 +332,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_real_results(name):
     for sample in SAMPLES[name]():
         real = tuple_of(op(*sample))
         with FakeTensorMode() as mode:
-            given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in sample]
+            given = tree_map_only(torch.Tensor, mode.from_tensor, sample)
             fake = tuple_of(op(*given))
         assert len(real) == len(fake)
         for a, b in zip(real, fake, strict=True):
@@ -312,7 +343,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_real_results(name):
 @EVERY_OP
 def test_results_are_new_and_inputs_unchanged(name):
     for sample in SAMPLES[name]():
-        tensors = [a for a in sample if isinstance(a, torch.Tensor)]
+        tensors = [a for a in tree_leaves(sample) if isinstance(a, torch.Tensor)]
         before = [t.clone() for t in tensors]
         results = tuple_of(getattr(OPS, name)(*sample))
         for t, copy in zip(tensors, before, strict=True):
@@ -374,6 +405,13 @@ def test_nothing_is_left_unwritten(name, poison):
     [
         (lambda: OPS.bits_pack(torch.randn(3)), "bool"),
         (lambda: OPS.bits_apply(torch.randn(9), torch.zeros(1, dtype=torch.uint8), 1.0), "2 bytes"),
+        (lambda: OPS.bits_select(torch.randn(9), torch.zeros(1).byte(), 0), "2 bytes"),
+        (lambda: OPS.bits_expand(torch.randn(9), torch.zeros(1).byte(), [9]), "2 bytes"),
+        (lambda: OPS.threshold_magnitude([], [], 0), "one tensor"),
+        (lambda: OPS.threshold_magnitude([torch.randn(3)], [], 4), "from 0 to 3"),
+        (lambda: OPS.threshold_magnitude([torch.ones(3).long()], [], 1), "float"),
+        (lambda: OPS.threshold_magnitude([torch.ones(3)], [torch.ones(2).byte()], 1), "1 byte"),
+        (lambda: OPS.threshold_mask(torch.ones(3), None, torch.ones(()), torch.ones(())), "int64"),
         (lambda: OPS.quant_pack(torch.randn(3), 5, 0), "8, 4, 3 or 2"),
         (lambda: OPS.quant_pack(torch.arange(3), 4, 0), "float"),
         (lambda: OPS.quant_pack_range(torch.randn(3), 4, 1.0, 1.0, 0), "lo < hi|below"),

@@ -42,6 +42,7 @@ from .convolution import (
     conv_transpose3d,
 )
 from .linear import linear
+from .magnitude import Threshold, count_bits, magnitude_masks, magnitude_threshold
 from .norm import (
     batch_norm,
     group_norm,
@@ -73,6 +74,7 @@ from .product import addcmul, baddbmm, einsum, matmul, mul
 from .query_attention import query_attention
 
 __all__ = [
+    "Threshold",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
@@ -94,6 +96,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "count_bits",
     "dropout",
     "einsum",
     "elu",
@@ -110,6 +113,8 @@ __all__ = [
     "leaky_relu",
     "linear",
     "logsigmoid",
+    "magnitude_masks",
+    "magnitude_threshold",
     "matmul",
     "max_pool1d",
     "max_pool2d",

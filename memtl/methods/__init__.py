@@ -16,6 +16,7 @@ from .low_bit import LowBitConfig
 from .norm_tuning import NormTuningConfig
 from .rep_net import RepNetConfig
 from .selection import Selection, select_features
+from .tickets import Ticket, TicketConfig, draw_ticket
 from .vpt import VPTConfig
 from .vqt import VQTConfig
 
@@ -32,11 +33,14 @@ __all__ = [
     "NormTuningConfig",
     "RepNetConfig",
     "Selection",
+    "Ticket",
+    "TicketConfig",
     "Trained",
     "VPTConfig",
     "VQTConfig",
     "applied",
     "apply",
+    "draw_ticket",
     "load",
     "save",
     "select_features",

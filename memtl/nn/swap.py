@@ -66,9 +66,10 @@ def swap_innermost(module: nn.Module, mixin: type, **attributes: Any) -> None:
         setattr(module, name, value)
 
 
-def unswap_innermost(module: nn.Module) -> None:
-    """Undo :func:`swap_innermost`, whatever is in front."""
-    original, mixin, *mixins = _made_of(type(module))
+def unswap_innermost(module: nn.Module, mixin: type) -> None:
+    """Undo :func:`swap_innermost`, whatever came in front or behind since."""
+    original, *mixins = _made_of(type(module))
+    mixins.remove(mixin)
     module.__class__ = _in_front(original, *mixins)
     _forget(module, mixin)
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..autograd.weights import decoded, encoded
 from ..storage import Dense
 from .calls import Formats, FunctionFormats
+from .masked import MaskedWeight
 from .report import plain_name
 from .swap import swap_innermost, unswap_innermost
 
@@ -238,7 +239,9 @@ def expand_weights(model: nn.Module) -> int:
         codes = layer.weight_codes
         if codes not in made:
             made[codes] = nn.Parameter(layer.weight, requires_grad=False)
-        unswap_innermost(layer)
+        unswap_innermost(layer, CompressedWeight)
         del layer.weight_codes, layer.weight_scale
         layer._parameters["weight"] = made[codes]
+        if isinstance(layer, MaskedWeight):
+            layer.memtl_hold()
     return len(made)

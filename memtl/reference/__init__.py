@@ -5,7 +5,7 @@ where no kernel was built. Optimised code never imports this package.
 """
 
 from .attention import attention_grad
-from .bits import bits_apply, bits_pack, bits_pack_between
+from .bits import bits_apply, bits_expand, bits_pack, bits_pack_between, bits_select
 from .fused import (
     quant_activation_grad,
     quant_apply_range,
@@ -22,6 +22,7 @@ from .quant import (
     quant_unpack_range,
 )
 from .query_attention import query_attention, query_attention_grad
+from .threshold import threshold_magnitude, threshold_mask
 from .topk import (
     topk_conv_weight_grad,
     topk_pack,
@@ -52,6 +53,10 @@ OPS = {
         bits_pack,
         bits_pack_between,
         bits_apply,
+        bits_select,
+        bits_expand,
+        threshold_magnitude,
+        threshold_mask,
         attention_grad,
         query_attention,
         query_attention_grad,

@@ -1,4 +1,4 @@
-"""One bit an element: the definition of ``bits_pack`` and ``bits_apply`` in plain PyTorch."""
+"""One bit an element: the definition of the family ``bits`` in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +36,25 @@ def bits_apply(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     return torch.where(
         mask, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)
     ).contiguous()
+
+
+def bits_select(x: Tensor, bits: Tensor, count: int) -> Tensor:
+    """The elements whose bit is set, in order."""
+    mask = bits_unpack(bits, x.numel())
+    _check_count("bits_select", mask, count)
+    return x.reshape(-1)[mask]
+
+
+def bits_expand(values: Tensor, bits: Tensor, size: list[int]) -> Tensor:
+    """values, in order, where a bit is set, and 0 elsewhere."""
+    dense = values.new_zeros(size)
+    mask = bits_unpack(bits, dense.numel())
+    _check_count("bits_expand", mask, values.numel())
+    dense.view(-1)[mask] = values
+    return dense
+
+
+def _check_count(name: str, mask: Tensor, count: int) -> None:
+    found = int(mask.sum())
+    if found != count:
+        raise ValueError(f"{name}: {count} values were asked for, and {found} bits are set")

@@ -1,0 +1,223 @@
+"""Drawing tickets: by magnitude at once, by magnitude round after round, at random.
+
+Chen, Frankle, Chang, Liu, Zhang, Wang and Carbin: The Lottery Ticket Hypothesis for Pre-trained
+BERT Networks, NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...functional import count_bits, magnitude_masks
+from ...nn.masked import masked_weights
+from ...training import track
+from ..base.record import unwrapped
+from .config import TicketConfig
+from .masks import digest, random_masks
+from .run import Run
+from .scope import head_tensors, weights_in_scope
+from .snapshot import Snapshot, put_state, state_of
+from .ticket import Source, Ticket
+
+Masks = dict[str, Tensor]
+Train = Callable[[nn.Module, int, Callable[[int], None]], Any]
+
+
+def draw_ticket(
+    model: nn.Module,
+    config: TicketConfig,
+    *,
+    train: Train | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    task: str = "",
+    progress: bool | None = None,
+) -> Ticket:
+    """Find out which weights of ``model`` survive. The model is left as it was.
+
+    With the scheme "iterative" a round is: ``train`` trains the model, the smallest of the weights
+    that are left are pruned, and all weights go back to where they started, or to what they were
+    after ``config.rewind_step`` steps; the next round trains the weights that are left.
+
+    Args:
+        model: any module to which no ticket is applied.
+        config: which weights, how many.
+        train: of an iterative draw: ``train(model, round, on_step)`` trains ``model`` in place,
+            with an optimizer and a schedule of its own, in the rounds 1, 2, ...; if
+            ``config.rewind_step`` is not 0, it has to call ``on_step(steps)`` after every step,
+            with the number of steps done in this round. What it does should depend on the model
+            and the round alone.
+        directory: of an iterative draw: where the ticket of every round is kept,
+            ``round-01.safetensors`` and so on, with what a later call needs to go on behind the
+            last round that is complete. An interrupted draw then gives the ticket that it would
+            have given.
+        task: what the ticket says it was drawn for.
+        progress: show a bar over the rounds; None: in a terminal.
+
+    Returns:
+        The ticket; its masks are on the CPU.
+
+    Raises:
+        TypeError: ``model``, ``config`` or ``train`` is no such thing.
+        ValueError: nothing is in scope; a weight, which is named, is not finite; a layer would keep
+            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``;
+            ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
+            was drawn with another configuration or from another start.
+
+    Memory: at work the masks, and, of an iterative draw, a copy of the model or two.
+    """
+    if not isinstance(config, TicketConfig):
+        raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+    weights = _weights(model, config)
+    if any(True for _ in masked_weights(model)):
+        raise ValueError(
+            f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
+        )
+    _check_finite(weights, "")
+    source = Source(type(model).__name__, digest(weights), task, config.scheme)
+    if config.scheme == "iterative":
+        if not callable(train):
+            raise TypeError(f"an iterative draw needs train, a function, got {train!r}")
+        run = None if directory is None else Run(directory)
+        return _iterative(model, config, source, train, run, progress)
+    if train is not None or directory is not None:
+        raise ValueError(
+            f"train and directory are of the scheme 'iterative', not {config.scheme!r}"
+        )
+    return _ticket(weights, _drawn(weights, config, config.sparsity), config, source)
+
+
+def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
+    scope = weights_in_scope(model, config.scope)
+    return {name: weight.parameter.detach() for name, weight in scope.items()}
+
+
+def _check_finite(weights: dict[str, Tensor], when: str) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds a value that is not finite{when}")
+
+
+def _drawn(
+    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None = None
+) -> Masks:
+    """Masks of that sparsity, among the survivors of ``masks``."""
+    names = list(weights)
+    together = [names] if config.level == "global" else [[name] for name in names]
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn: Masks = {}
+    for group in together:
+        tensors = [weights[name] for name in group]
+        sizes = [t.numel() for t in tensors]
+        kept = sum(sizes) - round(sparsity * sum(sizes))
+        if config.scheme == "random":
+            found = random_masks(sizes, kept, generator)
+        else:
+            given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
+            found = magnitude_masks(tensors, kept, given)
+        drawn.update(zip(group, (bits.cpu() for bits in found), strict=True))
+    if empty := [name for name in names if not count_bits(drawn[name])]:
+        raise ValueError(
+            f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
+            "prune less, or level='layer'"
+        )
+    return drawn
+
+
+def _ticket(
+    weights: dict[str, Tensor], masks: Masks, config: TicketConfig, source: Source
+) -> Ticket:
+    return Ticket(masks, {n: tuple(w.shape) for n, w in weights.items()}, config, source)
+
+
+def _iterative(
+    model: nn.Module,
+    config: TicketConfig,
+    source: Source,
+    train: Train,
+    run: Run | None,
+    progress: bool | None,
+) -> Ticket:
+    """Train, prune, rewind; ``model`` is given back as it was, whatever happens."""
+    before = Snapshot.of(model)
+    try:
+        return _rounds(model, config, source, train, run, before, progress)
+    finally:
+        if any(True for _ in masked_weights(model)):
+            Ticket.of(model).remove(model)
+        before.put(model)
+
+
+def _rounds(
+    model: nn.Module,
+    config: TicketConfig,
+    source: Source,
+    train: Train,
+    run: Run | None,
+    before: Snapshot,
+    progress: bool | None,
+) -> Ticket:
+    head_names = head_tensors(model)
+    origin = before.state  # copies, which no training changes: what every round goes back to
+    ticket: Ticket | None = None
+    head: dict[str, Tensor] = {}
+    done = 0
+    if run is not None:
+        origin = run.begin(config, origin, head_names)
+        done, ticket, origin, head = run.resume(config, origin)
+    sparsities = config.rounds()
+    left = range(done + 1, len(sparsities) + 1)
+    for round in track(left, "rounds of the ticket", progress=progress):
+        put_state(model, origin | head)
+        before.put_mode(model)
+        if ticket is not None:
+            ticket.apply(model)
+        steps = _Steps(model, config.rewind_step if round == 1 else 0)
+        train(model, round, steps)
+        origin = steps.origin(origin)
+        weights = _weights(model, config)
+        _check_finite(weights, f" after round {round}")
+        given = None
+        if ticket is not None:
+            ticket.remove(model)
+            given = ticket.masks
+        masks = _drawn(weights, config, sparsities[round - 1], given)
+        ticket = _ticket(weights, masks, config, dataclasses.replace(source, round=round))
+        if config.head == "kept":
+            head = {name: t for name, t in state_of(model).items() if name in head_names}
+        if run is not None:
+            run.keep(round, ticket, origin if config.rewind_step else None, head)
+    assert ticket is not None
+    return ticket
+
+
+class _Steps:
+    """``on_step`` of one round: copies the model after the step that is gone back to, if any."""
+
+    def __init__(self, model: nn.Module, wanted: int):
+        self.model = model
+        self.wanted = wanted
+        self.reached = 0
+        self.taken: dict[str, Tensor] | None = None
+
+    def __call__(self, step: int) -> None:
+        self.reached = step
+        if self.wanted and step == self.wanted:
+            self.taken = state_of(self.model)
+
+    def origin(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is gone back to from now on."""
+        if not self.wanted:
+            return before
+        if self.taken is None:
+            raise ValueError(
+                f"rewind_step is {self.wanted}, but train called on_step last with {self.reached}"
+            )
+        return self.taken

@@ -1,0 +1,122 @@
+"""An iterative draw on disk: its rounds, and what it needs to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from ...files import write_aside
+from .config import TicketConfig
+from .masks import digest
+from .ticket import Ticket
+
+RECORD, START, ORIGIN = "draw.json", "start.safetensors", "origin.safetensors"
+
+State = dict[str, Tensor]
+
+
+class Run:
+    """The directory of one iterative draw.
+
+    ``draw.json`` has the configuration and the fingerprint of the backbone at the start;
+    ``start.safetensors`` the head then, so that one made at random need not be made again;
+    ``origin.safetensors`` the model after ``rewind_step`` steps, if that is not 0;
+    ``round-01.safetensors`` and so on the tickets; ``head-01.safetensors`` and so on the head after
+    each round, if it is kept. A round's ticket is written last: without it there was no such round.
+
+    Raises:
+        ValueError: ``directory`` has rounds, but no record of a draw.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._ticket(1).exists() and not (self.directory / RECORD).exists():
+            raise ValueError(f"{self.directory} has rounds of a ticket, but no {RECORD}")
+
+    def begin(self, config: TicketConfig, state: State, head: set[str]) -> State:
+        """The state from which the draw started: ``state``, with the head that was there first.
+
+        Raises:
+            ValueError: the draw that is there has another configuration, or another start.
+        """
+        backbone = {name: t for name, t in state.items() if name not in head}
+        wanted, fingerprint = config.to_dict(), digest(backbone)
+        path = self.directory / RECORD
+        if not path.exists():
+            text = json.dumps({"config": wanted, "start": fingerprint}, indent=2)
+            _write(self.directory / START, {name: state[name] for name in head})
+            write_aside(path, lambda aside: aside.write_text(text))
+            return state
+        try:
+            there = json.loads(path.read_text())
+            config_there, start = there["config"], there["start"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        if config_there != wanted:
+            changed = [
+                f"{name} was {config_there.get(name)!r}, is {value!r}"
+                for name, value in wanted.items()
+                if config_there.get(name) != value
+            ]
+            raise ValueError(f"{self.directory} has a draw that differs: {'; '.join(changed)}")
+        if start != fingerprint:
+            raise ValueError(f"{self.directory} has a draw from a backbone with other weights")
+        return state | _read(self.directory / START)
+
+    def resume(
+        self, config: TicketConfig, origin: State
+    ) -> tuple[int, Ticket | None, State, State]:
+        """The last complete round, its ticket, what is gone back to, and the head, if it is kept.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        done = 0
+        while done < len(config.rounds()) and self._ticket(done + 1).exists():
+            done += 1
+        if not done:
+            return 0, None, origin, {}
+        if config.rewind_step:
+            origin = _read(self.directory / ORIGIN)
+        head = _read(self._head(done)) if config.head == "kept" else {}
+        return done, Ticket.load(self._ticket(done)), origin, head
+
+    def keep(self, round: int, ticket: Ticket, origin: State | None, head: State) -> None:
+        """Write what a round gave; ``origin`` if it is not the start."""
+        if origin is not None and round == 1:
+            _write(self.directory / ORIGIN, origin)
+        if ticket.config.head == "kept":
+            _write(self._head(round), head)
+        ticket.save(self._ticket(round))
+
+    def _ticket(self, round: int) -> Path:
+        return self.directory / f"round-{round:02}.safetensors"
+
+    def _head(self, round: int) -> Path:
+        return self.directory / f"head-{round:02}.safetensors"
+
+
+def _write(path: Path, state: State) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: t.contiguous() for name, t in state.items()}
+    metadata = {"sha256": digest(tensors)}
+    write_aside(path, lambda aside: save_file(tensors, str(aside), metadata))
+
+
+def _read(path: Path) -> State:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            said = (file.metadata() or {}).get("sha256")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    if digest(state) != said:
+        raise ValueError(f"{path} is damaged or altered: its sha256 is not {said}")
+    return state

@@ -1,0 +1,67 @@
+"""The state of a model, copied, and given back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """True copies of every parameter and buffer, by name (one that is shared once)."""
+    return {name: t.detach().clone() for name, t in _named(model).items()}
+
+
+def put_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy what :func:`state_of` returned, or a part of it, back, in place."""
+    named = _named(model)
+    with torch.no_grad():
+        for name, value in state.items():
+            tensor = named[name]
+            if (tensor.device, tensor.dtype) != (value.device, value.dtype):
+                tensor.data = tensor.data.to(value)
+            tensor.copy_(value)
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A model as it was: every parameter and buffer, copied; gradients, what trains, and which
+    modules were in training mode."""
+
+    state: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+    trains: dict[str, bool]
+    training: dict[str, bool]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        """Copy what there is now; gradients are set aside, not copied."""
+        parameters = dict(model.named_parameters())
+        taken = cls(
+            state_of(model),
+            {name: p.grad for name, p in parameters.items()},
+            {name: p.requires_grad for name, p in parameters.items()},
+            {name: module.training for name, module in model.named_modules()},
+        )
+        taken.put_mode(model)
+        return taken
+
+    def put_mode(self, model: nn.Module) -> None:
+        """Give back what trains and the modes of modules; no gradients."""
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(self.trains[name])
+        for name, module in model.named_modules():
+            module.training = self.training[name]
+
+    def put(self, model: nn.Module) -> None:
+        """Give everything back."""
+        self.put_mode(model)
+        put_state(model, self.state)
+        for name, parameter in model.named_parameters():
+            parameter.grad = self.grads[name]

@@ -1,0 +1,357 @@
+"""A ticket: which weights of a network survive, at one bit a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...functional import count_bits
+from ...nn.masked import mask_weights, masked_weights, unmask_weights
+from ...nn.report import plain_name
+from ..base.record import unwrapped
+from .config import TicketConfig
+from .masks import random_masks
+from .saved import read, write
+from .scope import Weight, backbone_of, named_weights
+
+SHOWN = 3
+"""Mismatches that an error names."""
+
+RECORD = "memtl_ticket"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a ticket comes from.
+
+    Attributes:
+        model: class of the model it was drawn from.
+        fingerprint: sha256 of the weights in scope that it was drawn from; of an iterative draw,
+            those at its start.
+        task: what the user called it.
+        scheme: the configuration's, and what was done to the masks since.
+        round: after how many rounds.
+    """
+
+    model: str
+    fingerprint: str
+    task: str = ""
+    scheme: str = "magnitude"
+    round: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TicketLayer:
+    """One weight of a ticket: how many of its elements survive."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+
+    @property
+    def size(self) -> int:
+        """Elements in all."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """The share that is pruned."""
+        return 1 - self.kept / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedTicket:
+    """What :meth:`Ticket.apply` did. ``print`` it.
+
+    Attributes:
+        pruned, total: elements of the weights in the ticket.
+        mask_bytes: what the masks take in the model.
+        optimizer_bytes: of AdamW's state, two float32 an element, what belongs to pruned weights.
+    """
+
+    pruned: int
+    total: int
+    mask_bytes: int
+    optimizer_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"pruned {self.pruned:,} of {self.total:,} weights "
+            f"({self.pruned / self.total:.1%}), masks {self.mask_bytes:,} bytes; of AdamW's state "
+            f"{self.optimizer_bytes:,} bytes belong to pruned weights"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ticket:
+    """Which weights of a network survive. Made by :func:`memtl.draw_ticket`, :meth:`load` and
+    :meth:`of`; two are equal if their masks are.
+
+    Attributes:
+        masks: by the name of the weight in the backbone, uint8 [ceil(numel / 8)], row by row, least
+            significant bit first, on the CPU.
+        shapes: of those weights.
+        config: how it was drawn.
+        source: of what.
+        values: the surviving weights, [kept] each, where the file that was loaded has them.
+    """
+
+    masks: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    config: TicketConfig
+    source: Source
+    values: dict[str, Tensor] | None = None
+
+    @property
+    def layers(self) -> tuple[TicketLayer, ...]:
+        """Every weight with its shape and what of it survives."""
+        return tuple(
+            TicketLayer(name, self.shapes[name], count_bits(bits))
+            for name, bits in self.masks.items()
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """The share of all weights of the ticket that is pruned."""
+        layers = self.layers
+        return 1 - sum(layer.kept for layer in layers) / sum(layer.size for layer in layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the masks: one bit a weight."""
+        return sum(bits.nbytes for bits in self.masks.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ticket):
+            return NotImplemented
+        return self.shapes == other.shapes and all(
+            torch.equal(bits, other.masks[name]) for name, bits in self.masks.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        layers = self.layers
+        kept, total = sum(layer.kept for layer in layers), sum(layer.size for layer in layers)
+        groups: dict[tuple[str, tuple[int, ...]], list[TicketLayer]] = {}
+        for layer in layers:
+            groups.setdefault((re.sub(r"\b\d+\b", "*", layer.name), layer.shape), []).append(layer)
+        rows = []
+        for (pattern, shape), members in groups.items():
+            label = f"{pattern} x{len(members)}" if len(members) > 1 else members[0].name
+            shares = sorted({f"{100 * layer.sparsity:5.1f}" for layer in members})
+            span = shares[0] if len(shares) == 1 else f"{shares[0]} ..{shares[-1]}"
+            rows.append((label, str(list(shape)), span))
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        task = f" of {self.source.task}" if self.source.task else ""
+        title = f"{self.source.scheme} ticket{task}, round {self.source.round}"
+        pruned = f"{100 * (1 - kept / total):.1f} % pruned, masks {self.nbytes:,} bytes"
+        lines = [f"{title}: {kept:,} of {total:,} weights survive, {pruned}"]
+        lines += [f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c} %" for a, b, c in rows]
+        return "\n".join(lines)
+
+    def apply(self, model: nn.Module) -> AppliedTicket:
+        """Prune ``model`` in place: what the ticket does not keep is zero from now on, whatever
+        trains the rest.
+
+        Gradients of pruned weights are exactly zero before an optimizer, an accumulation or an
+        exchange between processes sees them, so that momentum, weight decay and averages of weights
+        leave them zero; ``load_state_dict`` does not bring them back. Names and keys of
+        ``state_dict`` stay, as do copies and pickles; conversion and freezing, before or after,
+        make no difference. What is written into a weight by hand (merging an adapter, say) is not
+        seen.
+
+        Args:
+            model: any that has the ticket's weights in its backbone, with any head.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: weights are missing, of another shape, an embedding's too or on the meta
+                device, or ``model`` has a ticket: nothing is changed then.
+
+        Memory: one bit a weight.
+        """
+        model = unwrapped(model)
+        weights = self._weights(model)
+        if any(True for _ in masked_weights(model)):
+            raise ValueError(
+                f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
+            )
+        of_modules: dict[nn.Module, dict[str, Tensor]] = {}
+        for name, weight in weights.items():
+            bits = self.masks[name].to(weight.parameter.device, copy=True)
+            for module, key in weight.holders:
+                of_modules.setdefault(module, {})[key] = bits
+        for module, masks in of_modules.items():
+            mask_weights(module, masks)
+        model.__dict__[RECORD] = (self.config, self.source)
+        layers = self.layers
+        total = sum(layer.size for layer in layers)
+        pruned = total - sum(layer.kept for layer in layers)
+        return AppliedTicket(pruned, total, self.nbytes, 2 * 4 * pruned)
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo :meth:`apply`: pruned weights are zero still, and may change.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: its ticket is not this one.
+        """
+        if Ticket.of(model) != self:
+            raise ValueError(f"the ticket of this {type(model).__name__} is another one")
+        model = unwrapped(model)
+        for module in {module: None for _, _, module, _ in masked_weights(model)}:
+            unmask_weights(module)
+        del model.__dict__[RECORD]
+
+    @staticmethod
+    def of(model: nn.Module) -> Ticket:
+        """The ticket that was applied to ``model``.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: there is none.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
+        if RECORD not in model.__dict__:
+            raise ValueError(f"this {type(model).__name__} has no ticket")
+        config, source = model.__dict__[RECORD]
+        masks, shapes, seen = {}, {}, set()
+        for inside, key, module, bits in masked_weights(backbone_of(model)):
+            parameter = module._parameters[key]
+            if parameter is not None and id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = plain_name(f"{inside}.{key}").replace(".base_layer.", ".")  # peft's
+            masks[name] = bits.to("cpu", copy=True)
+            shapes[name] = tuple(getattr(module, key).shape)
+        return Ticket(masks, shapes, config, source)
+
+    def shuffled(self, seed: int) -> Ticket:
+        """A control: as many survivors in every weight, but any."""
+        generator = torch.Generator().manual_seed(seed)
+        masks = {
+            layer.name: random_masks([layer.size], layer.kept, generator)[0]
+            for layer in self.layers
+        }
+        scheme = f"{self.source.scheme}, shuffled by {seed}"
+        source = dataclasses.replace(self.source, scheme=scheme)
+        return Ticket(masks, dict(self.shapes), self.config, source)
+
+    def overlap(self, other: Ticket) -> float:
+        """Survivors of both, relative to those of either, in the weights that both tickets have.
+
+        Raises:
+            ValueError: there are none, or they have other shapes.
+        """
+        common = [name for name in self.masks if name in other.masks]
+        if not common:
+            raise ValueError("the tickets have no weight in common")
+        for name in common:
+            if self.shapes[name] != other.shapes[name]:
+                raise ValueError(
+                    f"{name} is {list(self.shapes[name])} here and {list(other.shapes[name])} there"
+                )
+        both = sum(count_bits(self.masks[name] & other.masks[name]) for name in common)
+        either = sum(count_bits(self.masks[name] | other.masks[name]) for name in common)
+        return both / either
+
+    def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> Path:
+        """Write the ticket to one safetensors file; an interruption leaves what was there.
+
+        Args:
+            model: its surviving weights are written too, in its dtype, for :meth:`restore`; without
+                it those that the ticket was loaded with.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: as :meth:`apply`, of a model that does not fit.
+        """
+        values = self.values
+        if model is not None:
+            weights = self._weights(unwrapped(model))
+            values = {
+                layer.name: torch.ops.memtl.bits_select(
+                    (w := weights[layer.name].parameter.detach()),
+                    self.masks[layer.name].to(w.device),
+                    layer.kept,
+                ).cpu()
+                for layer in self.layers
+            }
+        path = Path(path)
+        about = {"config": self.config.to_dict(), "source": dataclasses.asdict(self.source)}
+        kept = {layer.name: (layer.shape, layer.kept) for layer in self.layers}
+        write(path, about, kept, self.masks, values)
+        return path
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Ticket:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, altered, or of another kind or version.
+        """
+        path = Path(path)
+        about, shapes, masks, values = read(path)
+        try:
+            config = TicketConfig.from_dict(about["config"])
+            source = Source(**about["source"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        return Ticket(masks, shapes, config, source, values)
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the surviving weights that were saved with the ticket into ``model``; pruned ones are
+        zero then, whether or not the ticket is applied.
+
+        Raises:
+            ValueError: the ticket has no weights, or as :meth:`apply`; or ``model`` has another
+                ticket.
+        """
+        if self.values is None:
+            raise ValueError("this ticket was saved without weights: save(path, model) has them")
+        model = unwrapped(model)
+        weights = self._weights(model)
+        if any(True for _ in masked_weights(model)) and Ticket.of(model) != self:
+            raise ValueError(f"this {type(model).__name__} has another ticket")
+        for name, weight in weights.items():
+            p = weight.parameter
+            bits, values = self.masks[name].to(p.device), self.values[name].to(p)
+            with torch.no_grad():
+                p.copy_(torch.ops.memtl.bits_expand(values, bits, p.shape))
+
+    def _weights(self, model: Any) -> dict[str, Weight]:
+        """The ticket's weights in ``model``, all of which are there and fit."""
+        named = named_weights(model)
+        wrong = []
+        for name, shape in self.shapes.items():
+            weight = named.get(name)
+            if weight is None:
+                wrong.append(f"{name}: there is no such weight")
+            elif tuple(weight.parameter.shape) != shape:
+                wrong.append(
+                    f"{name}: {list(shape)} in the ticket, {list(weight.parameter.shape)} here"
+                )
+            elif weight.embedding:
+                wrong.append(f"{name}: is an embedding's too")
+            elif weight.parameter.is_meta:
+                wrong.append(f"{name}: is on the meta device")
+        if wrong:
+            more = [f"... {len(wrong)} in all"] if len(wrong) > SHOWN else []
+            raise ValueError(
+                f"the ticket does not fit this {type(model).__name__}:\n  "
+                + "\n  ".join(wrong[:SHOWN] + more)
+            )
+        return {name: named[name] for name in self.masks}
