@@ -193,6 +193,11 @@ class Setup:
         reached = [round(100 * share) for share in self.rounds().rounds()]
         return self.folder(source) / f"round-{reached.index(sparsity) + 1:02}.safetensors"
 
+    def rounds_left(self, source: str) -> int:
+        """How many rounds of a source are not drawn yet."""
+        found = self.folder(source).glob("round-*.safetensors")
+        return len(self.rounds().rounds()) - len([*found])
+
     def key(self, cell: Cell, *, split: str = "test", learning_rate: float | None = None) -> Key:
         """That of the run of a cell."""
         recipe = self.recipe(cell.task)

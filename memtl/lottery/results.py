@@ -174,7 +174,7 @@ class Results:
             ],
             "sparsest_matching": {
                 task: {
-                    name: best.sparsity if (best := sparsest(self.verdicts(task, *scheme))) else None
+                    name: getattr(sparsest(self.verdicts(task, *scheme)), "sparsity", None)
                     for name, scheme in self.schemes(task).items()
                 }
                 for task in self.plan.tasks

@@ -18,8 +18,11 @@ DRAWING_SEED = 0
 """Of the head, the order of the data and dropout in every round of a ticket."""
 
 
-def draw(setup: Setup, source: str) -> None:
+def draw(setup: Setup, source: str, progress: bool | None = False) -> None:
     """Draw the tickets of a source, a file a round; goes on behind the last round that is there.
+
+    Args:
+        progress: show a bar over the rounds; None: in a terminal.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -27,9 +30,7 @@ def draw(setup: Setup, source: str) -> None:
     task = load(source, setup.model)
     network: Any = encoder(setup.model)
     wrapped = (
-        network.masked_lm()
-        if source == MLM
-        else network.classifier(task.num_classes, DRAWING_SEED)
+        network.masked_lm() if source == MLM else network.classifier(task.num_classes, DRAWING_SEED)
     )
     settings = setup.recipe(source).settings(DRAWING_SEED)
 
@@ -42,8 +43,9 @@ def draw(setup: Setup, source: str) -> None:
     folder = setup.folder(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draw_ticket(
-        wrapped.model, setup.rounds(), train=train, directory=folder, task=source, progress=False
-    )
+        wrapped.model, setup.rounds(), train=train, directory=folder, task=source,
+        progress=progress,
+    )  # fmt: skip
 
 
 def run(setup: Setup, key: Key) -> Run:
