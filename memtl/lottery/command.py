@@ -23,7 +23,7 @@ from .experiments import CLIP_NORM, ROUND, TASKS, UNIVERSAL, Key, Run, Setup, en
 from .facts import Facts
 from .page import page
 from .plan import DENSE, Cell, Plan
-from .pool import each
+from .pool import Workers
 from .results import Results
 from .verdict import mean
 from .work import draw, run
@@ -81,11 +81,11 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         load(task, model)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with Journal(options.out / "runs.jsonl", Run) as journal:
+    with Workers(options.jobs) as workers, Journal(options.out / "runs.jsonl", Run) as journal:
         if journal.ignored:
             print(f"runs.jsonl: ignored a last line cut short, of {journal.ignored} bytes")
         if options.tune:
-            return _tune(setup, plan, journal, options.jobs)
+            return _tune(setup, plan, journal, workers)
         cells = {cell: setup.key(cell) for cell in plan.cells()}
         left = {cell: key for cell, key in cells.items() if journal.find(key) is None}
         _announce(setup, plan, cells, left, journal, options)
@@ -93,9 +93,9 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             return 0
         keys = [*left.values()]
         dense = [key for key in keys if key.scheme == DENSE]
-        _fine_tune(setup, dense, journal, options.jobs)
-        _draw(setup, plan, options.jobs)
-        _fine_tune(setup, [key for key in keys if key.scheme != DENSE], journal, options.jobs)
+        _fine_tune(setup, dense, journal, workers)
+        _draw(setup, plan, workers)
+        _fine_tune(setup, [key for key in keys if key.scheme != DENSE], journal, workers)
         results = Results(plan, {cell: _found(journal, key).score for cell, key in cells.items()})
         run_seconds = sum(_found(journal, key).seconds for key in cells.values())
     facts = Facts.of(setup, results)
@@ -148,10 +148,10 @@ def _announce(
     print(flush=True)
 
 
-def _fine_tune(setup: Setup, keys: Sequence[Key], journal: Journal[Run], jobs: int) -> None:
+def _fine_tune(setup: Setup, keys: Sequence[Key], journal: Journal[Run], workers: Workers) -> None:
     """Do runs, and write each to the journal when it is finished."""
     calls = [(setup, key) for key in keys]
-    with track(each(run, calls, jobs), "fine-tuning", total=len(calls)) as bar:
+    with track(workers.each(run, calls), "fine-tuning", total=len(calls)) as bar:
         for done in bar:
             journal.add(done)
             bar.write(_line(done), file=sys.stdout)
@@ -165,12 +165,12 @@ def _line(done: Run) -> str:
     return f"  {key.task:12}{ticket + of:28}seed {key.seed}  {score}  {done.seconds:.0f} s"
 
 
-def _draw(setup: Setup, plan: Plan, jobs: int) -> None:
+def _draw(setup: Setup, plan: Plan, workers: Workers) -> None:
     """Draw the tickets of every source that are not there."""
     sources = [source for source in plan.sources if setup.rounds_left(source)]
-    progress = None if jobs == 1 else False
+    progress = None if workers.jobs == 1 else False
     calls = [(setup, source, progress) for source in sources]
-    for _ in track(each(draw, calls, jobs), "drawing tickets", total=len(calls)):
+    for _ in track(workers.each(draw, calls), "drawing tickets", total=len(calls)):
         pass
 
 
@@ -225,7 +225,7 @@ def _about(setup: Setup, name: str) -> dict[str, Any]:
     return {"classes": task.num_classes, "metric": task.metric.replace("_", " "), **sizes}
 
 
-def _tune(setup: Setup, plan: Plan, journal: Journal[Run], jobs: int) -> int:
+def _tune(setup: Setup, plan: Plan, journal: Journal[Run], workers: Workers) -> int:
     """The dense encoder with each candidate rate, on the validation split."""
     seeds = TUNING_SEEDS[: plan.seeds]
     wanted = {
@@ -237,7 +237,7 @@ def _tune(setup: Setup, plan: Plan, journal: Journal[Run], jobs: int) -> int:
         for rate in setup.recipe(task).candidates
     }
     left = [key for keys in wanted.values() for key in keys if journal.find(key) is None]
-    _fine_tune(setup, left, journal, jobs)
+    _fine_tune(setup, left, journal, workers)
     rows = []
     for (task, rate), keys in wanted.items():
         scores = [score for key in keys if (score := _found(journal, key).score) is not None]

@@ -38,9 +38,7 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of its weights and of its configuration, which says what they are used for."""
-        from transformers import AutoModel
-
-        model = self._load(AutoModel.from_pretrained)
+        model: Any = self.classifier(2, 0).model.base_model
         settings = model.config.to_dict()
         for name in ("_name_or_path", "architectures", "transformers_version"):
             settings.pop(name, None)
@@ -65,7 +63,7 @@ class Encoder:
         Raises:
             ValueError: it has no such head, as BERT has.
         """
-        from transformers import AutoModel, AutoModelForMaskedLM
+        from transformers import AutoModelForMaskedLM
 
         model = self._load(AutoModelForMaskedLM.from_pretrained)
         if not hasattr(model, "cls"):
@@ -73,7 +71,8 @@ class Encoder:
                 f"masked-language modelling needs BERT's head, which {type(model).__name__} does "
                 "not have: --mlm-steps 0 leaves the universal ticket out"
             )
-        model.base_model.pooler = getattr(self._load(AutoModel.from_pretrained), "pooler", None)
+        encoder: Any = self.classifier(2, 0).model.base_model
+        model.base_model.pooler = getattr(encoder, "pooler", None)
         return MaskedLM(model, self.tokenizer)
 
     def _load(self, loader: Callable[..., Any], **options: Any) -> Any:

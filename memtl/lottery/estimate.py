@@ -6,37 +6,38 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 
-from ..training import Step, seeded
+from ..tasks import Split
+from ..training import Step, evaluate, seeded
 from .experiments import Key, Run, Setup, encoder, load
 from .plan import MLM
 
-MEASURED_STEPS = 3
+STEPS, SCORED = 3, 128
 
 
 def seconds(
     setup: Setup, left: Sequence[Key], sources: Iterable[str], known: Iterable[Run]
 ) -> float:
-    """Estimated time of runs and of drawing tickets, one after another.
+    """Estimated time of runs and of the rounds of tickets, one after another.
 
-    A step of a task is what it was in the finished runs, evaluation included, or, of a task that
-    has none, what it is now.
+    A run takes what finished ones of its task, with as many steps, took, and a round as long. Of a
+    task that has none a few steps are measured, and the evaluation of a few samples.
     """
-    of: dict[str, list[float]] = {}
+    finished: dict[tuple[str, int, int], list[float]] = {}
     for run in known:
         if run.error is None:
-            of.setdefault(run.key.task, []).append(run.seconds / run.key.steps)
-    step: dict[str, float] = {}
-    for task in (*(key.task for key in left), *sources):
-        if task not in step:
-            step[task] = statistics.median(of[task]) if task in of else _measured(setup, task)
-    drawing = sum(
-        setup.rounds_left(source) * setup.recipe(source).steps * step[source] for source in sources
-    )
-    return drawing + sum(key.steps * step[key.task] for key in left)
+            key = (run.key.task, run.key.steps, run.key.batch_size)
+            finished.setdefault(key, []).append(run.seconds)
+    of = {}
+    for task in dict.fromkeys([*(key.task for key in left), *sources]):
+        recipe = setup.recipe(task)
+        found = finished.get((task, recipe.steps, recipe.batch_size))
+        of[task] = statistics.median(found) if found else _measured(setup, task)
+    rounds = sum(setup.rounds_left(source) * of[source] for source in sources)
+    return rounds + sum(of[key.task] for key in left)
 
 
 def _measured(setup: Setup, task: str) -> float:
-    """Seconds of a training step now: the median of a few."""
+    """Seconds of a run, from a few steps and the score of a few samples."""
     data, recipe = load(task, setup.model), setup.recipe(task)
     network = encoder(setup.model)
     model = network.masked_lm() if task == MLM else network.classifier(data.num_classes, 0)
@@ -44,8 +45,14 @@ def _measured(setup: Setup, task: str) -> float:
     batch = slice(0, recipe.batch_size)
     found = []
     with seeded(0):
-        for _ in range(MEASURED_STEPS):
+        for _ in range(STEPS):
             started = time.perf_counter()
             step(data.train.images[batch], data.train.labels[batch])
             found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    training = recipe.steps * statistics.median(found)
+    if task == MLM:  # whose rounds are not scored
+        return training
+    some = Split(data.test.images[:SCORED], data.test.labels[:SCORED])
+    started = time.perf_counter()
+    evaluate(model, some)
+    return training + (time.perf_counter() - started) * len(data.test) / len(some)

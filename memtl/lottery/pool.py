@@ -14,29 +14,45 @@ import torch
 T = TypeVar("T")
 
 
-def each(function: Callable[..., T], calls: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[T]:
-    """What ``function`` gives for every tuple of arguments, as soon as it is there.
+class Workers:
+    """Processes that are started when they are needed, and end with the ``with``.
 
     Args:
-        function: of a module, since other processes import it.
-        jobs: how many processes; with 1 everything is done in this one, in order, with torch's
-            threads as they are, in more of them each has one thread.
-
-    Raises:
-        Whatever ``function`` raises; what has not begun is not begun any more.
+        jobs: how many; with 1 everything is done in this process, in order, with torch's threads
+            as they are; of more each has one thread.
     """
-    jobs = min(jobs, len(calls))
-    if jobs <= 1:
-        yield from (function(*arguments) for arguments in calls)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_begin) as pool:
-        futures = [pool.submit(function, *arguments) for arguments in calls]
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self._pool: ProcessPoolExecutor | None = None
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(jobs, context, initializer=_begin)
+
+    def each(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+        """What ``function``, which other processes import, gives for every tuple of arguments, as
+        soon as it is there.
+
+        Raises:
+            Whatever ``function`` raises; what has not begun is not begun any more.
+        """
+        if self._pool is None:
+            yield from (function(*arguments) for arguments in calls)
+            return
+        futures = [self._pool.submit(function, *arguments) for arguments in calls]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def _begin() -> None:

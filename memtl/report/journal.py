@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ class Journal(Generic[R]):
         ValueError: another process has the file open so, or a line is not that of a run.
     """
 
-    def __init__(self, path: Path, run: type[R]):
+    def __init__(self, path: Path, run: Callable[..., R]):
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,7 +86,7 @@ class Journal(Generic[R]):
         self._file.close()
 
 
-def _parse(run: type[R], line: bytes, place: str) -> R:
+def _parse(run: Callable[..., R], line: bytes, place: str) -> R:
     try:
         fields = json.loads(line)
         key = typing.get_type_hints(run)["key"](**fields.pop("key"))
