@@ -24,6 +24,8 @@ Families and the layouts they share
 ``threshold``  The k largest magnitudes of many tensors at once. NaN is larger than any number, and
            one NaN as large as another. A threshold is the k-th largest magnitude and, for every
            tensor, how many of the elements that equal it are among the k: the first ones.
+``masked`` A linear layer whose weight [O, I] counts only where a bit of its mask is set, the mask
+           being ``bits`` of it. What stands elsewhere in the weight is not read.
 ``query_attention``  A few queries read keys and values that do not train. With the output comes,
            on request, its Jacobian, after which keys and values are not needed again.
 """
@@ -462,6 +464,88 @@ def _(x, mask, value, ties):
         ),
     )
     return x.new_empty((ceil_div(x.numel(), 8),), dtype=torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------- masked
+
+
+def _check_rows(name: str, argument: str, t: Tensor, columns) -> None:
+    _check_floating(name, t)
+    torch._check(
+        t.dim() == 2 and t.shape[1] == columns,
+        lambda: f"{name}: expected {argument} [T, {columns}], got {tuple(t.shape)}",
+    )
+
+
+def _check_mask(name: str, mask: Tensor, outputs, inputs) -> None:
+    torch._check_type(
+        mask.dtype == torch.uint8, lambda: f"{name}: expected a uint8 mask, got {mask.dtype}"
+    )
+    torch._check(
+        mask.numel() == ceil_div(outputs * inputs, 8),
+        lambda: (
+            f"{name}: a weight [{outputs}, {inputs}] needs {ceil_div(outputs * inputs, 8)} bytes "
+            f"of mask, got {mask.numel()}"
+        ),
+    )
+
+
+def _check_masked_weight(name: str, weight: Tensor, mask: Tensor) -> None:
+    _check_floating(name, weight)
+    torch._check(
+        weight.dim() == 2, lambda: f"{name}: expected weight [O, I], got {tuple(weight.shape)}"
+    )
+    _check_mask(name, mask, *weight.shape)
+
+
+@_define("masked_linear", "(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor")
+def _(x, weight, mask, bias):
+    """x [T, I], weight [O, I] -> x (weight * mask)^T + bias, [T, O] in the dtype of x; accumulated
+    in float32 (float64 for float64)."""
+    name = "masked_linear"
+    _check_masked_weight(name, weight, mask)
+    outputs, inputs = weight.shape
+    _check_rows(name, "x", x, inputs)
+    if bias is not None:
+        _check_floating(name, bias)
+        torch._check(
+            bias.shape == (outputs,),
+            lambda: f"{name}: expected bias [{outputs}], got {tuple(bias.shape)}",
+        )
+    return x.new_empty((x.shape[0], outputs))
+
+
+@_define("masked_linear_input_grad", "(Tensor grad_out, Tensor weight, Tensor mask) -> Tensor")
+def _(grad_out, weight, mask):
+    """grad_out [T, O], weight [O, I] -> grad_out (weight * mask), [T, I] in the dtype of grad_out;
+    accumulated as for masked_linear."""
+    name = "masked_linear_input_grad"
+    _check_masked_weight(name, weight, mask)
+    outputs, inputs = weight.shape
+    _check_rows(name, "grad_out", grad_out, outputs)
+    return grad_out.new_empty((grad_out.shape[0], inputs))
+
+
+@_define("masked_linear_weight_grad", "(Tensor grad_out, Tensor x, Tensor mask) -> Tensor")
+def _(grad_out, x, mask):
+    """grad_out [T, O], x [T, I] of the same dtype -> grad_out^T x where a bit of the mask is set,
+    0 elsewhere, [O, I] in float32 (float64 for float64)."""
+    name = "masked_linear_weight_grad"
+    torch._check(
+        x.dim() == 2 and grad_out.dim() == 2 and x.shape[0] == grad_out.shape[0],
+        lambda: (
+            f"{name}: expected grad_out [T, O] and x [T, I], got {tuple(grad_out.shape)} and "
+            f"{tuple(x.shape)}"
+        ),
+    )
+    torch._check_type(
+        x.dtype == grad_out.dtype,
+        lambda: f"{name}: expected grad_out and x of one dtype, got {grad_out.dtype} and {x.dtype}",
+    )
+    _check_floating(name, x)
+    outputs, inputs = grad_out.shape[1], x.shape[1]
+    _check_mask(name, mask, outputs, inputs)
+    return x.new_empty((outputs, inputs), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 # -------------------------------------------------------------------------------------- attention

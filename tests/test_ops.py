@@ -21,6 +21,8 @@ QUOTAS = ((26, 9), (128, 100))
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMPTY_SCALE = torch.empty(0, dtype=torch.bfloat16)
+MASK = torch.zeros(3, dtype=torch.uint8)  # of a weight [4, 5]
+ONES = torch.ones(2, 5)
 EMPTY_COUNTS = torch.empty(0, dtype=torch.int16)
 
 
@@ -223,6 +225,34 @@ def threshold_mask():
             yield x, masks[i] if masks else None, value, ties[i]
 
 
+def _masked():
+    """tokens, outputs, inputs, bits: odd sizes; all, some and none of the weights."""
+    sizes = ((5, 7, 9), (130, 70, 200), (67, 33, 64), (1, 1, 1), (0, 5, 3), (3, 0, 4), (2, 4, 0))
+    for tokens, outputs, inputs in sizes:
+        for kept in (0.1, 0.0, 0.8, 1.0) if tokens == 67 else (0.15,):
+            yield tokens, outputs, inputs, OPS.bits_pack(torch.rand(outputs, inputs) < kept)
+
+
+def masked_linear():
+    for i, (tokens, outputs, inputs, mask) in enumerate(_masked()):
+        for j, dtype in enumerate(FLOATING):
+            x, weight = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs, inputs)
+            bias = torch.randn(outputs).to(FLOATING[i % 4]) if j % 2 else None
+            yield x, weight.to(FLOATING[(i + j) % 4]), mask, bias
+    mask = OPS.bits_pack(torch.rand(8, 30) < 0.3)
+    yield torch.randn(30, 6).T, torch.randn(30, 8).T, mask, torch.randn(16)[::2]
+
+
+def masked_linear_input_grad():
+    for x, weight, mask, _ in masked_linear():
+        yield torch.randn(weight.shape[0], x.shape[0]).to(x.dtype).T, weight, mask
+
+
+def masked_linear_weight_grad():
+    for x, weight, mask, _ in masked_linear():
+        yield torch.randn(x.shape[0], weight.shape[0]).to(x.dtype), x, mask
+
+
 def attention_grad():
     def operands(*shape):
         return torch.randn(shape), torch.randn(shape), torch.randn(shape), torch.randn(shape)
@@ -288,6 +318,9 @@ SAMPLES = {
         bits_expand,
         threshold_magnitude,
         threshold_mask,
+        masked_linear,
+        masked_linear_input_grad,
+        masked_linear_weight_grad,
         attention_grad,
         query_attention,
         query_attention_grad,
@@ -374,6 +407,11 @@ def test_loaded_kernels_agree_with_the_reference(name):
                 bound = memtl.reference.OPS[name](values.abs(), *rest, g.abs(), *sample[5:])
                 terms = g.numel() // max(1, g.shape[1])
                 assert_within(a, b, 2 * gamma(terms + 4) * bound.double())
+            elif name.startswith("masked"):
+                # Sums of some 200 terms at most, of a few units; the exact bound: tests/csrc.
+                fine = 1e-12 if b.dtype == torch.float64 else 2e-4
+                assert a.dtype == b.dtype
+                assert_within(a, b, fine + 2 * unit(a.dtype) * b.double().abs())
             elif name in ("quant_norm_grad", "quant_channel_norm_grad"):
                 # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
                 assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
@@ -420,6 +458,16 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.topk_pack_sample(torch.ones(3, 4).bool(), 1, torch.int8, False), "float"),
         (lambda: OPS.quant_pack_range(torch.ones(4).cfloat(), 4, 0.0, 1.0, 0), "float"),
         (lambda: OPS.quant_apply_range(torch.ones(4), torch.ones(1, 32), 4, 1.0, 0.0), "lo < hi"),
+        (lambda: OPS.masked_linear(torch.ones(2, 3), torch.ones(4, 5), MASK, None), "T, 5"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4), MASK, None), "O, I"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK[:2], None), "3 bytes"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK.int(), None), "uint8"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5), torch.ones(4, 5), MASK, torch.ones(5)), "4"),
+        (lambda: OPS.masked_linear(torch.ones(2, 5).int(), torch.ones(4, 5), MASK, None), "float"),
+        (lambda: OPS.masked_linear_input_grad(torch.ones(2, 5), torch.ones(4, 5), MASK), "T, 4"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(3, 5), MASK), "T, O"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(2, 7), MASK), "bytes"),
+        (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), ONES.half(), MASK), "one dtype"),
         (lambda: OPS.quant_activation_grad(*[torch.ones(0)] * 3, 4, "relu"), "gelu"),
     ],
 )

@@ -1,11 +1,13 @@
-"""The operators of bits under pytest-benchmark."""
+"""The operators of bits and threshold under pytest-benchmark."""
 
 import pytest
 import torch
 
-from benchmarks.kernels.cases import bits_cases
+from benchmarks.kernels.cases import bits_cases, threshold_cases
 
-CASES = list(bits_cases(8, "cpu", torch.float32))
+CASES = [
+    case for family in (bits_cases, threshold_cases) for case in family(8, "cpu", torch.float32)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -46,10 +46,10 @@ class Case:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in a tensor, or in a tuple of anything."""
+    """Bytes of the tensors in a tensor, or in a tuple or list of anything."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return sum(map(tensor_bytes, value)) if isinstance(value, tuple) else 0
+    return sum(map(tensor_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def moved_bytes(call: partial) -> int:
@@ -435,8 +435,8 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """A mask to bits, and a gradient through them."""
     shape = (batch * TOKENS, WIDTHS[1])
 
-    def draw() -> Tensor:
-        return torch.rand(shape, device=device) < 0.9
+    def draw(density: float = 0.9) -> Tensor:
+        return torch.rand(shape, device=device) < density
 
     def pack() -> Calls:
         mask = draw()
@@ -463,10 +463,75 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             "torch.where(mask, x * scale, 0)": lambda: torch.where(mask, x * SCALE, 0.0),
         }
 
+    def select(density: float) -> Calls:
+        x, mask = torch.randn(shape, device=device, dtype=dtype), draw(density)
+        count = int(mask.sum())
+        return {
+            "memtl": partial(OPS.bits_select, x, OPS.bits_pack(mask), count),
+            "x[mask], a byte an element": lambda: x[mask],
+        }
+
+    def expand(density: float) -> Calls:
+        mask = draw(density)
+        values = torch.randn(int(mask.sum()), device=device, dtype=dtype)
+
+        def scattered() -> Tensor:
+            dense = torch.zeros(shape, device=device, dtype=dtype)
+            dense[mask] = values
+            return dense
+
+        return {
+            "memtl": partial(OPS.bits_expand, values, OPS.bits_pack(mask), shape),
+            "zeros, dense[mask] = values": scattered,
+        }
+
     words, elements = f"{shape[0]}x{shape[1]}", shape[0] * shape[1]
     yield Case("bits_pack", "", words, elements, pack)
     yield Case("bits_pack_between", "", words, elements, pack_between)
     yield Case("bits_apply", "", words, elements, apply)
+    for density in (0.5, 0.1):
+        what = f"density {density:g}"
+        yield Case("bits_select", what, words, elements, partial(select, density))
+        yield Case("bits_expand", what, words, elements, partial(expand, density))
+
+
+def threshold_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Pruning the weights of transformer blocks by one threshold; a block for each of ``batch``."""
+    width, wide = WIDTHS
+    shapes = ((width, width),) * 4 + ((wide, width), (width, wide))
+
+    def draw() -> list[Tensor]:
+        return [
+            torch.randn(shape, device=device, dtype=dtype) * (1 + i / 10)
+            for i, shape in enumerate(shapes * batch)
+        ]
+
+    def joined_threshold(xs: list[Tensor], k: int) -> Tensor:
+        magnitudes = torch.cat([x.abs().flatten() for x in xs])
+        return torch.kthvalue(magnitudes, len(magnitudes) - k + 1).values
+
+    def magnitude(keep: float) -> Calls:
+        xs = draw()
+        k = int(keep * sum(x.numel() for x in xs))
+        return {
+            "memtl": partial(OPS.threshold_magnitude, xs, [], k),
+            "cat of magnitudes, kthvalue": partial(joined_threshold, xs, k),
+        }
+
+    def mask() -> Calls:
+        x = torch.randn(wide, width * batch, device=device, dtype=dtype)
+        value, ties = OPS.threshold_magnitude([x], [], x.numel() // 5)
+        return {
+            "memtl": partial(OPS.threshold_mask, x, None, value, ties),
+            "packbits(x.abs() >= value)": lambda: packbits(x.abs() >= value),
+        }
+
+    elements, blocks = sum(map(math.prod, shapes)) * batch, f"{batch} blocks of {width}"
+    for keep in (0.5, 0.2):
+        make = partial(magnitude, keep)
+        yield Case("threshold_magnitude", f"keep {keep:g}", blocks, elements, make)
+    words, elements = f"{wide}x{width * batch}", wide * width * batch
+    yield Case("threshold_mask", "keep 0.2", words, elements, mask)
 
 
 def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -538,6 +603,7 @@ FAMILIES = {
     "quant": quant_cases,
     "fused": fused_cases,
     "bits": bits_cases,
+    "threshold": threshold_cases,
     "attention": attention_cases,
     "query": query_cases,
 }

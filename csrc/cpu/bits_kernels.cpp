@@ -172,8 +172,135 @@ void apply(DType dtype, const void* x, const uint8_t* bits, double scale, int64_
   }
 }
 
+// The bits of elements [i, i + 64), of the first numel.
+MEMTL_INLINE uint64_t word_at(const uint8_t* bits, int64_t i, int64_t numel) {
+  uint64_t word = 0;
+  const int64_t left = numel - i;
+  if (left >= 64) {
+    std::memcpy(&word, bits + i / 8, sizeof word);
+    return word;
+  }
+  std::memcpy(&word, bits + i / 8, static_cast<size_t>(ceil_div(left, 8)));
+  return word & ((uint64_t{1} << left) - 1);
+}
+
+int64_t count(const uint8_t* bits, int64_t numel, int64_t first, int64_t last) {
+  const int64_t end = 8 * last < numel ? 8 * last : numel;
+  int64_t set = 0;
+  for (int64_t i = 8 * first; i < end; i += 64) {
+    set += __builtin_popcountll(word_at(bits, i, end));
+  }
+  return set;
+}
+
+#if defined(__AVX512F__)
+// 64 bytes of elements: those whose bit is set side by side, or apart again.
+template <class T>
+MEMTL_INLINE __m512i compress(uint64_t set, __m512i x) {
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_compress_epi64(static_cast<__mmask8>(set), x);
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), x);
+  return _mm512_maskz_compress_epi16(static_cast<__mmask32>(set), x);
+}
+
+template <class T>
+MEMTL_INLINE __m512i spread(uint64_t set, __m512i x) {
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_expand_epi64(static_cast<__mmask8>(set), x);
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_expand_epi32(static_cast<__mmask16>(set), x);
+  return _mm512_maskz_expand_epi16(static_cast<__mmask32>(set), x);
+}
+
+// 64 bytes at p, or fewer, where no more are p's.
+MEMTL_INLINE __m512i load_up_to(const void* p, int64_t bytes) {
+  return bytes >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first_bytes(bytes), p);
+}
+
+MEMTL_INLINE void store_up_to(void* p, __m512i x, int64_t bytes) {
+  if (bytes >= 64) {
+    _mm512_storeu_si512(p, x);
+  } else {
+    _mm512_mask_storeu_epi8(p, first_bytes(bytes), x);
+  }
+}
+#endif
+
+template <class T>
+void select_typed(const T* x, const uint8_t* bits, int64_t numel, T* selected, int64_t first,
+                  int64_t last) {
+  const int64_t end = 8 * last < numel ? 8 * last : numel;
+#if defined(__AVX512F__)
+  constexpr int kLanes = 64 / sizeof(T);
+  T* const stop = selected + count(bits, numel, first, last);
+#endif
+  for (int64_t i = 8 * first; i < end; i += 64) {
+    uint64_t word = word_at(bits, i, end);
+#if defined(__AVX512F__)
+    const int64_t here = end - i < 64 ? end - i : 64;
+    for (int j = 0; j < here; j += kLanes) {
+      const uint64_t set = word >> j & ((uint64_t{1} << kLanes) - 1);
+      const __m512i read = load_up_to(x + i + j, (end - i - j) * static_cast<int64_t>(sizeof(T)));
+      store_up_to(selected, compress<T>(set, read),
+                  (stop - selected) * static_cast<int64_t>(sizeof(T)));
+      selected += __builtin_popcountll(set);
+    }
+#else
+    for (; word != 0; word &= word - 1) *selected++ = x[i + __builtin_ctzll(word)];
+#endif
+  }
+}
+
+template <class T>
+void expand_typed(const T* values, const uint8_t* bits, int64_t numel, T* out, int64_t first,
+                  int64_t last) {
+  const int64_t end = 8 * last < numel ? 8 * last : numel;
+#if defined(__AVX512F__)
+  constexpr int kLanes = 64 / sizeof(T);
+  const T* const stop = values + count(bits, numel, first, last);
+#endif
+  for (int64_t i = 8 * first; i < end; i += 64) {
+    uint64_t word = word_at(bits, i, end);
+    const int64_t here = end - i < 64 ? end - i : 64;
+#if defined(__AVX512F__)
+    for (int j = 0; j < here; j += kLanes) {
+      const uint64_t set = word >> j & ((uint64_t{1} << kLanes) - 1);
+      const __m512i read = load_up_to(values, (stop - values) * static_cast<int64_t>(sizeof(T)));
+      store_up_to(out + i + j, spread<T>(set, read),
+                  (end - i - j) * static_cast<int64_t>(sizeof(T)));
+      values += __builtin_popcountll(set);
+    }
+#else
+    std::memset(out + i, 0, static_cast<size_t>(here) * sizeof(T));
+    for (; word != 0; word &= word - 1) out[i + __builtin_ctzll(word)] = *values++;
+#endif
+  }
+}
+
+// `call` with the unsigned integer of that many bytes as T.
+#define MEMTL_FOR_SIZE(size, call) \
+  if ((size) == 8) {               \
+    using T = uint64_t;            \
+    call;                          \
+  } else if ((size) == 4) {        \
+    using T = uint32_t;            \
+    call;                          \
+  } else {                         \
+    using T = uint16_t;            \
+    call;                          \
+  }
+
+void select(int64_t size, const void* x, const uint8_t* bits, int64_t numel, void* selected,
+            int64_t first, int64_t last) {
+  MEMTL_FOR_SIZE(size, select_typed(static_cast<const T*>(x), bits, numel,
+                                    static_cast<T*>(selected), first, last))
+}
+
+void expand(int64_t size, const void* values, const uint8_t* bits, int64_t numel, void* out,
+            int64_t first, int64_t last) {
+  MEMTL_FOR_SIZE(size, expand_typed(static_cast<const T*>(values), bits, numel,
+                                    static_cast<T*>(out), first, last))
+}
+
 }  // namespace
 
-const BitsKernels bits = {pack, pack_between, apply};
+const BitsKernels bits = {pack, pack_between, apply, count, select, expand};
 
 }  // namespace memtl::MEMTL_ISA_NS

@@ -69,7 +69,8 @@ class LinearLayer(Layer):
         return None if module.weight.is_floating_point() else f"computes in {module.weight.dtype}"
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias, format=self.memtl_format)
+        mask = getattr(self, "memtl_sparse_mask", None)
+        return functional.linear(input, self.weight, self.bias, format=self.memtl_format, mask=mask)
 
 
 @layer("linear", "transformers.pytorch_utils.Conv1D")

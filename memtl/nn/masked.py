@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.pruned import PrunedGradient
-from .swap import swap_innermost, unswap_innermost
+from .swap import swap_innermost, swapped_in, unswap_innermost
 
 
 class MaskedWeight:
@@ -97,31 +97,37 @@ def _unhook(weight: nn.Parameter, module: MaskedWeight) -> None:
             del hooks[id]
 
 
-def mask_weights(module: nn.Module, bits: Mapping[str, Tensor]) -> None:
+def mask_weights(
+    module: nn.Module,
+    bits: Mapping[str, Tensor],
+    mixin: type[MaskedWeight] = MaskedWeight,
+    **attributes: Any,
+) -> None:
     """Prune weights of ``module`` in place, for good (:class:`MaskedWeight`).
 
     Args:
         bits: for each of the module's own parameters that is pruned the bits of its surviving
             elements, uint8 [ceil(numel / 8)], least significant bit first, on its device.
+        mixin, attributes: :class:`MaskedWeight`, or one that derives from it, and what it needs.
 
     Memory: the bits.
     """
     for key, mask in bits.items():
         module.register_buffer(f"{key}_bits", mask, persistent=False)
-    swap_innermost(module, MaskedWeight, memtl_masked=tuple(bits))
+    swap_innermost(module, mixin, memtl_masked=tuple(bits), **attributes)
     module.memtl_hold()  # type: ignore[operator]
 
 
 def unmask_weights(module: nn.Module) -> None:
     """Undo :func:`mask_weights`: pruned entries are zero still, and may change."""
     assert isinstance(module, MaskedWeight)
-    keys = module.memtl_masked
-    for key in keys:
+    for key in module.memtl_masked:
         if (weight := module._parameters[key]) is not None:
             _unhook(weight, module)
         del module._buffers[f"{key}_bits"]
         module._non_persistent_buffers_set.discard(f"{key}_bits")
-    unswap_innermost(module, MaskedWeight)
+    mixin = next(c for c in swapped_in(module) if issubclass(c, MaskedWeight))
+    unswap_innermost(module, mixin)
 
 
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, str, Any, Tensor]]:

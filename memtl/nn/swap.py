@@ -79,6 +79,11 @@ def is_swapped(module: nn.Module) -> bool:
     return hasattr(type(module), "memtl_original")
 
 
+def swapped_in(module: nn.Module) -> tuple[type, ...]:
+    """The mixins in front of this instance's own class, the innermost first."""
+    return _made_of(type(module))[1:]
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before any :func:`swap`."""
     return _made_of(type(module))[0]

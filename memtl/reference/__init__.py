@@ -14,6 +14,7 @@ from .fused import (
     quant_unpack_activation,
     quant_unpack_affine,
 )
+from .masked import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from .quant import (
     quant_pack,
     quant_pack_normalized,
@@ -57,6 +58,9 @@ OPS = {
         bits_expand,
         threshold_magnitude,
         threshold_mask,
+        masked_linear,
+        masked_linear_input_grad,
+        masked_linear_weight_grad,
         attention_grad,
         query_attention,
         query_attention_grad,

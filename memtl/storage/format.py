@@ -150,6 +150,15 @@ class Packed:
             self.tensors, self.shape, grad_out.reshape(-1, grad_out.shape[-1])
         )
 
+    def masked_weight_grad(self, grad_out: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`weight_grad` where a bit of ``mask`` [ceil(O D / 8)] is set, 0 elsewhere; computed
+        there alone where the format reads x dense."""
+        if type(self.format).weight_grad is not Format.weight_grad:
+            return torch.ops.memtl.bits_apply(self.weight_grad(grad_out), mask, 1.0)
+        x = self.unpack(grad_out.dtype).reshape(-1, self.shape[-1])
+        grad_out = grad_out.reshape(-1, grad_out.shape[-1])
+        return torch.ops.memtl.masked_linear_weight_grad(grad_out, x, mask)
+
     def conv_weight_grad(
         self,
         grad_out: Tensor,

@@ -167,7 +167,8 @@ def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
     queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
-    assert {*EXACT, *sums, *norms, *queries, *CURVES} == set(_ops.NAMES)
+    masked = {"masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"}
+    assert {*EXACT, *sums, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -277,6 +278,24 @@ def test_topk_weight_grad(dtype):
         # Dot products of T terms in float32, summed in any order.
         bound = gamma(x.shape[0]) * (grad_out.abs().t() @ x.abs())
         assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+def test_masked_linear(dtype):
+    x, weight, bias = draw(70, 130, dtype=dtype), draw(33, 130, seed=1), draw(33, seed=2)
+    grad_out = draw(70, 33, dtype=dtype, seed=3)
+    mask = reference.bits_pack(draw(33, 130, seed=4) > 1)
+    for name, arguments in (
+        ("masked_linear", (x, weight, mask, bias)),
+        ("masked_linear_input_grad", (grad_out, weight, mask)),
+        ("masked_linear_weight_grad", (grad_out, x, mask)),
+    ):
+        actual = getattr(torch.ops.memtl, name)(*to_device(arguments)).cpu()
+        exact = [a.double() if a.is_floating_point() else a for a in arguments]
+        expected = getattr(reference, name)(*exact)
+        assert actual.dtype == getattr(reference, name)(*arguments).dtype
+        # Sums of some 130 terms of a few units, and a rounding to the dtype.
+        assert_within(actual, expected, 1e-4 + torch.finfo(actual.dtype).eps * expected.abs())
 
 
 @pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..base.record import unwrapped
-from .scope import weights_in_scope
+from .scope import inner_model, weights_in_scope
 
 
 def permute_layers(model: nn.Module, seed: int, scope: tuple[str, ...] | None = None) -> int:
@@ -27,7 +26,7 @@ def permute_layers(model: nn.Module, seed: int, scope: tuple[str, ...] | None = 
         TypeError: ``model`` is no module.
         ValueError: there are no weights in scope, or none that has another one's shape.
     """
-    weights = [weight.parameter for weight in weights_in_scope(unwrapped(model), scope).values()]
+    weights = [weight.parameter for weight in weights_in_scope(inner_model(model), scope).values()]
     generator = torch.Generator().manual_seed(seed)
     alike: dict[tuple, list[nn.Parameter]] = {}
     for weight in weights:

@@ -7,6 +7,7 @@ BERT Networks, NeurIPS 2020.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from ...functional import count_bits, magnitude_masks
 from ...nn.masked import masked_weights
 from ...training import track
-from ..base.record import unwrapped
 from .config import TicketConfig
 from .masks import digest, random_masks
 from .run import Run
-from .scope import head_tensors, weights_in_scope
+from .scope import head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
 from .ticket import Source, Ticket
 
@@ -73,8 +73,7 @@ def draw_ticket(
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
-    if isinstance(model, nn.Module):
-        model = unwrapped(model)
+    model = inner_model(model)
     weights = _weights(model, config)
     if any(True for _ in masked_weights(model)):
         raise ValueError(
@@ -120,8 +119,9 @@ def _drawn(
         if config.scheme == "random":
             found = random_masks(sizes, kept, generator)
         else:
+            wide = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
             given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
-            found = magnitude_masks(tensors, kept, given)
+            found = magnitude_masks([t.to(wide) for t in tensors], kept, given)
         drawn.update(zip(group, (bits.cpu() for bits in found), strict=True))
     if empty := [name for name in names if not count_bits(drawn[name])]:
         raise ValueError(

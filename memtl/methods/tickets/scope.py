@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...nn.report import plain_name
+from ..base.record import unwrapped
 
 _MATRICES = ("weight",)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -48,15 +49,20 @@ def _multiplied(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def backbone_of(model: Any) -> nn.Module:
-    """What there is of ``model`` whatever its task: of a transformers model its base model, of any
-    other the model itself (:func:`heads_of` are in it, but no part of it).
+def inner_model(model: Any) -> Any:
+    """The model inside the wrappers of torch.compile, of parallel training and of peft.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return unwrapped(model)
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """What there is of ``model`` whatever its task: of a transformers model its base model, of any
+    other the model itself (:func:`heads_of` are in it, but no part of it)."""
     base = getattr(model, "base_model", None) if hasattr(model, "base_model_prefix") else None
     return base if isinstance(base, nn.Module) else model
 
@@ -98,7 +104,6 @@ def named_weights(model: nn.Module) -> dict[str, Weight]:
     those of the head, and for what has fewer than two dimensions or no floating-point numbers.
 
     Raises:
-        TypeError: ``model`` is no module.
         ValueError: peft has put adapters into it, or parameters are not initialised yet.
     """
     for name, module in backbone_of(model).named_modules():
@@ -123,7 +128,6 @@ def weights_in_scope(model: nn.Module, scope: tuple[str, ...] | None) -> dict[st
     """The weights that :attr:`TicketConfig.scope` says.
 
     Raises:
-        TypeError: ``model`` is no module.
         ValueError: there are none, a pattern matches none, or one matches an embedding's alone.
     """
     every = named_weights(model)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...functional import count_bits
 from ...nn.masked import mask_weights, masked_weights, unmask_weights
 from ...nn.report import plain_name
-from ..base.record import unwrapped
+from ...nn.sparse import SparseLinear, can_be_sparse
 from .config import TicketConfig
 from .masks import random_masks
 from .saved import read, write
-from .scope import Weight, backbone_of, named_weights
+from .scope import Weight, backbone_of, inner_model, named_weights
 
 SHOWN = 3
 """Mismatches that an error names."""
@@ -61,9 +61,14 @@ class TicketLayer:
         return math.prod(self.shape)
 
     @property
+    def density(self) -> float:
+        """The share that survives."""
+        return self.kept / self.size
+
+    @property
     def sparsity(self) -> float:
         """The share that is pruned."""
-        return 1 - self.kept / self.size
+        return 1 - self.density
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +79,21 @@ class AppliedTicket:
         pruned, total: elements of the weights in the ticket.
         mask_bytes: what the masks take in the model.
         optimizer_bytes: of AdamW's state, two float32 an element, what belongs to pruned weights.
+        sparse: names of the weights whose products run over the survivors alone.
     """
 
     pruned: int
     total: int
     mask_bytes: int
     optimizer_bytes: int
+    sparse: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"pruned {self.pruned:,} of {self.total:,} weights "
             f"({self.pruned / self.total:.1%}), masks {self.mask_bytes:,} bytes; of AdamW's state "
-            f"{self.optimizer_bytes:,} bytes belong to pruned weights"
+            f"{self.optimizer_bytes:,} bytes belong to pruned weights; "
+            f"{len(self.sparse)} layers run sparse"
         )
 
 
@@ -157,7 +165,7 @@ class Ticket:
         lines += [f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c} %" for a, b, c in rows]
         return "\n".join(lines)
 
-    def apply(self, model: nn.Module) -> AppliedTicket:
+    def apply(self, model: nn.Module, sparse: bool | None = None) -> AppliedTicket:
         """Prune ``model`` in place: what the ticket does not keep is zero from now on, whatever
         trains the rest.
 
@@ -170,32 +178,50 @@ class Ticket:
 
         Args:
             model: any that has the ticket's weights in its backbone, with any head.
+            sparse: whether linear layers multiply with the surviving weights alone, which changes
+                the order of sums: None where that is faster, which depends on what survives and, at
+                every call, on dtype and device; True always, False never.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is no module, or ``sparse`` none of these.
             ValueError: weights are missing, of another shape, an embedding's too or on the meta
                 device, or ``model`` has a ticket: nothing is changed then.
 
         Memory: one bit a weight.
         """
-        model = unwrapped(model)
+        if sparse not in (None, True, False):
+            raise TypeError(f"sparse must be None, True or False, got {sparse!r}")
+        model = inner_model(model)
         weights = self._weights(model)
         if any(True for _ in masked_weights(model)):
             raise ValueError(
                 f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
             )
-        of_modules: dict[nn.Module, dict[str, Tensor]] = {}
+        layers = {layer.name: layer for layer in self.layers}
+        inside: dict[nn.Module, dict[str, str]] = {}
+        bits = {}
         for name, weight in weights.items():
-            bits = self.masks[name].to(weight.parameter.device, copy=True)
+            bits[name] = self.masks[name].to(weight.parameter.device, copy=True)
             for module, key in weight.holders:
-                of_modules.setdefault(module, {})[key] = bits
-        for module, masks in of_modules.items():
-            mask_weights(module, masks)
+                inside.setdefault(module, {})[key] = name
+        running: list[str] = []
+        for module, names in inside.items():
+            masks = {key: bits[name] for key, name in names.items()}
+            density = None if sparse else layers[next(iter(names.values()))].density
+            if (
+                sparse is not False
+                and names.keys() == {"weight"}
+                and can_be_sparse(module, density)
+            ):
+                mask_weights(module, masks, SparseLinear, memtl_density=density)
+                running += names.values()
+            else:
+                mask_weights(module, masks)
         model.__dict__[RECORD] = (self.config, self.source)
-        layers = self.layers
-        total = sum(layer.size for layer in layers)
-        pruned = total - sum(layer.kept for layer in layers)
-        return AppliedTicket(pruned, total, self.nbytes, 2 * 4 * pruned)
+        total = sum(layer.size for layer in layers.values())
+        pruned = total - sum(layer.kept for layer in layers.values())
+        optimizer = 2 * 4 * pruned
+        return AppliedTicket(pruned, total, self.nbytes, optimizer, tuple(dict.fromkeys(running)))
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`apply`: pruned weights are zero still, and may change.
@@ -206,7 +232,7 @@ class Ticket:
         """
         if Ticket.of(model) != self:
             raise ValueError(f"the ticket of this {type(model).__name__} is another one")
-        model = unwrapped(model)
+        model = inner_model(model)
         for module in {module: None for _, _, module, _ in masked_weights(model)}:
             unmask_weights(module)
         del model.__dict__[RECORD]
@@ -219,9 +245,7 @@ class Ticket:
             TypeError: ``model`` is no module.
             ValueError: there is none.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        model = unwrapped(model)
+        model = inner_model(model)
         if RECORD not in model.__dict__:
             raise ValueError(f"this {type(model).__name__} has no ticket")
         config, source = model.__dict__[RECORD]
@@ -280,7 +304,7 @@ class Ticket:
         """
         values = self.values
         if model is not None:
-            weights = self._weights(unwrapped(model))
+            weights = self._weights(inner_model(model))
             values = {
                 layer.name: torch.ops.memtl.bits_select(
                     (w := weights[layer.name].parameter.detach()),
@@ -322,7 +346,7 @@ class Ticket:
         """
         if self.values is None:
             raise ValueError("this ticket was saved without weights: save(path, model) has them")
-        model = unwrapped(model)
+        model = inner_model(model)
         weights = self._weights(model)
         if any(True for _ in masked_weights(model)) and Ticket.of(model) != self:
             raise ValueError(f"this {type(model).__name__} has another ticket")
