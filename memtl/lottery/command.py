@@ -16,7 +16,7 @@ from typing import Any
 import memtl
 
 from .. import assets
-from ..report import Journal, Table, environment, mean_std
+from ..report import Journal, Table, check_device, environment, mean_std
 from ..training import track
 from . import estimate
 from .experiments import CLIP_NORM, ROUND, TASKS, UNIVERSAL, Key, Run, Setup, encoder, load
@@ -30,10 +30,12 @@ from .work import draw, run
 
 EXTRAS = {"transformers": "transformers", "matplotlib": "matplotlib"}
 QUICK = {
+    "tasks": ["package", "kind"],
     "steps": 4, "mlm_steps": 4, "seeds": 1, "sparsities": [10, 20], "control_sparsities": [20],
     "transfer_sparsity": 20,
 }  # fmt: skip
 DEFAULTS = {
+    "tasks": [*TASKS],
     "steps": None, "mlm_steps": UNIVERSAL.steps, "seeds": 3, "sparsities": [*Plan.sparsities],
     "control_sparsities": [*Plan.controls], "transfer_sparsity": Plan.transfer,
 }  # fmt: skip
@@ -72,10 +74,11 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         universal=options.mlm_steps > 0,
         permuted=options.permuted,
     )
+    check_device(options.device)
     model = options.model or str(assets.encoder())
     setup = Setup(
         model, options.out, max(plan.sparsities), options.steps, options.batch_size,
-        options.mlm_steps,
+        options.mlm_steps, options.device,
     )  # fmt: skip
     for task in plan.sources:  # before anything is written
         load(task, model)
@@ -198,7 +201,7 @@ def _record(
     recipes = {source: setup.recipe(source) for source in plan.sources}
     return {
         "command": shlex.join(["memtl", "tickets", *argv]),
-        "environment": environment(),
+        "environment": environment(setup.device),
         "quick": options.quick,
         "model": {
             "name": Path(setup.model).name,
@@ -259,9 +262,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", metavar="NAME", help="a folder or name that transformers loads (the shipped one)"
     )
-    parser.add_argument(
-        "--tasks", nargs="+", default=[*TASKS], metavar="TASK", help=f"({' '.join(TASKS)})"
-    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"({' '.join(TASKS)})")
     parser.add_argument("--seeds", type=_count, metavar="N", help="runs a cell (3)")
     _percents(parser, "--sparsities", "of tickets, in %% (30 40 50 60 70)")
     _percents(parser, "--control-sparsities", "of random and shuffled ones (30 50 70)", "*")
@@ -279,6 +280,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"of a round of the universal ticket; 0: there is none ({UNIVERSAL.steps})",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=_count, metavar="N", help="of a fine-tuning (32)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
         "--jobs", type=_count, default=1, metavar="N",
         help="processes at once, of one thread each (1: this one, with torch's threads)",
@@ -288,7 +290,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folder of runs, tickets and the report (tickets-runs)",
     )  # fmt: skip
     parser.add_argument("--json", type=_file, metavar="PATH", help="write every figure there too")
-    parser.add_argument("--quick", action="store_true", help="see it work: a few steps, one seed")
+    parser.add_argument(
+        "--quick", action="store_true", help="see it work: a few steps, two tasks, one seed"
+    )
     parser.add_argument(
         "--plan", action="store_true", help="instead, what there is to do and how long it takes"
     )

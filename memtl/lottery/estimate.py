@@ -41,13 +41,16 @@ def _measured(setup: Setup, task: str) -> float:
     data, recipe = load(task, setup.model), setup.recipe(task)
     network = encoder(setup.model)
     model = network.masked_lm() if task == MLM else network.classifier(data.num_classes, 0)
+    model.to(setup.device)
     step = Step(model.train(), recipe.settings(0))
     batch = slice(0, recipe.batch_size)
     found = []
     with seeded(0):
         for _ in range(STEPS):
             started = time.perf_counter()
-            step(data.train.images[batch], data.train.labels[batch])
+            step(
+                data.train.images[batch].to(setup.device), data.train.labels[batch].to(setup.device)
+            )
             found.append(time.perf_counter() - started)
     training = recipe.steps * statistics.median(found)
     if task == MLM:  # whose rounds are not scored

@@ -73,8 +73,8 @@ class Key:
 
     ``model`` and ``data`` are fingerprints, ``drawn`` says how the ticket's rounds were trained
     (:meth:`Setup.drawn`), ``memtl`` is the version. It covers neither the versions of torch and
-    transformers nor code that was changed without a new version: after such a change, choose
-    another folder.
+    transformers, nor the device, nor code that was changed without a new version: after such a
+    change, choose another folder.
     """
 
     model: str
@@ -150,6 +150,7 @@ class Setup:
         largest: sparsity of the last round of a ticket, in per cent.
         steps, batch_size: in place of every task's own.
         mlm_steps: of a round of the universal ticket.
+        device: where to train.
     """
 
     model: str
@@ -158,6 +159,7 @@ class Setup:
     steps: int | None = None
     batch_size: int | None = None
     mlm_steps: int = UNIVERSAL.steps
+    device: str = "cpu"
 
     def recipe(self, task: str) -> Recipe:
         """How a task is trained here."""

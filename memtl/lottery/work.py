@@ -32,6 +32,7 @@ def draw(setup: Setup, source: str, progress: bool | None = False) -> None:
     wrapped = (
         network.masked_lm() if source == MLM else network.classifier(task.num_classes, DRAWING_SEED)
     )
+    wrapped.to(setup.device)
     settings = setup.recipe(source).settings(DRAWING_SEED)
 
     def train(model: nn.Module, number: int, on_step: Callable[[int], None]) -> None:
@@ -56,7 +57,7 @@ def run(setup: Setup, key: Key) -> Run:
     """
     started = time.perf_counter()
     task = load(key.task, setup.model)
-    model = encoder(setup.model).classifier(task.num_classes, key.seed)
+    model = encoder(setup.model).classifier(task.num_classes, key.seed).to(setup.device)
     recipe = dataclasses.replace(setup.recipe(key.task), learning_rate=key.learning_rate)
     if key.scheme == PERMUTED:
         permute_layers(model.model, key.seed)

@@ -134,7 +134,9 @@ def lines(
         )  # fmt: skip
         means = (f"{m:.4g} at {p.x:.4g}" for (m, _), p in zip(found, points, strict=True))
         said.append(f"{label}: {', '.join(means)}")
-    axes.legend(frameon=False, labelcolor=COLOURS["ink"][0]).set_zorder(5)
+    axes.legend(
+        frameon=False, labelcolor=COLOURS["ink"][0], loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     return _svg(figure, title, f"{y_label} against {x_label}. {'; '.join(said)}.")
 
 
