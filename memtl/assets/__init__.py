@@ -3,15 +3,17 @@
 ``vit_glyphs`` is a vision transformer, ``cnn_glyphs`` a MobileNetV2. Each one is a pair of files:
 ``NAME.safetensors`` holds the weights (float16; buffers as they are) and ``NAME.json`` says what
 the architecture is, how the weights were made, and what their sha256 is. The file ``pretrain.py``
-made them and can make them again.
+made them and can make them again. ``bert_docstrings`` is a small BERT, a folder that
+``transformers`` loads (:func:`encoder`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,19 @@ from typing import Any
 from torch import nn
 
 from memtl.models import Segmenter
+from memtl.models.bert import Classifier, MaskedLM, Regressor, SpanFinder
 from memtl.tasks.glyphs import SIZE
 
-__all__ = ["encoder", "load", "load_segmenter", "metadata", "names"]
+__all__ = [
+    "encoder",
+    "load",
+    "load_encoder",
+    "load_segmenter",
+    "load_tokenizer",
+    "metadata",
+    "names",
+    "sha256",
+]
 
 ATROUS_RATES, DROPOUT = (2, 4, 6), 0.1
 """Of a segmenter's head, whose feature maps are small, and its training short."""
@@ -53,6 +65,17 @@ def metadata(name: str = "vit_glyphs", directory: str | PathLike[str] = _HERE) -
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return record
+
+
+def sha256(name: str) -> str:
+    """The sha256 of the weights' file of a network, or encoder, that ships with the package.
+
+    Raises:
+        ValueError: If ``name`` is unknown.
+    """
+    path = _HERE / f"{name}.safetensors"
+    path = path if name in names() else encoder(name) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:
@@ -241,3 +264,77 @@ def encoder(name: str = "bert_docstrings") -> Path:
     if name not in known:
         raise ValueError(f"unknown encoder {name!r}: there is {', '.join(known) or 'none'}")
     return _HERE / name
+
+
+_HEADS = {
+    "classifier": ("AutoModelForSequenceClassification", Classifier),
+    "mlm": ("AutoModelForMaskedLM", MaskedLM),
+    "regressor": ("AutoModelForSequenceClassification", Regressor),
+    "spans": ("AutoModelForQuestionAnswering", SpanFinder),
+}
+
+
+def load_encoder(
+    head: str = "classifier", num_classes: int = 2, source: str | PathLike[str] | None = None
+) -> Any:
+    """A pre-trained encoder of ``transformers`` with a head on it, in training mode.
+
+    It takes token identifiers ``[n, length]``; what it gives is said in :mod:`memtl.models.bert`. A
+    head that the checkpoint does not have is drawn from torch's global generator.
+
+    Args:
+        head: ``"classifier"``, ``"regressor"`` (of one number), ``"spans"`` (questions about a
+            text) or ``"mlm"`` (masked words: no fresh head).
+        num_classes: of a classifier.
+        source: what ``from_pretrained`` takes, a folder or a name; None for the shipped encoder.
+
+    Raises:
+        ValueError: If ``head`` is unknown or ``num_classes`` less than 1.
+        ImportError: If transformers is not installed.
+    """
+    if head not in _HEADS:
+        raise ValueError(f"head must be one of {', '.join(_HEADS)}, got {head!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    transformers = _transformers()
+    source = encoder() if source is None else source
+    name, wrapper = _HEADS[head]
+    labels = {"classifier": {"num_labels": num_classes}, "regressor": {"num_labels": 1}}
+    with _quiet(transformers):  # what of the checkpoint is of another head
+        model = getattr(transformers, name).from_pretrained(source, **labels.get(head, {}))
+    return wrapper(model.train(), load_tokenizer(source))
+
+
+def load_tokenizer(source: str | PathLike[str] | None = None) -> Any:
+    """The tokenizer of a pre-trained encoder of ``transformers``.
+
+    Args:
+        source: as in :func:`load_encoder`.
+
+    Raises:
+        ImportError: If transformers is not installed.
+    """
+    return _transformers().AutoTokenizer.from_pretrained(encoder() if source is None else source)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("encoders need transformers: pip install memtl[models]") from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Loads without a bar and without the list of what the new head does not take over."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

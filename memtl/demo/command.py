@@ -79,7 +79,7 @@ def _compare(experiment: Experiment, task: Task, options: argparse.Namespace, co
         | {"val": len(task.val), "test": len(task.test)},
         "model": {
             "name": experiment.asset,
-            "sha256": assets.metadata(experiment.asset)["sha256"],
+            "sha256": assets.sha256(experiment.asset),
             "parameters": sum(p.numel() for p in whole.parameters()),
         },
         "settings": settings,

@@ -22,6 +22,7 @@ from ..methods import (
     apply,
 )
 from ..tasks import Task, load_digits, load_digits_segmentation
+from ..tasks.text import load_docstrings, load_docstrings_mlm
 
 FULL = "full fine-tuning"
 """The method that every ratio refers to."""
@@ -41,7 +42,7 @@ class Experiment:
 
     Attributes:
         asset: name of the network in :mod:`memtl.assets`.
-        network, goal: what the network is, and what it learns, in words.
+        network, goal: what the network is and was pre-trained on, and what it learns, in words.
         load_task: makes the task.
         load_model: ``num_classes`` -> the network with a fresh head.
         rates: by kind of method, see :func:`methods`; of the kinds that are compared here.
@@ -67,6 +68,22 @@ evaluation. Checkpointing runs each block's forward twice a step, so its running
 evaluation uses, follow the batches faster.
 """
 
+BERT = "A BERT of 4 layers, pre-trained on docstrings of Python's library by masked words,"
+
+
+def _docstrings(task: str, max_length: int, goal: str) -> Experiment:
+    return Experiment(
+        asset="bert_docstrings",
+        network=BERT,
+        goal=goal,
+        load_task=lambda: load_docstrings(task, assets.load_tokenizer(), max_length),
+        load_model=lambda classes: assets.load_encoder("classifier", classes),
+        rates={"full": Rate(1e-3, (5e-4, 1e-3, 2e-3))},
+        batch_size=32,
+        steps=240,
+    )
+
+
 # Chosen by `memtl demo --tune`, two runs a candidate (vit: three). Scores on the validation split,
 # in %, in the order of the candidates:
 #   vit, digits        last 95.9 96.6 96.3   full 99.1 99.2 98.7
@@ -80,8 +97,8 @@ evaluation uses, follow the batches faster.
 EXPERIMENTS: dict[tuple[str, str], Experiment] = {
     ("vit", "digits"): Experiment(
         asset="vit_glyphs",
-        network="vision transformer",
-        goal="handwritten digits",
+        network="A vision transformer, pre-trained on printed characters",
+        goal="learns handwritten digits",
         load_task=lambda: load_digits(),
         load_model=lambda classes: assets.load("vit_glyphs", classes),
         rates={
@@ -91,8 +108,8 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
     ),
     ("cnn", "digits"): Experiment(
         asset="cnn_glyphs",
-        network="MobileNetV2",
-        goal="handwritten digits",
+        network="A MobileNetV2, pre-trained on printed characters",
+        goal="learns handwritten digits",
         load_task=lambda: load_digits(),
         load_model=lambda classes: assets.load("cnn_glyphs", classes),
         rates={
@@ -108,8 +125,8 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
     ),
     ("cnn", "segmentation"): Experiment(
         asset="cnn_glyphs",
-        network="MobileNetV2 with the head of DeepLabV3",
-        goal="to tell every pixel's digit on canvases with several handwritten ones",
+        network="A MobileNetV2, pre-trained on printed characters, with the head of DeepLabV3",
+        goal="learns to tell every pixel's digit on canvases with several handwritten ones",
         load_task=lambda: load_digits_segmentation(),
         load_model=lambda classes: assets.load_segmenter("cnn_glyphs", classes),
         rates={
@@ -122,6 +139,25 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         batch_size=8,
         steps=240,
         notes=BATCH_NORMS,
+    ),
+    ("bert", "package"): _docstrings(
+        "package", 32, "learns to tell which package of the library a docstring belongs to"
+    ),
+    ("bert", "kind"): _docstrings(
+        "kind", 32, "learns to tell what kind of object a docstring describes"
+    ),
+    ("bert", "pair"): _docstrings(
+        "pair", 48, "learns to tell whether two sentences are of the same docstring"
+    ),
+    ("bert", "mlm"): Experiment(
+        asset="bert_docstrings",
+        network=BERT,
+        goal="goes on learning to predict masked words",
+        load_task=lambda: load_docstrings_mlm(assets.load_tokenizer()),
+        load_model=lambda classes: assets.load_encoder("mlm"),
+        rates={"full": Rate(3e-4, (1e-4, 3e-4, 1e-3))},
+        batch_size=32,
+        steps=240,
     ),
 }
 """(model, task) -> what is done."""
@@ -140,7 +176,7 @@ def _applied(config: Config) -> Callable[[nn.Module], object]:
     return lambda model: apply(model, config)
 
 
-def _checkpoint_blocks(model: Any) -> None:  # Any: a method of timm's models
+def _checkpoint_blocks(model: Any) -> None:  # Any: a method of timm's models and of encoders
     model.set_grad_checkpointing()
 
 

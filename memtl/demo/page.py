@@ -44,9 +44,9 @@ def page(
     runs = "one run" if len(seeds) == 1 else f"{len(seeds)} runs"
     result = Page(
         "Fine-tuning, keeping less",
-        f"A {experiment.network} of {millions:.1f} million parameters, pre-trained on printed "
-        f"characters, learns {experiment.goal}. The forward pass is exact in every method; what "
-        "differs is what is trained, and what is kept in memory for backward.",
+        f"{experiment.network} {experiment.goal} ({millions:.1f} million parameters). The forward "
+        "pass is exact in every method; what differs is what is trained, and what is kept in "
+        "memory for backward.",
     )
     pair = f"{lightest.name} against {FULL}"
     result.tiles(

@@ -43,7 +43,27 @@ def inputs(ids: Tensor, tokenizer: Any, types: bool = True) -> dict[str, Tensor]
     return given
 
 
-class Classifier(nn.Module):
+class _Encoder(nn.Module):
+    """A model of transformers with its tokenizer; timm's name for checkpointing its layers."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        return inputs(ids, self.tokenizer, getattr(self.model.config, "type_vocab_size", 0) > 1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the inputs of layers alone, and run each one's forward again in backward."""
+        verb = "enable" if enable else "disable"
+        name = f"activation_checkpointing_{verb}"  # gradient_... before transformers 5
+        older = f"gradient_checkpointing_{verb}"
+        switch = getattr(self.model, name if hasattr(self.model, name) else older)
+        switch(*([{"use_reentrant": False}] if enable else []))
+
+
+class Classifier(_Encoder):
     """A sequence classifier of transformers whose input is token identifiers, its output logits.
 
     Args:
@@ -51,18 +71,49 @@ class Classifier(nn.Module):
         tokenizer: its tokenizer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.types = getattr(model.config, "type_vocab_size", 0) > 1
-
     def forward(self, ids: Tensor) -> Tensor:
         """ids ``[n, length]`` -> logits ``[n, classes]``."""
-        return self.model(**inputs(ids, self.tokenizer, self.types)).logits
+        return self.model(**self.inputs(ids)).logits
 
 
-class MaskedLM(nn.Module):
+class Regressor(_Encoder):
+    """A sequence classifier of one output, trained by the squared error.
+
+    Args:
+        model: a ``...ForSequenceClassification`` with ``num_labels=1``.
+        tokenizer: its tokenizer.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids ``[n, length]`` -> ``[n]``."""
+        return self.model(**self.inputs(ids)).logits[:, 0]
+
+    def memtl_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """The mean squared error; labels ``[n]`` float32."""
+        return F.mse_loss(self(ids), labels)
+
+
+class SpanFinder(_Encoder):
+    """A model that finds an answer in a text: scores of each token as its first and its last.
+
+    Args:
+        model: a ``...ForQuestionAnswering``.
+        tokenizer: its tokenizer.
+    """
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids ``[n, length]`` -> the scores of the first and of the last token, ``[n, longest]``
+        both, ``longest`` being the tokens of the longest text."""
+        found = self.model(**self.inputs(ids))
+        return found.start_logits, found.end_logits
+
+    def memtl_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of both; labels ``[n, 2]`` or more: first and last token first."""
+        first, last = self(ids)
+        return (F.cross_entropy(first, labels[:, 0]) + F.cross_entropy(last, labels[:, 1])) / 2
+
+
+class MaskedLM(_Encoder):
     """A masked-language model of transformers that is trained and scored by token identifiers.
 
     In training tokens are masked anew every time, by torch's global generator; in evaluation always
@@ -75,16 +126,10 @@ class MaskedLM(nn.Module):
         tokenizer: its tokenizer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-
     def forward(self, ids: Tensor, chosen: Tensor) -> Tensor:
         """ids ``[n, length]``, chosen bool ``[n, length]`` -> logits ``[chosen, vocabulary]``."""
-        given = inputs(ids, self.tokenizer)
-        hidden: Any = self.model.base_model(**given).last_hidden_state  # type: ignore[operator]
-        return self.model.cls(hidden[chosen[:, : hidden.shape[1]]])  # type: ignore[operator]
+        hidden = self.model.base_model(**self.inputs(ids)).last_hidden_state
+        return self.model.cls(hidden[chosen[:, : hidden.shape[1]]])
 
     def memtl_loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy of masked tokens; ``labels`` are the true tokens, as ``ids``."""

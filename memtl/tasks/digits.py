@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtl.tasks.split import Split
 
@@ -34,7 +34,11 @@ class Task:
         train: Images to learn from.
         val: Images to choose hyper-parameters on.
         test: Images to report on, once.
-        metric: How it is scored: one of :data:`memtl.training.METRICS`.
+        metric: How it is scored: one of :data:`memtl.training.METRICS`, or another name where the
+            task has an ``evaluate`` of its own.
+        evaluate: Of a model and a split, the score, where counts of classes do not tell it.
+        head: What a pre-trained encoder needs on top: ``"classifier"``, ``"regressor"``,
+            ``"spans"`` or ``"mlm"``.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Task:
     val: Split
     test: Split
     metric: str = "accuracy"
+    evaluate: Callable[[nn.Module, Split], float] | None = None
+    head: str = "classifier"
 
 
 def normalise(ink: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import docstrings
 from .digits import Task
@@ -14,6 +14,9 @@ from .split import Split
 
 MAX_LENGTH = 64
 """Tokens of a docstring, with the two or three special ones; what is beyond is cut off."""
+
+VAL_SHARE, VAL_SEED = 0.1, 0
+"""What of a training set is kept for choices, where the task has no set for that."""
 
 
 def encode(
@@ -83,4 +86,27 @@ def load_docstrings_mlm(tokenizer: Any, max_length: int = MAX_LENGTH) -> Task:
         ids = torch.tensor(coded["input_ids"], dtype=torch.int64)
         return Split(ids, ids)
 
-    return Task("mlm", tokenizer.vocab_size, split("train"), split("val"), split("test"))
+    return Task(
+        "mlm", tokenizer.vocab_size, split("train"), split("val"), split("test"), head="mlm"
+    )
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Any, batch_size: int) -> list[Any]:
+    """What ``model`` gives, in evaluation mode, a batch at a time."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        return [model(batch.to(device)) for batch in images.split(batch_size)]
+    finally:
+        model.train(training)
+
+
+def datasets_library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "GLUE and SQuAD need the library datasets: pip install datasets"
+        ) from error
+    return datasets

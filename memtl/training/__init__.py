@@ -1,7 +1,18 @@
 """Fine-tuning a classifier: one small loop, what it costs, and the bar that shows how far it is."""
 
 from .cost import Cost, Way, costs
-from .loop import OPTIMIZERS, History, Settings, Step, evaluate, evaluating, fit, loss_of, seeded
+from .loop import (
+    OPTIMIZERS,
+    History,
+    Settings,
+    Step,
+    evaluate,
+    evaluating,
+    fit,
+    loss_of,
+    score,
+    seeded,
+)
 from .metrics import METRICS
 from .progress import track
 
@@ -18,6 +29,7 @@ __all__ = [
     "evaluating",
     "fit",
     "loss_of",
+    "score",
     "seeded",
     "track",
 ]

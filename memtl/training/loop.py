@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tasks import Split
+from ..tasks import Split, Task
 from .metrics import count, metric_named
 from .progress import track
 
@@ -278,6 +278,13 @@ def evaluate(
         for images, labels in batches:
             counts = counts + counted(images.to(device), labels).cpu()
     return score(counts)
+
+
+def score(model: nn.Module, task: Task, split: Split) -> float:
+    """The score of ``model`` on a split of ``task``, as the task says."""
+    if task.evaluate is not None:
+        return task.evaluate(model, split)
+    return evaluate(model, split, metric=task.metric)
 
 
 def _batches(split: Split, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:

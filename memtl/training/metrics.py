@@ -25,9 +25,23 @@ def mean_iou(counts: Tensor) -> float:
     return (both / union.double())[union > 0].mean().item()
 
 
-METRICS: dict[str, Callable[[Tensor], float]] = {"accuracy": accuracy, "mean_iou": mean_iou}
+def matthews(counts: Tensor) -> float:
+    """Matthews' correlation coefficient, of any number of classes (Gorodkin, 2004); 0 where all
+    labels, or all predictions, are of one class."""
+    right, labelled, predicted = counts.double()
+    total = labelled.sum()
+    covariance = right.sum() * total - (labelled * predicted).sum()
+    spread = (total**2 - (labelled**2).sum()) * (total**2 - (predicted**2).sum())
+    return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
+
+
+METRICS: dict[str, Callable[[Tensor], float]] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "mean_iou": mean_iou,
+}
 """What a task can be scored by: functions of what :func:`count` counts in at least one sample; a
-number in 0..1."""
+number of at most 1."""
 
 
 def metric_named(name: str) -> Callable[[Tensor], float]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from memtl.tasks import Split
-from memtl.training import History, Settings, Step, evaluate, fit
+from memtl.tasks import Split, Task
+from memtl.training import History, Settings, Step, evaluate, fit, score
 
 
 def blobs(n: int) -> Split:
@@ -243,3 +243,49 @@ def test_trains_on_a_gpu():
     history = fit(model, split, split, Settings(steps=60, learning_rate=0.03), device="cuda")
     assert next(model.parameters()).is_cuda
     assert history.val_score == evaluate(model, split) > 0.9
+
+
+def test_on_step_is_called_after_every_step():
+    torch.manual_seed(0)
+    model, seen = network(), []
+    before = weights(model)
+    fit(
+        model, blobs(30), None, Settings(3, 10), progress=False,
+        on_step=lambda done: seen.append((done, torch.equal(weights(model), before))),
+    )  # fmt: skip
+    assert seen == [(1, False), (2, False), (3, False)]
+
+
+def test_an_objective_of_the_model_itself():
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(9, 9)
+
+        def memtl_loss(self, images, labels):
+            flat = images.flatten(1)
+            return (self.layer(flat) - flat).square().mean()
+
+        def memtl_count(self, images, labels):
+            right = (self.layer(images.flatten(1)) - images.flatten(1)).square().mean(1) < 0.2
+            return torch.stack([right.sum(), torch.tensor(len(images)), right.sum()]).view(3, 1)
+
+    torch.manual_seed(0)
+    model, split = Autoencoder(), blobs(60)
+    assert evaluate(model, split) < 0.5
+    history = fit(model, split, split, Settings(300, 20, 2e-2), progress=False)
+    assert history.val_score > 0.9
+
+
+def test_a_task_that_scores_itself():
+    split = blobs(9)
+    asked = []
+
+    def own(model, part):
+        asked.append(part is split)
+        return 0.25
+
+    model = network()
+    assert score(model, Task("some", 3, split, split, split, "own", own), split) == 0.25
+    assert asked == [True]
+    assert score(model, Task("some", 3, split, split, split), split) == evaluate(model, split)

@@ -1,6 +1,11 @@
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    jaccard_score,
+    matthews_corrcoef,
+)
 from torch import nn
 
 from memtl.tasks import Split
@@ -104,3 +109,13 @@ def test_an_unknown_metric_fails_before_training():
 def test_logits_that_are_no_numbers():
     with pytest.raises(FloatingPointError, match="the logits hold NaN"):
         metrics.count(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_matthews(classes):
+    torch.manual_seed(classes)
+    labels = torch.randint(classes, (80,))
+    logits = torch.randn(80, classes) + 1.5 * torch.nn.functional.one_hot(labels, classes)
+    found = metrics.matthews(metrics.count(logits, labels))
+    assert found == pytest.approx(matthews_corrcoef(labels, logits.argmax(1)), abs=1e-12)
+    assert metrics.matthews(metrics.count(logits, torch.ones(80, dtype=torch.int64))) == 0.0
