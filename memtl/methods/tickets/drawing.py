@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...functional import count_bits, magnitude_masks
+from ...functional import count_bits, magnitude_masks, magnitude_threshold
 from ...nn.masked import masked_weights
 from ...training import track
 from .config import TicketConfig
@@ -100,7 +100,7 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
 
 def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        if not magnitude_threshold([weight], 1).value.isfinite():  # the largest; NaN is larger
             raise ValueError(f"{name} holds a value that is not finite{when}")
 
 
@@ -171,7 +171,7 @@ def _rounds(
     done = 0
     if run is not None:
         origin = run.begin(config, origin, head_names)
-        done, ticket, origin, head = run.resume(config, origin)
+        done, ticket, origin, head = run.resume(config, origin, head_names)
     sparsities = config.rounds()
     left = range(done + 1, len(sparsities) + 1)
     for round in track(left, "rounds of the ticket", progress=progress):

@@ -65,12 +65,13 @@ class Run:
             raise ValueError(f"{self.directory} has a draw that differs: {'; '.join(changed)}")
         if start != fingerprint:
             raise ValueError(f"{self.directory} has a draw from a backbone with other weights")
-        return state | _read(self.directory / START)
+        return state | _read(self.directory / START, {name: state[name] for name in head})
 
     def resume(
-        self, config: TicketConfig, origin: State
+        self, config: TicketConfig, origin: State, head: set[str]
     ) -> tuple[int, Ticket | None, State, State]:
-        """The last complete round, its ticket, what is gone back to, and the head, if it is kept.
+        """The last complete round, its ticket, what is gone back to, and the head after it, if that
+        is kept; ``origin`` is the start.
 
         Raises:
             ValueError: a file is damaged.
@@ -81,15 +82,17 @@ class Run:
         if not done:
             return 0, None, origin, {}
         if config.rewind_step:
-            origin = _read(self.directory / ORIGIN)
-        head = _read(self._head(done)) if config.head == "kept" else {}
-        return done, Ticket.load(self._ticket(done)), origin, head
+            origin = _read(self.directory / ORIGIN, origin)
+        kept = {name: origin[name] for name in head} if config.head == "kept" else {}
+        if kept:
+            kept = _read(self._head(done), kept)
+        return done, Ticket.load(self._ticket(done)), origin, kept
 
     def keep(self, round: int, ticket: Ticket, origin: State | None, head: State) -> None:
         """Write what a round gave; ``origin`` if it is not the start."""
         if origin is not None and round == 1:
             _write(self.directory / ORIGIN, origin)
-        if ticket.config.head == "kept":
+        if head:
             _write(self._head(round), head)
         ticket.save(self._ticket(round))
 
@@ -108,7 +111,8 @@ def _write(path: Path, state: State) -> None:
     write_aside(path, lambda aside: save_file(tensors, str(aside), metadata))
 
 
-def _read(path: Path) -> State:
+def _read(path: Path, like: State) -> State:
+    """What was written, on the devices of ``like``, a state of the same names and shapes."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -119,4 +123,6 @@ def _read(path: Path) -> State:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if digest(state) != said:
         raise ValueError(f"{path} is damaged or altered: its sha256 is not {said}")
-    return state
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in like.items()}:
+        raise ValueError(f"{path} is of a model with another head: {sorted(state)[:3]}")
+    return {name: t.to(like[name].device) for name, t in state.items()}

@@ -101,7 +101,8 @@ def head_tensors(model: nn.Module) -> set[str]:
 
 def named_weights(model: nn.Module) -> dict[str, Weight]:
     """Every weight of the backbone, by its name in there (the first one, if it is shared), but for
-    those of the head, and for what has fewer than two dimensions or no floating-point numbers.
+    those of the head, and for what is empty, has fewer than two dimensions or no floating-point
+    numbers.
 
     Raises:
         ValueError: peft has put adapters into it, or parameters are not initialised yet.
@@ -120,7 +121,7 @@ def named_weights(model: nn.Module) -> dict[str, Weight]:
     return {
         plain_name(name): Weight(p, tuple(holders[id(p)]))
         for name, p in backbone_of(model).named_parameters()
-        if p.dim() >= 2 and p.is_floating_point() and id(p) not in apart
+        if p.dim() >= 2 and p.numel() and p.is_floating_point() and id(p) not in apart
     }
 
 

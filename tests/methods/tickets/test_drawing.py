@@ -331,6 +331,10 @@ def test_another_draw_in_the_directory(tmp_path):
         changed.bert.embeddings.LayerNorm.bias[0] += 1e-3
     with pytest.raises(ValueError, match="from a backbone with other weights"):
         draw_ticket(changed, config, train=Training(), directory=tmp_path)
+    wider = small.bert(num_labels=3)
+    wider.bert.load_state_dict(model.bert.state_dict())
+    with pytest.raises(ValueError, match="start.safetensors is of a model with another head"):
+        draw_ticket(wider, config, train=Training(), directory=tmp_path)
     assert draw_ticket(model, config, train=Training(), directory=tmp_path).source.round == 4
     (tmp_path / "draw.json").rename(tmp_path / "draw.old")
     with pytest.raises(ValueError, match=r"has rounds of a ticket, but no draw.json"):
