@@ -19,7 +19,18 @@ from .. import assets
 from ..report import Journal, Table, check_device, environment, mean_std
 from ..training import track
 from . import estimate
-from .experiments import CLIP_NORM, ROUND, TASKS, UNIVERSAL, Key, Run, Setup, encoder, load
+from .experiments import (
+    CLIP_NORM,
+    DOCSTRINGS,
+    ROUND,
+    TASKS,
+    UNIVERSAL,
+    Key,
+    Run,
+    Setup,
+    encoder,
+    load,
+)
 from .facts import Facts
 from .page import page
 from .plan import DENSE, Cell, Plan
@@ -35,7 +46,7 @@ QUICK = {
     "transfer_sparsity": 20,
 }  # fmt: skip
 DEFAULTS = {
-    "tasks": [*TASKS],
+    "tasks": [*DOCSTRINGS],
     "steps": None, "mlm_steps": UNIVERSAL.steps, "seeds": 3, "sparsities": [*Plan.sparsities],
     "control_sparsities": [*Plan.controls], "transfer_sparsity": Plan.transfer,
 }  # fmt: skip
@@ -82,6 +93,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     )  # fmt: skip
     for task in plan.sources:  # before anything is written
         load(task, model)
+    if plan.universal:
+        encoder(model).build("mlm", 2, 0)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Workers(options.jobs) as workers, Journal(options.out / "runs.jsonl", Run) as journal:
@@ -196,8 +209,7 @@ def _record(
     setup: Setup, plan: Plan, argv: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """What the figures are from."""
-    network = encoder(setup.model).classifier(2, 0).model
-    backbone: Any = network.base_model
+    backbone = encoder(setup.model).build("classifier", 2, 0).model.base_model
     recipes = {source: setup.recipe(source) for source in plan.sources}
     return {
         "command": shlex.join(["memtl", "tickets", *argv]),
@@ -262,7 +274,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", metavar="NAME", help="a folder or name that transformers loads (the shipped one)"
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"({' '.join(TASKS)})")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)} ({' '.join(DOCSTRINGS)})"
+    )
     parser.add_argument("--seeds", type=_count, metavar="N", help="runs a cell (3)")
     _percents(parser, "--sparsities", "of tickets, in %% (30 40 50 60 70)")
     _percents(parser, "--control-sparsities", "of random and shuffled ones (30 50 70)", "*")

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
+from .. import assets
 from ..methods.vqt.cache import fingerprint
-from ..models.bert import Classifier, MaskedLM
 from ..training import seeded
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """An encoder that transformers loads: a folder's, or one by name, which may mean a download.
+    """An encoder that transformers loads.
 
     Args:
-        name: of the folder or the model.
+        name: of a folder, or of a model, which may mean a download.
 
     Raises:
         OSError, ValueError: transformers finds none; from whatever loads it first.
@@ -31,14 +29,12 @@ class Encoder:
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.name)
+        return assets.load_tokenizer(self.name)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of its weights and of its configuration, which says what they are used for."""
-        model: Any = self.classifier(2, 0).model.base_model
+        model = self.build("classifier", 2, 0).model.base_model
         settings = model.config.to_dict()
         for name in ("_name_or_path", "architectures", "transformers_version"):
             settings.pop(name, None)
@@ -46,51 +42,25 @@ class Encoder:
         text = json.dumps([weights, settings], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def classifier(self, num_classes: int, seed: int) -> Classifier:
-        """A copy of it with a fresh head, which ``seed`` alone decides."""
-        from transformers import AutoModelForSequenceClassification
+    def build(self, head: str, num_classes: int, seed: int) -> Any:
+        """A copy of it with a head of :func:`memtl.assets.load_encoder`; what is fresh ``seed``
+        alone decides.
 
-        with seeded(seed):
-            model = self._load(
-                AutoModelForSequenceClassification.from_pretrained, num_labels=num_classes
-            )
-        return Classifier(model, self.tokenizer)
-
-    def masked_lm(self) -> MaskedLM:
-        """A copy of it with its own head for masked tokens, and with the pooler, which this
-        objective does not use: so its weights are those of a classifier's encoder.
+        Where the head does not use the pooler the encoder has it all the same, so that a ticket is
+        about the same weights whatever it was drawn on.
 
         Raises:
-            ValueError: it has no such head, as BERT has.
+            ValueError: masked words need BERT's head, which it does not have.
         """
-        from transformers import AutoModelForMaskedLM
-
-        model = self._load(AutoModelForMaskedLM.from_pretrained)
-        if not hasattr(model, "cls"):
+        with seeded(seed):
+            found = assets.load_encoder(head, num_classes, self.name)
+            base = found.model.base_model
+            if getattr(base, "pooler", base) is None:
+                whole = assets.load_encoder("classifier", 2, self.name)
+                base.pooler = whole.model.base_model.pooler
+        if head == "mlm" and not hasattr(found.model, "cls"):
             raise ValueError(
-                f"masked-language modelling needs BERT's head, which {type(model).__name__} does "
-                "not have: --mlm-steps 0 leaves the universal ticket out"
+                f"masked-language modelling needs BERT's head, which {type(found.model).__name__} "
+                "does not have: --mlm-steps 0 leaves the universal ticket out"
             )
-        encoder: Any = self.classifier(2, 0).model.base_model
-        model.base_model.pooler = getattr(encoder, "pooler", None)
-        return MaskedLM(model, self.tokenizer)
-
-    def _load(self, loader: Callable[..., Any], **options: Any) -> Any:
-        with _quiet():
-            return loader(self.name, **options).float()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its remark, at every run, that the head is new."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        return found.float()

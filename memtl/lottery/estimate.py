@@ -6,8 +6,9 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 
-from ..tasks import Split
-from ..training import Step, evaluate, seeded
+import torch
+
+from ..training import Step, evaluating, seeded
 from .experiments import Key, Run, Setup, encoder, load
 from .plan import MLM
 
@@ -37,25 +38,22 @@ def seconds(
 
 
 def _measured(setup: Setup, task: str) -> float:
-    """Seconds of a run, from a few steps and the score of a few samples."""
+    """Seconds of a run, from a few steps and the answers to a few samples."""
     data, recipe = load(task, setup.model), setup.recipe(task)
-    network = encoder(setup.model)
-    model = network.masked_lm() if task == MLM else network.classifier(data.num_classes, 0)
-    model.to(setup.device)
+    model = encoder(setup.model).build(data.head, data.num_classes, 0).to(setup.device)
     step = Step(model.train(), recipe.settings(0))
     batch = slice(0, recipe.batch_size)
     found = []
     with seeded(0):
         for _ in range(STEPS):
             started = time.perf_counter()
-            step(
-                data.train.images[batch].to(setup.device), data.train.labels[batch].to(setup.device)
-            )
+            step(*(part[batch].to(setup.device) for part in (data.train.images, data.train.labels)))
             found.append(time.perf_counter() - started)
     training = recipe.steps * statistics.median(found)
     if task == MLM:  # whose rounds are not scored
         return training
-    some = Split(data.test.images[:SCORED], data.test.labels[:SCORED])
-    started = time.perf_counter()
-    evaluate(model, some)
-    return training + (time.perf_counter() - started) * len(data.test) / len(some)
+    batches = data.test.images.split(SCORED)
+    with evaluating(model), torch.no_grad():
+        started = time.perf_counter()
+        model(next(iter(batches)).to(setup.device))
+    return training + (time.perf_counter() - started) * len(data.test) / SCORED

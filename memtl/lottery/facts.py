@@ -37,7 +37,7 @@ class Facts:
                 path = setup.ticket(source, sparsity)
                 tickets[name], sizes[name] = Ticket.load(path), path.stat().st_size
             else:
-                model = encoder(setup.model).classifier(2, 0).model
+                model = encoder(setup.model).build("classifier", 2, 0).model
                 tickets[name] = draw_ticket(model, TicketConfig(sparsity=sparsity / 100))
         weights = sum(layer.size for layer in next(iter(tickets.values())).layers)
         return cls(tickets, sizes, 4 * weights)

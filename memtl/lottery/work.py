@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from ..methods.tickets import Ticket, TicketConfig, draw_ticket, permute_layers
-from ..training import evaluate, fit
+from ..training import fit, score
 from .experiments import Key, Run, Setup, encoder, load
-from .plan import DENSE, MLM, ONE_SHOT, PERMUTED, RANDOM, SHUFFLED
+from .plan import DENSE, ONE_SHOT, PERMUTED, RANDOM, SHUFFLED
 
 DRAWING_SEED = 0
 """Of the head, the order of the data and dropout in every round of a ticket."""
@@ -28,10 +27,7 @@ def draw(setup: Setup, source: str, progress: bool | None = False) -> None:
         FloatingPointError: a loss is not finite.
     """
     task = load(source, setup.model)
-    network: Any = encoder(setup.model)
-    wrapped = (
-        network.masked_lm() if source == MLM else network.classifier(task.num_classes, DRAWING_SEED)
-    )
+    wrapped = encoder(setup.model).build(task.head, task.num_classes, DRAWING_SEED)
     wrapped.to(setup.device)
     settings = setup.recipe(source).settings(DRAWING_SEED)
 
@@ -57,19 +53,19 @@ def run(setup: Setup, key: Key) -> Run:
     """
     started = time.perf_counter()
     task = load(key.task, setup.model)
-    model = encoder(setup.model).classifier(task.num_classes, key.seed).to(setup.device)
+    model = encoder(setup.model).build(task.head, task.num_classes, key.seed).to(setup.device)
     recipe = dataclasses.replace(setup.recipe(key.task), learning_rate=key.learning_rate)
     if key.scheme == PERMUTED:
         permute_layers(model.model, key.seed)
     if key.scheme != DENSE:
         ticket(setup, key, model.model).apply(model.model)
-    score, failure = None, None
+    found, failure = None, None
     try:
         fit(model, task.train, None, recipe.settings(key.seed), progress=False)
-        score = evaluate(model, getattr(task, key.split), metric=task.metric)
+        found = score(model, task, getattr(task, key.split))
     except FloatingPointError as error:
         failure = str(error)
-    return Run(key, score, failure, time.perf_counter() - started)
+    return Run(key, found, failure, time.perf_counter() - started)
 
 
 def ticket(setup: Setup, key: Key, model: nn.Module) -> Ticket:
@@ -79,5 +75,5 @@ def ticket(setup: Setup, key: Key, model: nn.Module) -> Ticket:
         return draw_ticket(model, TicketConfig(sparsity=sparsity))
     if key.scheme == RANDOM:
         return draw_ticket(model, TicketConfig(scheme="random", sparsity=sparsity, seed=key.seed))
-    found = Ticket.load(setup.ticket(key.source, key.sparsity))
-    return found.shuffled(key.seed) if key.scheme == SHUFFLED else found
+    drawn = Ticket.load(setup.ticket(key.source, key.sparsity))
+    return drawn.shuffled(key.seed) if key.scheme == SHUFFLED else drawn
