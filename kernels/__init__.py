@@ -7,10 +7,16 @@ for bit, but for sums, whose order is its own.
 
 from .bits import bits_apply, bits_pack
 from .query_attention import query_attention, query_attention_grad
+from .select import bits_expand, bits_select
+from .threshold import threshold_magnitude, threshold_mask
 
 OPS = {
     "bits_pack": bits_pack,
     "bits_apply": bits_apply,
+    "bits_select": bits_select,
+    "bits_expand": bits_expand,
+    "threshold_magnitude": threshold_magnitude,
+    "threshold_mask": threshold_mask,
     "query_attention": query_attention,
     "query_attention_grad": query_attention_grad,
 }

@@ -534,6 +534,57 @@ def threshold_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Cas
     yield Case("threshold_mask", "keep 0.2", words, elements, mask)
 
 
+def masked_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The three products of a linear layer whose weight a random mask leaves in part."""
+    tokens = batch * TOKENS
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def mask_of(weight: Tensor, density: float) -> Tensor:
+        return OPS.bits_pack(torch.rand(weight.shape, device=device) < density)
+
+    def forward(inputs: int, outputs: int, density: float) -> Calls:
+        x, weight = draw(tokens, inputs), draw(outputs, inputs)
+        mask = mask_of(weight, density)
+        return {
+            "memtl": partial(OPS.masked_linear, x, weight, mask, None),
+            "dense: F.linear(x, weight)": partial(F.linear, x, weight),
+            "bits_apply, F.linear": lambda: F.linear(x, OPS.bits_apply(weight, mask, 1.0)),
+        }
+
+    def input_grad(inputs: int, outputs: int, density: float) -> Calls:
+        grad_out, weight = draw(tokens, outputs), draw(outputs, inputs)
+        mask = mask_of(weight, density)
+        return {
+            "memtl": partial(OPS.masked_linear_input_grad, grad_out, weight, mask),
+            "dense: grad_out @ weight": partial(torch.matmul, grad_out, weight),
+            "bits_apply, grad_out @": lambda: grad_out @ OPS.bits_apply(weight, mask, 1.0),
+        }
+
+    def weight_grad(inputs: int, outputs: int, density: float) -> Calls:
+        grad_out, x = draw(tokens, outputs), draw(tokens, inputs)
+        mask = mask_of(x.new_empty(outputs, inputs), density)
+        return {
+            "memtl": partial(OPS.masked_linear_weight_grad, grad_out, x, mask),
+            "dense: grad_out.t() @ x": partial(dense_product, grad_out, x),
+            "grad_out.t() @ x, bits_apply": lambda: OPS.bits_apply(
+                dense_product(grad_out, x), mask, 1.0
+            ),
+        }
+
+    for inputs, outputs in (WIDTHS, WIDTHS[::-1]):
+        shape, elements = f"{tokens}x{inputs}->{outputs}", tokens * inputs
+        for density in (0.1, 0.05):
+            what, size = f"density {density:g}", (inputs, outputs, density)
+            for op, make in (
+                ("masked_linear", forward),
+                ("masked_linear_input_grad", input_grad),
+                ("masked_linear_weight_grad", weight_grad),
+            ):
+                yield Case(op, what, shape, elements, partial(make, *size))
+
+
 def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     """The gradients of attention from its operands alone."""
     shape = (batch, HEADS, TOKENS, 64)
@@ -604,6 +655,7 @@ FAMILIES = {
     "fused": fused_cases,
     "bits": bits_cases,
     "threshold": threshold_cases,
+    "masked": masked_cases,
     "attention": attention_cases,
     "query": query_cases,
 }

@@ -10,8 +10,9 @@
 namespace memtl {
 namespace {
 
-constexpr int64_t kOutputs = 512;  // of a task of the weight gradient: their rows stay in L2,
-constexpr int64_t kInputs = 1024;  // as do the sums of its entries
+constexpr int64_t kOutputs = 512;      // of a task of the weight gradient: their rows stay in L2,
+constexpr int64_t kInputs = 1024;      // as do the sums of its entries
+constexpr int64_t kLeastOutputs = 64;  // fewer are not worth reading x again
 
 void check_mask(const char* op, const Tensor& mask, int64_t outputs, int64_t inputs) {
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte, op,
@@ -133,7 +134,7 @@ void sparse_weight_grad(DType dtype, const void* grad_out, const void* x, int64_
   const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 2 * threads : 1;
   const int64_t panels = ceil_div(inputs, kInputs);
   const int64_t bands = std::max(ceil_div(outputs, kOutputs), ceil_div(wanted, panels));
-  const int64_t height = ceil_div(outputs, bands);
+  const int64_t height = std::max(ceil_div(outputs, bands), std::min(outputs, kLeastOutputs));
   const int64_t width = ceil_div(ceil_div(inputs, panels), kMaskedFeatures) * kMaskedFeatures;
   const int64_t task_panels = ceil_div(inputs, width);
   for_tasks(ceil_div(outputs, height) * task_panels, [&](int64_t task) {

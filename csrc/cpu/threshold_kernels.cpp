@@ -184,16 +184,31 @@ MEMTL_INLINE void for_groups(const void* x, const uint8_t* mask, int64_t first, 
   }
 }
 
+// Which of a group are above a range, and which in it.
+struct Split {
+  uint32_t above, inside;
+};
+
+template <DType kType>
+struct Splitter {
+  Keys below, top;
+  inline __attribute__((always_inline)) explicit Splitter(uint64_t lo, uint64_t hi)
+      : below(keys<kType>(lo - 1)), top(keys<kType>(hi)) {}
+  inline __attribute__((always_inline)) Split operator()(const Keys& group, uint32_t lanes) const {
+    const uint32_t above = greater_keys<kType>(group, top);
+    return {above & lanes, greater_keys<kType>(group, below) & ~above & lanes};
+  }
+};
+
 // Calls visit(key) for those in a range; returns how many are above it.
 template <DType kType, class Visit>
 MEMTL_INLINE int64_t visit_range(const void* x, const uint8_t* mask, int64_t first, int64_t last,
                                  KeyRange range, const Visit& visit) {
-  const Keys below = keys<kType>(range.lo - 1), top = keys<kType>(range.hi);
+  const Splitter<kType> split(range.lo, range.hi);
   int64_t above = 0;
   for_groups<kType>(x, mask, first, last, [&](int64_t, const Keys& group, uint32_t lanes) {
-    const uint32_t over = greater_keys<kType>(group, top);
-    uint32_t inside = greater_keys<kType>(group, below) & ~over & lanes;
-    above += __builtin_popcount(over & lanes);
+    auto [over, inside] = split(group, lanes);
+    above += __builtin_popcount(over);
     if (inside == 0) return;
     Key<kType> key[kLanes<kType>];
     store_keys<kType>(key, group);
@@ -206,9 +221,24 @@ MEMTL_INLINE int64_t visit_range(const void* x, const uint8_t* mask, int64_t fir
   return above;
 }
 
+// Where all go into one bucket, each addition would wait for the last.
+template <DType kType>
+int64_t count_equal(const void* x, const uint8_t* mask, int64_t first, int64_t last, uint64_t key,
+                    uint32_t* bucket) {
+  const Splitter<kType> split(key, key);
+  int64_t above = 0;
+  for_groups<kType>(x, mask, first, last, [&](int64_t, const Keys& group, uint32_t lanes) {
+    const Split parts = split(group, lanes);
+    above += __builtin_popcount(parts.above);
+    *bucket += static_cast<uint32_t>(__builtin_popcount(parts.inside));
+  });
+  return above;
+}
+
 template <DType kType>
 int64_t count_typed(const void* x, const uint8_t* mask, int64_t first, int64_t last, KeyRange range,
                     uint32_t* buckets) {
+  if (range.lo == range.hi) return count_equal<kType>(x, mask, first, last, range.lo, buckets);
   return visit_range<kType>(x, mask, first, last, range,
                             [&](uint64_t key) { ++buckets[(key - range.lo) >> range.shift]; });
 }
@@ -224,18 +254,17 @@ int64_t collect_typed(const void* x, const uint8_t* mask, int64_t first, int64_t
 template <DType kType>
 int64_t mark_typed(const void* x, const uint8_t* mask, int64_t first, int64_t last, uint64_t key,
                    int64_t quota, uint8_t* bits) {
-  const Keys at = keys<kType>(key), below = keys<kType>(key - 1);
+  const Splitter<kType> split(key, key);
   int64_t found = 0;
   for_groups<kType>(x, mask, first, last, [&](int64_t i, const Keys& group, uint32_t lanes) {
-    const uint32_t over = greater_keys<kType>(group, at);
-    uint32_t equal = greater_keys<kType>(group, below) & ~over & lanes;
+    const auto [over, equal] = split(group, lanes);
     const int64_t count = __builtin_popcount(equal);
     uint32_t kept = equal;
     for (int64_t surplus = found + count - quota; surplus > 0 && kept != 0; --surplus) {
       kept &= ~(0x80000000u >> __builtin_clz(kept));  // the last ones go
     }
     found += count;
-    const uint32_t set = (over & lanes) | kept;
+    const uint32_t set = over | kept;
     const int64_t left = last - i;
     std::memcpy(bits + i / 8, &set,
                 static_cast<size_t>(left < kLanes<kType> ? ceil_div(left, 8) : kLanes<kType> / 8));

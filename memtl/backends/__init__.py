@@ -181,6 +181,6 @@ def report() -> str:
     for backend in status():
         lines.append(f"{'ok ' if backend.loaded else 'off'} {backend.name:12} {backend.detail}")
     lines.append("")
-    lines.append(f"{'operator':23} {'cpu':12} {'cuda':12}")
-    lines += [f"{op:23} {owner(op, 'cpu'):12} {owner(op, 'cuda'):12}" for op in _ops.NAMES]
+    lines.append(f"{'operator':25} {'cpu':12} {'cuda':12}")
+    lines += [f"{op:25} {owner(op, 'cpu'):12} {owner(op, 'cuda'):12}" for op in _ops.NAMES]
     return "\n".join(lines)

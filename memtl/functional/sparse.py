@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import torch
 
+# For products of a dtype: up to which density, how many tokens for each unit of it, and from how
+# many tokens on. Below, all three products over the surviving weights were faster than torch's
+# dense ones on an AMD EPYC with AVX-512, 768 -> 3072 features and back, on one thread: sorting the
+# entries, at every call, has to pay. For bfloat16 torch uses its own instructions there.
+_RULE = {
+    torch.float32: (0.3, 400, 32),
+    torch.float16: (0.3, 400, 32),
+    torch.bfloat16: (0.1, 4000, 256),
+}
+
 
 def sparse_pays(
     density: float,
@@ -11,7 +21,7 @@ def sparse_pays(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Whether :func:`memtl.functional.linear` should be given its ``mask``, or a masked weight.
+    """Whether :func:`memtl.functional.linear` is faster with a ``mask`` than with a masked weight.
 
     Args:
         density: the fraction of the weight's elements that survive, in [0, 1].
@@ -26,6 +36,7 @@ def sparse_pays(
         raise ValueError(f"density must be in [0, 1], got {density}")
     if tokens < 0:
         raise ValueError(f"tokens must be 0 or more, got {tokens}")
-    if torch.device(device).type != "cpu" or dtype != torch.float32:
+    if torch.device(device).type != "cpu" or dtype not in _RULE:
         return False
-    return density <= 0.3
+    most, each, least = _RULE[dtype]
+    return tokens >= least and density <= min(most, tokens / each)

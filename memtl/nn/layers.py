@@ -69,7 +69,8 @@ class LinearLayer(Layer):
         return None if module.weight.is_floating_point() else f"computes in {module.weight.dtype}"
 
     def forward(self, input: Tensor) -> Tensor:
-        mask = getattr(self, "memtl_sparse_mask", None)
+        choose = getattr(self, "memtl_sparse_mask", None)
+        mask = None if choose is None else choose(input)
         return functional.linear(input, self.weight, self.bias, format=self.memtl_format, mask=mask)
 
 

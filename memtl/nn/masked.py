@@ -137,3 +137,17 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, str, Any, Tensor]]:
         if isinstance(module, MaskedWeight):
             for key in module.memtl_masked:
                 yield name, key, module, module._buffers[f"{key}_bits"]
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether any weight of ``model`` is masked."""
+    return any(isinstance(module, MaskedWeight) for module in model.modules())
+
+
+def parameter_masks(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The bits of every masked parameter of ``model``, as an optimizer of survivors takes them."""
+    return {
+        parameter: bits
+        for _, key, module, bits in masked_weights(model)
+        if (parameter := module._parameters[key]) is not None
+    }

@@ -15,14 +15,14 @@ from .masked import MaskedWeight
 from .swap import original_class
 
 MANY = 2**20
-"""Rows of an input: whether a layer is ever worth it."""
+"""Rows of an input for which a layer is worth it, if it is for any."""
 
 
 class SparseLinear(MaskedWeight):
     """In front of a linear layer's own class: its products run over the surviving weights, where
     that is faster than over all of them. Equal up to the order of sums.
 
-    A conversion in front of this reads ``memtl_sparse_mask`` too.
+    A conversion in front of this asks for ``memtl_sparse_mask`` too.
     """
 
     memtl_density: float | None
@@ -34,13 +34,8 @@ class SparseLinear(MaskedWeight):
         weight: Any
         bias: Any
 
-    @property
-    def memtl_sparse_mask(self) -> Tensor | None:
-        """The bits of the weight, unless dense products are faster."""
-        return self.memtl_sparse_mask_for(MANY)
-
-    def memtl_sparse_mask_for(self, rows: int) -> Tensor | None:
-        """The same for an input of so many rows."""
+    def memtl_sparse_mask(self, input: Tensor) -> Tensor | None:
+        """The bits of the weight, unless dense products with ``input`` are faster."""
         bits, weight = self._buffers["weight_bits"], self._parameters["weight"]
         if weight is None:  # in 8 bits: its own class multiplies
             return None
@@ -49,10 +44,11 @@ class SparseLinear(MaskedWeight):
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
+        rows = input.shape[:-1].numel()
         return bits if sparse_pays(self.memtl_density, rows, dtype, kind) else None
 
     def forward(self, input: Tensor) -> Tensor:
-        mask = self.memtl_sparse_mask_for(input.shape[:-1].numel())
+        mask = self.memtl_sparse_mask(input)
         if mask is None:
             return super().forward(input)  # type: ignore[misc]
         return functional.linear(input, self.weight, self.bias, format=Dense(), mask=mask)

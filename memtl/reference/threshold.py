@@ -8,6 +8,8 @@ from .bits import bits_pack, bits_unpack
 
 def threshold_magnitude(xs: list[Tensor], masks: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k-th largest magnitude, and how many that equal it are among the k, tensor by tensor."""
+    if not xs:  # on no device, so nobody else is asked
+        raise ValueError("threshold_magnitude: expected one tensor or more, got none")
     magnitudes = [x.reshape(-1).abs() for x in xs]
     if masks:
         pairs = zip(magnitudes, masks, strict=True)

@@ -126,8 +126,11 @@ class Sparse(nn.Linear):
     def __init__(self, density: float = 0.1):
         super().__init__(FEATURES, OUTPUTS)
         kept = torch.rand(OUTPUTS, FEATURES) < density
-        self.register_buffer("memtl_sparse_mask", torch.ops.memtl.bits_pack(kept))
+        self.register_buffer("bits", torch.ops.memtl.bits_pack(kept))
         self.kept = kept
+
+    def memtl_sparse_mask(self, input):
+        return self.bits
 
 
 def test_a_converted_layer_with_a_mask_keeps_its_input_and_no_more():
@@ -235,7 +238,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_the_rule_of_when_it_pays():
     assert sparse_pays(0.05, 1576) and sparse_pays(0.1, 1576)
-    assert not sparse_pays(1.0, 1576)
+    assert sparse_pays(0.1, 1576, torch.bfloat16) and not sparse_pays(0.2, 1576, torch.bfloat16)
+    assert not sparse_pays(1.0, 1576) and not sparse_pays(0.1, 8)
     assert not sparse_pays(0.05, 1576, torch.float64)
     assert not sparse_pays(0.05, 1576, device="cuda")
     with pytest.raises(ValueError, match="density"):

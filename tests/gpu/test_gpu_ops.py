@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 import memtl
 from memtl import _ops, reference
@@ -27,7 +28,7 @@ SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
 
 
 def to_device(arguments):
-    return [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    return tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), list(arguments))
 
 
 def draw(*size, dtype=torch.float32, special=False, seed=0):
@@ -145,6 +146,36 @@ def bits_apply_cases():
     yield draw(31, 34).t(), reference.bits_pack(draw(34, 31, seed=1) > 0), 0.7
 
 
+def bits_select_cases():
+    for dtype, n in itertools.product(_ops.FLOATING, SIZES):
+        mask = draw(n, seed=1) > 0
+        yield draw(n, dtype=dtype, special=True), reference.bits_pack(mask), int(mask.sum())
+    mask = draw(34, 31, seed=1) > 0
+    yield draw(31, 34).t(), reference.bits_pack(mask), int(mask.sum())
+
+
+def bits_expand_cases():
+    for x, bits, count in bits_select_cases():
+        yield draw(count, dtype=x.dtype, special=True), bits, list(x.shape)
+
+
+def threshold_magnitude_cases():
+    for dtype in _ops.FLOATING:
+        xs = [draw(n, dtype=dtype, special=True, seed=n) for n in (*SIZES, 100_003)]
+        xs.append(draw(31, 34, dtype=dtype).t())
+        masks = [reference.bits_pack(draw(*x.shape, seed=1) > -0.5) for x in xs]
+        for k in (0, 1, 100, 3000, 50_000):
+            yield xs, [], k
+            yield xs, masks, k
+
+
+def threshold_mask_cases():
+    for xs, masks, k in threshold_magnitude_cases():
+        value, ties = reference.threshold_magnitude(xs, masks, k)
+        for i, x in enumerate(xs):
+            yield x, masks[i] if masks else None, value, ties[i]
+
+
 EXACT = {
     "topk_pack": topk_pack_cases,
     "topk_pack_sample": topk_pack_sample_cases,
@@ -159,6 +190,10 @@ EXACT = {
     "bits_pack": bits_pack_cases,
     "bits_pack_between": bits_pack_between_cases,
     "bits_apply": bits_apply_cases,
+    "bits_select": bits_select_cases,
+    "bits_expand": bits_expand_cases,
+    "threshold_magnitude": threshold_magnitude_cases,
+    "threshold_mask": threshold_mask_cases,
 }
 CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
@@ -187,7 +222,17 @@ def test_operator_gives_what_its_definition_gives(name):
     compare(getattr(torch.ops.memtl, name), name)
 
 
-@pytest.mark.parametrize("name", ["bits_pack", "bits_apply"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bits_pack",
+        "bits_apply",
+        "bits_select",
+        "bits_expand",
+        "threshold_magnitude",
+        "threshold_mask",
+    ],
+)
 def test_triton_gives_what_the_definition_gives(name):
     # Whoever serves the operator: the CUDA library goes before Triton where it was built.
     kernels = pytest.importorskip("memtl.kernels")

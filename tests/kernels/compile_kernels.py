@@ -34,12 +34,15 @@ LAUNCH = ("num_warps", "num_stages")
 """Constants that are Triton's, not the kernel's."""
 
 bits = kernels.bits
+select, threshold = kernels.select, kernels.threshold
 query_attention = importlib.import_module("memtl.kernels.query_attention")  # not the launcher
 
 
 def variants():
     """kernel, dtype, its arguments' types, its constants."""
     yield from bits_variants()
+    yield from select_variants()
+    yield from threshold_variants()
     for dtype, width in (
         ("fp32", 16),
         ("fp16", 64),
@@ -56,6 +59,40 @@ def bits_variants():
         signature = {"x_ptr": x, "bits_ptr": "*u8", "y_ptr": x, "scale": "fp64", "numel": "i64"}
         block = bits._block(ITEMSIZE[dtype])
         yield bits._bits_apply_kernel, dtype, signature, {"BLOCK": block}
+
+
+def select_variants():
+    block = {"BLOCK": select.BLOCK}
+    signature = {"bits_ptr": "*u8", "counts_ptr": "*i64", "numel": "i64"}
+    yield select._bits_count_kernel, "u8", signature, block
+    for dtype in ("bf16", "fp32"):
+        x, sizes = f"*{dtype}", {"numel": "i64", "count": "i64"}
+        first = {"x_ptr": x, "bits_ptr": "*u8", "ends_ptr": "*i64", "values_ptr": x}
+        yield select._bits_select_kernel, f"{dtype} moved", first | sizes, block
+        first = {"values_ptr": x, "bits_ptr": "*u8", "ends_ptr": "*i64", "x_ptr": x}
+        yield select._bits_expand_kernel, f"{dtype} moved", first | sizes, block
+
+
+def threshold_variants():
+    """float64 without a mask, the others with one; of digits the first. They read integers."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        integer, infinite = threshold.INTEGERS[dtype]
+        name = f"i{8 * integer.itemsize}"
+        no_mask = {"mask_ptr": None} if dtype == torch.float64 else {}
+        first = {"x_ptr": f"*{name}", "mask_ptr": "*u8"}
+        numel, constants = {"numel": "i64"}, {"INFINITE": infinite} | no_mask
+        shift, bits = threshold._digits(dtype)[0]
+        bins = {"BITS": bits, "BINS": 2**threshold.DIGIT}
+        tiles = {"TILE": threshold.TILE, "TILES": threshold.TILES}
+        found = {"found_ptr": "*i64", "counts_ptr": "*i64"}
+        digit = constants | bins | tiles | {"SHIFT": shift}
+        yield threshold._digit_kernel, name, first | found | numel, digit
+        constants |= {"BLOCK": threshold.MARKED}
+        equal = first | {"key_ptr": "*i64", "counts_ptr": "*i64"} | numel
+        yield threshold._equal_kernel, name, equal, constants
+        marked = dict.fromkeys(("key_ptr", "ties_ptr", "ends_ptr"), "*i64") | {"bits_ptr": "*u8"}
+        yield threshold._mark_kernel, name, first | marked | numel, constants
+    yield threshold._choose_kernel, "i64", found, bins
 
 
 def query_attention_variants(dtype, width, jacobian):

@@ -75,6 +75,9 @@ EQUAL = {
     "bits_expand": "zeros, dense[mask] = values",
     "threshold_magnitude": "cat of magnitudes, kthvalue",
     "threshold_mask": "packbits(x.abs() >= value)",
+    "masked_linear": "bits_apply, F.linear",
+    "masked_linear_input_grad": "bits_apply, grad_out @",
+    "masked_linear_weight_grad": "grad_out.t() @ x, bits_apply",
     "attention_grad": "backward alone, from all that autograd keeps",
     "query_attention_grad": "backward alone, from all that autograd keeps",
 }

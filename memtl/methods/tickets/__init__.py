@@ -5,17 +5,22 @@ Chen, Frankle, Chang, Liu, Zhang, Wang and Carbin: The Lottery Ticket Hypothesis
 BERT Networks, NeurIPS 2020.
 """
 
+from ...nn.masked import parameter_masks
 from .config import TicketConfig
 from .controls import permute_layers
 from .drawing import draw_ticket
+from .optimizer import CompactOptimizer, state_bytes
 from .ticket import AppliedTicket, Source, Ticket, TicketLayer
 
 __all__ = [
     "AppliedTicket",
+    "CompactOptimizer",
     "Source",
     "Ticket",
     "TicketConfig",
     "TicketLayer",
     "draw_ticket",
+    "parameter_masks",
     "permute_layers",
+    "state_bytes",
 ]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...functional import count_bits, magnitude_masks, magnitude_threshold
-from ...nn.masked import masked_weights
+from ...functional import count_bits, magnitude_masks
+from ...nn.masked import is_masked
 from ...training import track
 from .config import TicketConfig
 from .masks import digest, random_masks
@@ -75,7 +75,7 @@ def draw_ticket(
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
     weights = _weights(model, config)
-    if any(True for _ in masked_weights(model)):
+    if is_masked(model):
         raise ValueError(
             f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
         )
@@ -100,7 +100,7 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
 
 def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
-        if not magnitude_threshold([weight], 1).value.isfinite():  # the largest; NaN is larger
+        if not torch.stack(weight.aminmax()).isfinite().all():  # with a NaN, both are
             raise ValueError(f"{name} holds a value that is not finite{when}")
 
 
@@ -150,7 +150,7 @@ def _iterative(
     try:
         return _rounds(model, config, source, train, run, before, progress)
     finally:
-        if any(True for _ in masked_weights(model)):
+        if is_masked(model):
             Ticket.of(model).remove(model)
         before.put(model)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import count_bits
-from ...nn.masked import mask_weights, masked_weights, unmask_weights
+from ...nn.masked import is_masked, mask_weights, masked_weights, unmask_weights
 from ...nn.report import plain_name
 from ...nn.sparse import SparseLinear, can_be_sparse
 from .config import TicketConfig
@@ -173,14 +173,15 @@ class Ticket:
         exchange between processes sees them, so that momentum, weight decay and averages of weights
         leave them zero; ``load_state_dict`` does not bring them back. Names and keys of
         ``state_dict`` stay, as do copies and pickles; conversion and freezing, before or after,
-        make no difference. What is written into a weight by hand (merging an adapter, say) is not
-        seen.
+        make no difference. Make the optimizer afterwards: momentum from before would move pruned
+        weights. What is written into a weight by hand (merging an adapter, say) is not seen.
 
         Args:
             model: any that has the ticket's weights in its backbone, with any head.
             sparse: whether linear layers multiply with the surviving weights alone, which changes
                 the order of sums: None where that is faster, which depends on what survives and, at
-                every call, on dtype and device; True always, False never.
+                every call, on the input (its rows, dtype and device); True always, False never.
+                There is no second derivative through sparse products.
 
         Raises:
             TypeError: ``model`` is no module, or ``sparse`` none of these.
@@ -193,7 +194,7 @@ class Ticket:
             raise TypeError(f"sparse must be None, True or False, got {sparse!r}")
         model = inner_model(model)
         weights = self._weights(model)
-        if any(True for _ in masked_weights(model)):
+        if is_masked(model):
             raise ValueError(
                 f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
             )
@@ -348,7 +349,7 @@ class Ticket:
             raise ValueError("this ticket was saved without weights: save(path, model) has them")
         model = inner_model(model)
         weights = self._weights(model)
-        if any(True for _ in masked_weights(model)) and Ticket.of(model) != self:
+        if is_masked(model) and Ticket.of(model) != self:
             raise ValueError(f"this {type(model).__name__} has another ticket")
         for name, weight in weights.items():
             p = weight.parameter

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memtl
 from memtl import Ticket, TicketConfig, draw_ticket
+from memtl.methods.tickets import CompactOptimizer, parameter_masks, state_bytes
 from memtl.nn import compress_weights, expand_weights
 from memtl.nn.masked import MaskedWeight
 from tests.helpers import ROOT, assert_same
@@ -253,6 +254,27 @@ def test_two_processes_of_data_parallel_training(tmp_path):
     assert first.keys() == second.keys()
     for name, t in first.items():
         assert_same(t, second[name])
+
+
+def test_an_optimizer_of_the_survivors():
+    model, x, ticket = with_ticket(sparsity=0.9)
+    model.eval()
+    other = copy.deepcopy(model)
+    masks = parameter_masks(model)
+    assert len(masks) == len(ticket.masks)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    compact = CompactOptimizer(model.parameters(), masks, torch.optim.AdamW, **options)
+    dense = torch.optim.AdamW(other.parameters(), **options)
+    for _ in range(3):
+        for trained, optimizer in ((model, compact), (other, dense)):
+            optimizer.zero_grad()
+            loss(trained, x).backward()
+            optimizer.step()
+            assert_zero(trained)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    pruned_numbers = sum(layer.size - layer.kept for layer in ticket.layers)
+    assert state_bytes(dense) - state_bytes(compact) == 2 * 4 * pruned_numbers
 
 
 # conversion, 8 bits

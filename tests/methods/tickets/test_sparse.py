@@ -24,6 +24,7 @@ def pair(name: str, sparsity: float, **options):
     """The same ticket, with sparse and with dense products; input and report."""
     model, x = network(name)
     model.eval()
+    x = x.repeat(8, *[1] * (x.dim() - 1))  # at few rows it does not pay
     dense = copy.deepcopy(model)
     ticket = draw_ticket(model, TicketConfig(sparsity=sparsity, level="layer"))
     ticket.apply(dense, sparse=False)
@@ -80,6 +81,7 @@ def test_where_it_does_not_pay_products_are_dense():
     assert report.sparse
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(model(x), dense(x))
+    assert_same(model(x[:1]), dense(x[:1]))
     model.double(), dense.double()
     assert_same(model(x.double()), dense(x.double()))
     model.float(), dense.float()
@@ -111,6 +113,7 @@ def test_converted_layers_are_sparse_too(first):
     config = memtl.FrozenConfig()
     model, x = network("bert")
     model.eval()
+    x = x.repeat(8, 1)
     ticket = draw_ticket(model, TicketConfig(sparsity=0.9))
     dense = copy.deepcopy(model)
     ticket.apply(dense, sparse=False)
@@ -123,7 +126,7 @@ def test_converted_layers_are_sparse_too(first):
     with torch.profiler.profile() as profile:
         loss(model, x)
     called = [e.count for e in profile.key_averages() if e.key == "memtl::masked_linear"]
-    assert called == [13]
+    assert called == [12]  # the pooler reads one word of each sentence
     assert_close_training(model, dense, x)
     memtl.unconvert(model)
     assert_close_training(model, dense, x)
