@@ -1,4 +1,4 @@
-"""The ``memtl`` command: doctor, profile, estimate, bench, demo, vtab."""
+"""The ``memtl`` command: doctor, profile, estimate, bench, demo, vtab, tickets."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .vtab.command import main as vtab
 
         return vtab(arguments[1:])
+    if arguments[:1] == ["tickets"]:
+        from .lottery.command import main as tickets
+
+        return tickets(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="memtl", description="Memory-efficient transfer learning."
     )
@@ -55,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
     commands.add_parser("vtab", help="compare methods on VTAB-1k by its published protocol")
+    commands.add_parser("tickets", help="lottery tickets of a pre-trained encoder: which match it")
     options = parser.parse_args(arguments)
     try:
         if options.command == "profile":

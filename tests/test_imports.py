@@ -14,7 +14,7 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo estimate fidelity vtab",
+    "demo estimate fidelity lottery vtab",
     "report training tasks assets methods models analytic",
     "nn",
     "functional",

@@ -30,7 +30,7 @@ _SERIES = [name for name in COLOURS if name.startswith("series-")]
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A labelled point of :func:`tradeoff`: a cost, and one outcome for each repetition."""
+    """A labelled point of a plot: a cost, and one outcome for each repetition."""
 
     label: str
     x: float
@@ -93,6 +93,95 @@ def curves(
     legend.set_zorder(5)
     ends = "; ".join(f"{label}: {smooth(v, weight)[-1]:.3g}" for label, v in series.items())
     return _svg(figure, title, f"{y_label} over {x_label}. At the end: {ends}.")
+
+
+def lines(
+    series: Mapping[str, Sequence[Point]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    level: Point | None = None,
+) -> str:
+    """A line a series through the means of its points, with standard deviations as bars.
+
+    Args:
+        level: outcomes to compare with, at every x: a dashed line, and a band of one standard
+            deviation to either side.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(x_label, y_label)
+    said = []
+    if level is not None:
+        mean, spread = _mean_and_spread(level.ys)
+        axes.axhline(mean, color=_colour(0), linewidth=1.4, linestyle=(0, (4, 3)))
+        axes.axhspan(mean - spread, mean + spread, color=_colour(0), alpha=0.15, linewidth=0)
+        axes.plot([], [], color=_colour(0), linestyle=(0, (4, 3)), label=level.label)
+        said.append(f"{level.label}: {mean:.4g}")
+    many = max(1, len(series) - 1)
+    xs = [point.x for points in series.values() for point in points]
+    apart = (max(xs) - min(xs)) / 120 if xs else 0.0  # so that bars do not hide each other
+    for i, (label, points) in enumerate(series.items()):
+        found = [_mean_and_spread(point.ys) for point in points]
+        axes.errorbar(
+            [point.x + apart * (i - many / 2) for point in points],
+            [mean for mean, _ in found],
+            [spread for _, spread in found],
+            color=_colour(i + 1 if level else i), marker=MARKERS[i % len(MARKERS)], markersize=6,
+            capsize=3, elinewidth=1.2, linewidth=1.6, label=label,
+        )  # fmt: skip
+        means = (f"{m:.4g} at {p.x:.4g}" for (m, _), p in zip(found, points, strict=True))
+        said.append(f"{label}: {', '.join(means)}")
+    axes.legend(
+        frameon=False, labelcolor=COLOURS["ink"][0], loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
+    return _svg(figure, title, f"{y_label} against {x_label}. {'; '.join(said)}.")
+
+
+def heatmap(
+    values: Mapping[str, Mapping[str, float | None]], *, title: str, x_label: str, y_label: str
+) -> str:
+    """A cell for every row and column, the stronger in colour the further it is from 0: above in
+    one colour, below in another; None stays empty.
+
+    Args:
+        values: row -> column -> value; all rows have the columns of the first.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(x_label, y_label)
+    axes.grid(visible=False)
+    rows, columns = list(values), list(next(iter(values.values())))
+    strongest = max(
+        (abs(v) for row in values.values() for v in row.values() if v is not None), default=0.0
+    )
+    said = []
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            value = values[row][column]
+            if value is None:
+                continue
+            strength = abs(value) / strongest if strongest else 0.0
+            colour = COLOURS["series-1" if value > 0 else "series-2"][0]
+            box = axes.bar(x, 0.94, 0.96, y - 0.47, color=colour, alpha=0.08 + 0.57 * strength)
+            box[0].set_linewidth(0)
+            axes.text(
+                x, y, f"{value:+.1f}", ha="center", va="center", color=COLOURS["ink"][0],
+                fontsize=10.5,
+            )  # fmt: skip
+            said.append(f"{row}, {column}: {value:+.1f}")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return _svg(figure, title, f"{y_label} by {x_label}. {'; '.join(said)}.")
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from memtl.report import Page, Point, Table, curves, tradeoff
+from memtl.report import Page, Point, Table, curves, heatmap, lines, tradeoff
 from memtl.report.plots import smooth
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -133,3 +133,32 @@ def test_smooth():
 
 def test_plots_are_reproducible():
     assert scatter() == scatter()
+
+
+def test_lines_say_every_mean_and_the_level():
+    series = {
+        "one": [Point("", 30.0, (91.0, 93.0)), Point("", 70.0, (80.0,))],
+        "<two>": [Point("", 30.0, (90.0,))],
+    }
+    level = Point("dense", 0.0, (94.0, 96.0))
+    svg = lines(series, title="t & u", x_label="sparsity", y_label="score", level=level)
+    root = ElementTree.fromstring(svg)
+    described = root.find(SVG + "desc").text
+    assert described == (
+        "score against sparsity. dense: 95; one: 92 at 30, 80 at 70; <two>: 90 at 30."
+    )
+    assert {"one", "<two>", "dense", "sparsity", "score"} <= set(texts(svg))
+    alone = lines(series, title="t", x_label="x", y_label="y")
+    assert "dense" not in alone and alone.count("series-0") > 0
+
+
+def test_a_heatmap_tells_above_from_below_and_leaves_gaps():
+    values = {"<a>": {"x": 1.25, "y": -2.0}, "b": {"x": None, "y": 0.5}}
+    svg = heatmap(values, title="t", x_label="to", y_label="from")
+    assert [t for t in texts(svg) if t in ("+1.2", "-2.0", "+0.5")] == ["+1.2", "-2.0", "+0.5"]
+    assert {"<a>", "b", "x", "y", "to", "from"} <= set(texts(svg))
+    opacities = [float(o) for o in re.findall(r"series-[12][^>]*?opacity: ([\d.]+)", svg)]
+    assert len(opacities) == 3 and max(opacities) == opacities[1], "the furthest from 0"
+    assert svg.count("--series-2,") == 1 and svg.count("--series-1,") == 2
+    described = ElementTree.fromstring(svg).find(SVG + "desc").text
+    assert described == "from by to. <a>, x: +1.2; <a>, y: -2.0; b, y: +0.5."
