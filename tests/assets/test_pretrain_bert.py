@@ -4,11 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-import safetensors.torch  # noqa: E402
+import safetensors.torch
 
-from memtl import assets  # noqa: E402
-from memtl.assets import pretrain_bert  # noqa: E402
-from memtl.tasks import docstrings  # noqa: E402
+from memtl import assets
+from memtl.assets import pretrain_bert
+from memtl.tasks import docstrings
 
 
 @pytest.fixture(scope="module")
