@@ -288,7 +288,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--permuted", action="store_true",
         help="also tickets on permuted weights, at the largest control sparsity",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_count, metavar="N", help="of a run and of a round (400)")
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="of a run, and of a round (those of the task)"
+    )
     parser.add_argument(
         "--mlm-steps", type=_natural, metavar="N",
         help=f"of a round of the universal ticket; 0: there is none ({UNIVERSAL.steps})",

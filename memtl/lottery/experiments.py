@@ -55,9 +55,9 @@ class Recipe:
 
 
 DOCSTRINGS: dict[str, Recipe] = {
-    "package": Recipe(load_docstrings, steps=400, learning_rate=1e-3, max_length=32),
-    "kind": Recipe(load_docstrings, steps=400, learning_rate=1e-3, max_length=32),
-    "pair": Recipe(load_docstrings, steps=500, learning_rate=1e-3, max_length=48),
+    "package": Recipe(load_docstrings, steps=300, learning_rate=1e-3, max_length=32),
+    "kind": Recipe(load_docstrings, steps=250, learning_rate=1e-3, max_length=32),
+    "pair": Recipe(load_docstrings, steps=250, learning_rate=1e-3, max_length=48),
 }
 """Tasks for the shipped encoder, which need no download."""
 
@@ -86,7 +86,7 @@ TASKS: dict[str, Recipe] = {
 }
 UNIVERSAL = Recipe(
     lambda name, tokenizer, max_length: load_docstrings_mlm(tokenizer, max_length),
-    steps=300,
+    steps=200,
     learning_rate=5e-4,
     max_length=64,
     batch_size=64,
