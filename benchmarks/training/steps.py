@@ -11,6 +11,7 @@ from torch import Tensor
 
 import memtl
 from benchmarks.kernels import harness
+from memtl.methods.tickets import state_bytes
 from memtl.report import ratio
 
 from .workloads import Mode, Workload
@@ -21,11 +22,13 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A whole training step, its forward alone, and the bytes of the gradients in between."""
+    """A whole training step, its forward alone, the bytes of the gradients in between, and the
+    optimizer."""
 
     run: Callable[[], None]
     forward: Callable[[], Tensor]
     gradient_bytes: int
+    optimizer: torch.optim.Optimizer
 
 
 def make_step(
@@ -41,7 +44,7 @@ def make_step(
     inputs, labels = workload.batch_of(model, device)
     mode.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = mode.optimizer(model, parameters)
 
     def forward() -> Tensor:
         gradients = torch.set_grad_enabled(not mode.forward_only)
@@ -58,7 +61,7 @@ def make_step(
         optimizer.zero_grad()
 
     trained = 0 if mode.forward_only else sum(p.nbytes for p in parameters)
-    return Step(run, forward, trained)
+    return Step(run, forward, trained, optimizer)
 
 
 def measure_memory(
@@ -78,6 +81,7 @@ def measure_memory(
             "saved_bytes_per_sample": memtl.memory.saved_bytes(step.forward) / workload.batch,
             "peak_bytes": memtl.memory.peak_bytes(step.run, device),
             "gradient_bytes": step.gradient_bytes,
+            "state_bytes": state_bytes(step.optimizer),
         }
 
 
@@ -131,10 +135,14 @@ def measure(
 
 
 def format_rows(rows: Sequence[dict[str, Any]], precision: str) -> str:
-    """The rows of one workload as a table; bytes are compared with the row that keeps most."""
+    """The rows of one workload as a table; bytes are compared with the row that keeps most;
+    the state is the optimizer's."""
     most = max(rows, key=lambda row: row["saved_bytes_per_sample"])
     gradients = f"gradients {most['gradient_bytes'] / MIB:.0f} MiB"
-    titles = f"{'ms/step':>9} {'relative':>9} {'saved MiB/sample':>17} {'fewer':>7} {'peak MiB':>9}"
+    titles = (
+        f"{'ms/step':>9} {'relative':>9} {'saved MiB/sample':>17} {'fewer':>7} {'peak MiB':>9} "
+        f"{'state MiB':>9}"
+    )
     setting = f"{most['model']}, batch {most['batch']}, {precision}"
     compared = f"time relative to {rows[0]['mode']}, bytes to {most['mode']} ({gradients})"
     lines = [f"{setting}; {compared}", f"{'':20} {titles}"]
@@ -143,6 +151,7 @@ def format_rows(rows: Sequence[dict[str, Any]], precision: str) -> str:
         fewer = ratio(most["saved_bytes_per_sample"], row["saved_bytes_per_sample"])
         lines.append(
             f"{row['mode']:20} {row['seconds'] * 1e3:9.1f} {row['relative_time']:8.2f}x "
-            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {fewer:>7} {peak:>9}"
+            f"{row['saved_bytes_per_sample'] / MIB:17.2f} {fewer:>7} {peak:>9} "
+            f"{row['state_bytes'] / MIB:9.0f}"
         )
     return "\n".join(lines)

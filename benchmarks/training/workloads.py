@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import memtl
 from memtl.methods import Config
+from memtl.methods.tickets import CompactOptimizer, parameter_masks
 
 from .released_vqt import apply_released_vqt
 
@@ -58,13 +59,15 @@ class Workload:
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """A way to train: stock, with the library's own checkpointing, or by a method, what ``change``
-    does coming first; or just a forward pass, in evaluation mode and without gradients."""
+    does coming first; or just a forward pass, in evaluation mode and without gradients. With
+    ``compact`` the optimizer's state is of surviving weights alone."""
 
     name: str
     checkpointing: bool = False
     config: Config | None = None
     change: Callable[[nn.Module], object] | None = None
     forward_only: bool = False
+    compact: bool = False
 
     def prepare(self, model: Any) -> None:
         """Change ``model`` in place."""
@@ -80,6 +83,13 @@ class Mode:
             memtl.apply(model, self.config)
         if self.forward_only:
             model.eval()
+
+    def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW."""
+        if self.compact:
+            masks = parameter_masks(model)
+            return CompactOptimizer(parameters, masks, torch.optim.AdamW, lr=1e-4)
+        return torch.optim.AdamW(parameters, lr=1e-4)
 
 
 STOCK = Mode("stock")
@@ -140,6 +150,28 @@ SIDE_MODES = (
 )
 """Parts of a frozen convolutional network."""
 
+
+def ticket(sparsity: float, sparse: bool | None = None) -> Callable[[nn.Module], object]:
+    """The smallest weights of the encoder pruned, all layers together."""
+
+    def prune(model: nn.Module) -> None:
+        drawn = memtl.draw_ticket(model, memtl.TicketConfig(sparsity=sparsity))
+        drawn.apply(model, sparse)
+
+    return prune
+
+
+TICKET_MODES = (
+    STOCK,
+    Mode("ticket 90 %, dense", change=ticket(0.9, sparse=False)),
+    Mode("ticket 70 %", change=ticket(0.7)),
+    Mode("ticket 90 %", change=ticket(0.9)),
+    Mode("ticket 90 %, compact", change=ticket(0.9), compact=True),
+    Mode("ticket 95 %", change=ticket(0.95)),
+    Mode("ticket 90 %, fast 0.1", change=ticket(0.9), config=memtl.BackRazorConfig(keep=0.1)),
+)
+"""A pruned network: products that are dense, or over the survivors; and what else goes with it."""
+
 WORKLOADS = (
     Workload("vit_base_patch16_224", 4),
     Workload("resnet50", 8),
@@ -153,16 +185,19 @@ FROZEN_PAIRS = (
     (Workload("mobilenetv2_100", 8), SIDE_MODES),
 )
 
+TICKET_PAIRS = ((Workload("hf:bert", 12), TICKET_MODES),)
+
 QUICK = (
     Workload("vit_tiny_patch16_224", 1, options={"depth": 2}),
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
 
-PAIRS = (*((w, MODES) for w in WORKLOADS), *FROZEN_PAIRS)
+PAIRS = (*((w, MODES) for w in WORKLOADS), *FROZEN_PAIRS, *TICKET_PAIRS)
 QUICK_PAIRS = (
     *((w, MODES) for w in QUICK),
     (QUICK[0], FROZEN_MODES),
     (QUICK[0], LORA_MODES),
     (Workload("mobilenetv2_035", 2), SIDE_MODES),
+    (QUICK[1], TICKET_MODES),
 )
 """What is measured: a model, and the ways to train it, the first of which is the baseline."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import memtl
 from benchmarks.kernels import harness
 from benchmarks.training import table
 from benchmarks.training.steps import format_rows, make_step, measure
@@ -20,11 +21,13 @@ from benchmarks.training.workloads import (
     MODES,
     QUICK_PAIRS,
     STOCK,
+    TICKET_MODES,
     WORKLOADS,
     Mode,
     Workload,
 )
 from memtl.memory import saved_bytes
+from memtl.methods.tickets import state_bytes
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
@@ -182,3 +185,17 @@ def test_program_refuses_what_it_cannot_do(arguments, message, monkeypatch, caps
     with pytest.raises(SystemExit):
         table.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_ticket_is_trained_with_the_state_of_survivors():
+    sizes = {}
+    for mode in TICKET_MODES:
+        step = make_step(TEXTS, mode, "cpu")
+        first = step.forward().item()
+        step.run()
+        assert step.forward().item() != first
+        sizes[mode.name] = state_bytes(step.optimizer)
+    assert sizes["ticket 90 %"] == sizes["stock"]
+    model = TEXTS.build()
+    pruned = memtl.draw_ticket(model, memtl.TicketConfig(sparsity=0.9)).apply(model).pruned
+    assert sizes["stock"] - sizes["ticket 90 %, compact"] == 8 * pruned
