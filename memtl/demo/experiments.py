@@ -77,16 +77,16 @@ TICKET = assets.encoder() / "ticket-mlm-50.safetensors"
 """Drawn by the same objective, in five rounds, so good for any task (``memtl tickets``)."""
 
 
-def _docstrings(task: str, max_length: int, goal: str) -> Experiment:
+def _docstrings(task: str, max_length: int, rate: Rate, goal: str) -> Experiment:
     return Experiment(
         asset="bert_docstrings",
         network=BERT,
         goal=goal,
         load_task=lambda: load_docstrings(task, assets.load_tokenizer(), max_length),
         load_model=lambda classes: assets.load_encoder("classifier", classes),
-        rates={"full": Rate(1e-3, (5e-4, 1e-3, 2e-3))},
+        rates={"full": rate},
         batch_size=32,
-        steps=240,
+        steps=160,
         ticket=TICKET,
     )
 
@@ -148,13 +148,22 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         notes=BATCH_NORMS,
     ),
     ("bert", "package"): _docstrings(
-        "package", 32, "learns to tell which package of the library a docstring belongs to"
+        "package",
+        32,
+        Rate(1e-3, (3e-4, 1e-3, 2e-3)),
+        "learns to tell which package of the library a docstring belongs to",
     ),
     ("bert", "kind"): _docstrings(
-        "kind", 32, "learns to tell what kind of object a docstring describes"
+        "kind",
+        32,
+        Rate(1e-3, (3e-4, 1e-3, 2e-3)),
+        "learns to tell what kind of object a docstring describes",
     ),
     ("bert", "pair"): _docstrings(
-        "pair", 48, "learns to tell whether two sentences are of the same docstring"
+        "pair",
+        48,
+        Rate(3e-4, (1e-4, 3e-4, 1e-3)),
+        "learns to tell whether two sentences are of the same docstring",
     ),
     ("bert", "mlm"): Experiment(
         asset="bert_docstrings",
@@ -164,7 +173,7 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         load_model=lambda classes: assets.load_encoder("mlm"),
         rates={"full": Rate(3e-4, (1e-4, 3e-4, 1e-3))},
         batch_size=32,
-        steps=240,
+        steps=160,
         ticket=TICKET,
     ),
 }
