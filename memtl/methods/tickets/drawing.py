@@ -21,7 +21,7 @@ from ...training import track
 from .config import TicketConfig
 from .masks import digest, random_masks
 from .run import Run
-from .scope import head_tensors, inner_model, weights_in_scope
+from .scope import check_unmasked, head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
 from .ticket import Source, Ticket
 
@@ -64,21 +64,20 @@ def draw_ticket(
 
     Raises:
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
-        ValueError: nothing is in scope; a weight, which is named, is not finite; a layer would keep
+        ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
+            or made in inference mode; a layer would keep
             no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``;
             ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
             was drawn with another configuration or from another start.
 
-    Memory: at work the masks, and, of an iterative draw, a copy of the model or two.
+    Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a random
+    one four bytes a weight.
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
     weights = _weights(model, config)
-    if is_masked(model):
-        raise ValueError(
-            f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
-        )
+    check_unmasked(model)
     _check_finite(weights, "")
     source = Source(type(model).__name__, digest(weights), task, config.scheme)
     if config.scheme == "iterative":
@@ -95,6 +94,9 @@ def draw_ticket(
 
 def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
     scope = weights_in_scope(model, config.scope)
+    for name, weight in scope.items():
+        if weight.obstacle:
+            raise ValueError(f"{name} {weight.obstacle}")
     return {name: weight.parameter.detach() for name, weight in scope.items()}
 
 

@@ -107,6 +107,9 @@ def test_what_is_refused():
         for some in (config, TicketConfig(scheme="random", sparsity=0.5)):
             with pytest.raises(ValueError, match="^encoder.layer.1.*key.weight holds .*not finite"):
                 draw_ticket(model, some)
+    for some in (config, TicketConfig(scheme="random", sparsity=0.5)):
+        with pytest.raises(ValueError, match="^encoder.*query.weight is on the meta device"):
+            draw_ticket(bert().to("meta"), some)
 
 
 # round after round
