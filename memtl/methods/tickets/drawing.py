@@ -6,6 +6,7 @@ BERT Networks, NeurIPS 2020.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -68,7 +69,8 @@ def draw_ticket(
             or made in inference mode; a layer would keep
             no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``;
             ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
-            was drawn with another configuration or from another start.
+            was drawn with another configuration or from another start, or another draw is at work
+            there.
 
     Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a random
     one four bytes a weight.
@@ -83,8 +85,8 @@ def draw_ticket(
     if config.scheme == "iterative":
         if not callable(train):
             raise TypeError(f"an iterative draw needs train, a function, got {train!r}")
-        run = None if directory is None else Run(directory)
-        return _iterative(model, config, source, train, run, progress)
+        with contextlib.nullcontext() if directory is None else Run(directory) as run:
+            return _iterative(model, config, source, train, run, progress)
     if train is not None or directory is not None:
         raise ValueError(
             f"train and directory are of the scheme 'iterative', not {config.scheme!r}"

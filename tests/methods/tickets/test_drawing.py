@@ -344,6 +344,17 @@ def test_another_draw_in_the_directory(tmp_path):
         draw_ticket(model, config, train=Training(), directory=tmp_path)
 
 
+def test_one_draw_at_a_time_in_a_directory(tmp_path):
+    config, model = TicketConfig(**ITERATIVE), bert().eval()
+
+    def train(model, round, on_step):
+        with pytest.raises(ValueError, match=f"another draw is at work in {tmp_path}"):
+            draw_ticket(bert(), config, train=Training(), directory=tmp_path)
+
+    ticket = draw_ticket(model, config, train=train, directory=tmp_path)
+    assert draw_ticket(model, config, train=train, directory=tmp_path) == ticket
+
+
 @pytest.mark.parametrize(
     "name", ["draw.json", "start.safetensors", "head-02.safetensors", "round-02.safetensors",
              "origin.safetensors"]

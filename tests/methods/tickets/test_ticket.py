@@ -302,5 +302,8 @@ def test_layers_are_exchanged():
     assert differing == moved
     with pytest.raises(ValueError, match="no two weights"):
         permute_layers(convs(), 0)
+    draw_ticket(again, TicketConfig(sparsity=0.5)).apply(again)
+    with pytest.raises(ValueError, match="this VisionTransformer has a ticket"):
+        permute_layers(again, 0)
     with pytest.raises(ValueError, match="matches no weight"):
         permute_layers(vit(), 0, ("nothing",))
