@@ -67,7 +67,8 @@ def draw_ticket(
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
         ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
             or made in inference mode; a layer would keep
-            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``;
+            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``,
+            or added or took away parameters;
             ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
             was drawn with another configuration or from another start, or another draw is at work
             there.
@@ -185,6 +186,7 @@ def _rounds(
             ticket.apply(model)
         steps = _Steps(model, config.rewind_step if round == 1 else 0)
         train(model, round, steps)
+        before.check_names(model)
         origin = steps.origin(origin)
         weights = _weights(model, config)
         _check_finite(weights, f" after round {round}")

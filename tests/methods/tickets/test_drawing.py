@@ -271,6 +271,22 @@ def test_a_rewinding_step_that_is_never_reached():
         draw_ticket(bert().eval(), config, train=Training(3))
 
 
+def test_parameters_that_training_adds_or_takes_away():
+    def adds(model, round, on_step):
+        model.more = nn.Linear(2, 2)
+
+    def renames(model, round, on_step):
+        model[0] = nn.Sequential(model[0])
+
+    config = TicketConfig(**ITERATIVE)
+    for train, name in ((adds, "more.bias"), (renames, "0.0.bias")):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        weight = model[1].weight.detach().clone()
+        with pytest.raises(ValueError, match=f"may not add or take away parameters, as {name}"):
+            draw_ticket(model, config, train=train)
+        assert_same(model[1].weight.detach(), weight)
+
+
 def test_running_statistics_go_back_too():
     model, x = network("convs")
     model.train()
