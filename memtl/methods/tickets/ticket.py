@@ -189,7 +189,8 @@ class Ticket:
         FSDP with ``use_orig_params=True``). Make the optimizer afterwards: momentum from before
         would move pruned weights. Two things are not seen, and :meth:`hold` is for them: what is
         written into a weight by hand (merging an adapter, say), and optimizers that move a weight
-        whose own gradients are zero, which Muon, Kron and Shampoo do.
+        whose own gradients are zero, which Muon, Kron and Shampoo do. Tensors that
+        ``torch.func.functional_call`` puts in the place of parameters are not masked.
 
         Args:
             model: any that has the ticket's weights in its backbone, with any head.
