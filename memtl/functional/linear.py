@@ -53,6 +53,8 @@ def linear(
     check_shape("linear", "bias", bias, (weight.shape[1 if transposed else 0],), x)
     if mask is not None:
         _check_mask(mask, weight, transposed)
+    if not weight.numel():  # no rows can be counted, nothing is masked
+        return F.linear(x, weight.t() if transposed else weight, bias)
     if transposed and bias is None:
         bias = weight.new_zeros(weight.shape[1])
     need_x, need_weight, need_bias = needs(x, weight, bias)

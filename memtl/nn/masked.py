@@ -32,39 +32,53 @@ class MaskedWeight:
     def memtl_hold(self) -> None:
         """Make the pruned entries zero, and see that their gradients will be."""
         for key in self.memtl_masked:
-            weight = getattr(self, key)
-            pruned = torch.ops.memtl.bits_apply(weight.detach(), self._buffers[f"{key}_bits"], 1.0)
-            if self._parameters[key] is None:  # in 8 bits: it is encoded again
-                setattr(self, key, pruned)
-                continue
-            with torch.no_grad():
-                weight.copy_(pruned)
-            _hook(weight, self, key)
+            self._hold(key)
+
+    def _hold(self, key: str) -> None:
+        weight = getattr(self, key)
+        if weight.is_meta or _is_shard(weight):  # numbers that are not there, or are in parts
+            return
+        bits = self._buffers[f"{key}_bits"] = self._buffers[f"{key}_bits"].to(weight.device)
+        pruned = torch.ops.memtl.bits_apply(weight.detach(), bits, 1.0)
+        if self._parameters[key] is None:  # in 8 bits: it is encoded again
+            setattr(self, key, pruned)
+            return
+        weight.data.copy_(pruned)  # FSDP gathers weights for backward too: no new version
+        _hook(weight, self, key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("memtl_masked", ()):
+            self._hold(name)  # another parameter: one made by hand, or gathered by FSDP
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         self.memtl_hold()  # copies and pickles of parameters have no hooks
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # to_empty() and type() would not leave the bits what they are, nor would the meta device.
+        bits = {name: self._buffers[name] for name in (f"{k}_bits" for k in self.memtl_masked)}
         super()._apply(fn, recurse)  # type: ignore[misc]
-        for key in self.memtl_masked:
-            bits = self._buffers[f"{key}_bits"]
-            self._buffers[f"{key}_bits"] = bits.to(torch.uint8)  # .type() converts every tensor
+        self._buffers.update(bits)
         self.memtl_hold()  # a weight may be another object now, or the same without its hooks
         return self
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        before = dict(self._parameters)
+        if local_metadata.get("assign_to_params_buffers", False):
+            # What is assigned is the caller's, and stays whole.
+            names = [f"{prefix}{key}" for key in self.memtl_masked]
+            copies = {name: state_dict[name].clone() for name in names if name in state_dict}
+            state_dict = {**state_dict, **copies}
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for key in self.memtl_masked:
-            weight = self._parameters[key]
-            if weight is not before[key]:  # assigned, and the caller's: that one stays whole
-                self._parameters[key] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         self.memtl_hold()
+
+
+def _is_shard(weight: Tensor) -> bool:
+    return hasattr(weight, "placements")  # a DTensor
 
 
 class _Hook:

@@ -246,3 +246,15 @@ def test_the_rule_of_when_it_pays():
         sparse_pays(1.5, 10)
     with pytest.raises(ValueError, match="tokens"):
         sparse_pays(0.5, -1)
+
+
+@pytest.mark.parametrize("size", [(5, 0), (0, 5), (0, 0)], ids=str)
+def test_weights_of_no_elements(size):
+    x, weight, bias = torch.randn(3, size[1]), torch.randn(size), torch.randn(size[0])
+    for options in ({}, {"mask": torch.zeros(0, dtype=torch.uint8)}, {"transposed": True}):
+        given = leaves([x, weight.t() if "transposed" in options else weight, bias])
+        y = M.linear(*given, format=Dense(), **options)
+        assert_same(y.detach(), F.linear(x, weight, bias))
+        y.sum().backward()
+        assert [t.grad.shape for t in given] == [t.shape for t in given]
+        assert_same(given[2].grad, torch.full_like(bias, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .scope import inner_model, weights_in_scope
+from .scope import check_unmasked, inner_model, weights_in_scope
 
 
 def permute_layers(model: nn.Module, seed: int, scope: tuple[str, ...] | None = None) -> int:
@@ -24,9 +24,12 @@ def permute_layers(model: nn.Module, seed: int, scope: tuple[str, ...] | None = 
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there are no weights in scope, or none that has another one's shape.
+        ValueError: there are no weights in scope, none that has another one's shape, or ``model``
+            has a ticket.
     """
-    weights = [weight.parameter for weight in weights_in_scope(inner_model(model), scope).values()]
+    model = inner_model(model)
+    check_unmasked(model)
+    weights = [weight.parameter for weight in weights_in_scope(model, scope).values()]
     generator = torch.Generator().manual_seed(seed)
     alike: dict[tuple, list[nn.Parameter]] = {}
     for weight in weights:

@@ -6,6 +6,7 @@ BERT Networks, NeurIPS 2020.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,7 +22,7 @@ from ...training import track
 from .config import TicketConfig
 from .masks import digest, random_masks
 from .run import Run
-from .scope import head_tensors, inner_model, weights_in_scope
+from .scope import check_unmasked, head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
 from .ticket import Source, Ticket
 
@@ -64,28 +65,29 @@ def draw_ticket(
 
     Raises:
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
-        ValueError: nothing is in scope; a weight, which is named, is not finite; a layer would keep
-            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``;
+        ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
+            or made in inference mode; a layer would keep
+            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``,
+            or added or took away parameters;
             ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
-            was drawn with another configuration or from another start.
+            was drawn with another configuration or from another start, or another draw is at work
+            there.
 
-    Memory: at work the masks, and, of an iterative draw, a copy of the model or two.
+    Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a random
+    one four bytes a weight.
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
     weights = _weights(model, config)
-    if is_masked(model):
-        raise ValueError(
-            f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
-        )
+    check_unmasked(model)
     _check_finite(weights, "")
     source = Source(type(model).__name__, digest(weights), task, config.scheme)
     if config.scheme == "iterative":
         if not callable(train):
             raise TypeError(f"an iterative draw needs train, a function, got {train!r}")
-        run = None if directory is None else Run(directory)
-        return _iterative(model, config, source, train, run, progress)
+        with contextlib.nullcontext() if directory is None else Run(directory) as run:
+            return _iterative(model, config, source, train, run, progress)
     if train is not None or directory is not None:
         raise ValueError(
             f"train and directory are of the scheme 'iterative', not {config.scheme!r}"
@@ -95,6 +97,9 @@ def draw_ticket(
 
 def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
     scope = weights_in_scope(model, config.scope)
+    for name, weight in scope.items():
+        if weight.obstacle:
+            raise ValueError(f"{name} {weight.obstacle}")
     return {name: weight.parameter.detach() for name, weight in scope.items()}
 
 
@@ -181,6 +186,7 @@ def _rounds(
             ticket.apply(model)
         steps = _Steps(model, config.rewind_step if round == 1 else 0)
         train(model, round, steps)
+        before.check_names(model)
         origin = steps.origin(origin)
         weights = _weights(model, config)
         _check_finite(weights, f" after round {round}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -27,8 +28,11 @@ class Run:
     ``round-01.safetensors`` and so on the tickets; ``head-01.safetensors`` and so on the head after
     each round, if it is kept. A round's ticket is written last: without it there was no such round.
 
+    It is one draw's at a time: entering the context locks the directory, where the file system can.
+
     Raises:
-        ValueError: ``directory`` has rounds, but no record of a draw.
+        ValueError: ``directory`` has rounds, but no record of a draw; when entered, another draw
+            has it.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -36,6 +40,20 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._ticket(1).exists() and not (self.directory / RECORD).exists():
             raise ValueError(f"{self.directory} has rounds of a ticket, but no {RECORD}")
+
+    def __enter__(self) -> Run:
+        self._lock = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"another draw is at work in {self.directory}") from None
+        except OSError:
+            pass  # some network file systems lock no directories
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._lock)
 
     def begin(self, config: TicketConfig, state: State, head: set[str]) -> State:
         """The state from which the draw started: ``state``, with the head that was there first.

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...files import write_aside
+from ...functional import count_bits
 from .masks import check_mask, digest
 
 VERSION = 1
@@ -74,10 +75,15 @@ def read(
             raise ValueError(f"version {version!r} is unknown, this memtl reads {VERSION}")
         layers = {name: (tuple(shape), kept) for name, (shape, kept) in record["layers"].items()}
         parts = ("mask", "weight") if record["weights"] else ("mask",)
-        if found := tensors.keys() ^ {f"{part}.{name}" for part in parts for name in layers}:
-            raise ValueError(f"{sorted(found)[0]!r} is missing or too much")
+        if odd := tensors.keys() ^ {f"{part}.{name}" for part in parts for name in layers}:
+            raise ValueError(f"{sorted(odd)[0]!r} is missing or too much")
         for name, (shape, kept) in layers.items():
-            check_mask(name, tensors[f"mask.{name}"], math.prod(shape), kept)
+            bits = tensors[f"mask.{name}"]
+            check_mask(name, bits, math.prod(shape))
+            if (found := count_bits(bits)) != kept:
+                raise ValueError(
+                    f"the mask of {name} keeps {found} elements, not {kept} as it says"
+                )
             if "weight" in parts and tuple(tensors[f"weight.{name}"].shape) != (kept,):
                 size = list(tensors[f"weight.{name}"].shape)
                 raise ValueError(f"the weights of {name} have to be [{kept}], got {size}")

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ...nn.masked import is_masked
 from ...nn.report import plain_name
 from ..base.record import unwrapped
 
+_HEADS = ("classifier", "head", "heads", "fc", "lm_head")
 _MATRICES = ("weight",)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -32,6 +34,13 @@ class Weight(NamedTuple):
     def embedding(self) -> bool:
         """Whether an embedding is among the holders."""
         return any(isinstance(h.module, (nn.Embedding, nn.EmbeddingBag)) for h in self.holders)
+
+    @property
+    def obstacle(self) -> str:
+        """Why its numbers cannot be read or written, or ""."""
+        if self.parameter.is_meta:
+            return "is on the meta device"
+        return "was made in inference mode" if self.parameter.is_inference() else ""
 
     @property
     def linear(self) -> bool:
@@ -60,6 +69,14 @@ def inner_model(model: Any) -> Any:
     return unwrapped(model)
 
 
+def check_unmasked(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` has a ticket."""
+    if is_masked(model):
+        raise ValueError(
+            f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
+        )
+
+
 def backbone_of(model: Any) -> nn.Module:
     """What there is of ``model`` whatever its task: of a transformers model its base model, of any
     other the model itself (:func:`heads_of` are in it, but no part of it)."""
@@ -75,7 +92,7 @@ def heads_of(model: Any) -> list[nn.Module]:
         found = named()
         found = list(found) if isinstance(found, (tuple, list)) else [found]
     else:
-        found = [getattr(model, name, None) for name in ("classifier", "head", "fc", "lm_head")]
+        found = [getattr(model, name, None) for name in _HEADS]
     heads = []
     for head in found:
         if isinstance(head, nn.Sequential):

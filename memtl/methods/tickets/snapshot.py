@@ -55,13 +55,19 @@ class Snapshot:
         """Give back what trains and the modes of modules; no gradients."""
         for name, parameter in model.named_parameters():
             parameter.grad = None
-            parameter.requires_grad_(self.trains[name])
+            parameter.requires_grad_(self.trains.get(name, True))
         for name, module in model.named_modules():
-            module.training = self.training[name]
+            module.training = self.training.get(name, module.training)
+
+    def check_names(self, model: nn.Module) -> None:
+        """Raise ValueError if ``model`` has other parameters now, by name."""
+        if other := dict(model.named_parameters()).keys() ^ self.trains.keys():
+            raise ValueError(f"train may not add or take away parameters, as {min(other)}")
 
     def put(self, model: nn.Module) -> None:
         """Give everything back."""
         self.put_mode(model)
-        put_state(model, self.state)
+        there = _named(model)  # what someone took out cannot be given back
+        put_state(model, {name: t for name, t in self.state.items() if name in there})
         for name, parameter in model.named_parameters():
-            parameter.grad = self.grads[name]
+            parameter.grad = self.grads.get(name)

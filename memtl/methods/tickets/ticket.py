@@ -17,14 +17,17 @@ from ...nn.masked import is_masked, mask_weights, masked_weights, unmask_weights
 from ...nn.report import plain_name
 from ...nn.sparse import SparseLinear, can_be_sparse
 from .config import TicketConfig
-from .masks import random_masks
+from .masks import check_mask, random_masks
 from .saved import read, write
-from .scope import Weight, backbone_of, inner_model, named_weights
+from .scope import Weight, backbone_of, check_unmasked, inner_model, named_weights
 
 SHOWN = 3
 """Mismatches that an error names."""
 
 RECORD = "memtl_ticket"
+
+PEFT = re.compile(r"(?<=\.)(base_layer|original_module|modules_to_save\.\w+)\.")
+"""What peft puts into the names of weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,9 @@ class Ticket:
         config: how it was drawn.
         source: of what.
         values: the surviving weights, [kept] each, where the file that was loaded has them.
+
+    Raises:
+        ValueError: a mask does not fit its weight's shape.
     """
 
     masks: dict[str, Tensor]
@@ -116,6 +122,12 @@ class Ticket:
     config: TicketConfig
     source: Source
     values: dict[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.masks.keys() != self.shapes.keys():
+            raise ValueError("masks and shapes have to be of the same weights")
+        for name, bits in self.masks.items():
+            check_mask(name, bits, math.prod(self.shapes[name]))
 
     @property
     def layers(self) -> tuple[TicketLayer, ...]:
@@ -173,8 +185,12 @@ class Ticket:
         exchange between processes sees them, so that momentum, weight decay and averages of weights
         leave them zero; ``load_state_dict`` does not bring them back. Names and keys of
         ``state_dict`` stay, as do copies and pickles; conversion and freezing, before or after,
-        make no difference. Make the optimizer afterwards: momentum from before would move pruned
-        weights. What is written into a weight by hand (merging an adapter, say) is not seen.
+        make no difference; nor do DistributedDataParallel and FSDP around the model (of the older
+        FSDP with ``use_orig_params=True``). Make the optimizer afterwards: momentum from before
+        would move pruned weights. Two things are not seen, and :meth:`hold` is for them: what is
+        written into a weight by hand (merging an adapter, say), and optimizers that move a weight
+        whose own gradients are zero, which Muon, Kron and Shampoo do. Tensors that
+        ``torch.func.functional_call`` puts in the place of parameters are not masked.
 
         Args:
             model: any that has the ticket's weights in its backbone, with any head.
@@ -185,8 +201,9 @@ class Ticket:
 
         Raises:
             TypeError: ``model`` is no module, or ``sparse`` none of these.
-            ValueError: weights are missing, of another shape, an embedding's too or on the meta
-                device, or ``model`` has a ticket: nothing is changed then.
+            ValueError: weights are missing, of another shape, an embedding's too, on the meta
+                device, made in inference mode or in the memory of another one, or ``model`` has a
+                ticket: nothing is changed then.
 
         Memory: one bit a weight.
         """
@@ -194,10 +211,7 @@ class Ticket:
             raise TypeError(f"sparse must be None, True or False, got {sparse!r}")
         model = inner_model(model)
         weights = self._weights(model)
-        if is_masked(model):
-            raise ValueError(
-                f"this {type(model).__name__} has a ticket: Ticket.of(model).remove(model) first"
-            )
+        check_unmasked(model)
         layers = {layer.name: layer for layer in self.layers}
         inside: dict[nn.Module, dict[str, str]] = {}
         bits = {}
@@ -223,6 +237,21 @@ class Ticket:
         pruned = total - sum(layer.kept for layer in layers.values())
         optimizer = 2 * 4 * pruned
         return AppliedTicket(pruned, total, self.nbytes, optimizer, tuple(dict.fromkeys(running)))
+
+    @staticmethod
+    def hold(model: nn.Module) -> None:
+        """Make the pruned weights of ``model`` zero again, after something wrote into them:
+        ``optimizer.register_step_post_hook(lambda *_: memtl.Ticket.hold(model))``.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: it has no ticket.
+        """
+        model = inner_model(model)
+        if not is_masked(model):
+            raise ValueError(f"this {type(model).__name__} has no ticket")
+        for module in {module: None for _, _, module, _ in masked_weights(model)}:
+            module.memtl_hold()
 
     def remove(self, model: nn.Module) -> None:
         """Undo :meth:`apply`: pruned weights are zero still, and may change.
@@ -256,7 +285,9 @@ class Ticket:
             if parameter is not None and id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = plain_name(f"{inside}.{key}").replace(".base_layer.", ".")  # peft's
+            name = PEFT.sub("", plain_name(f"{inside}.{key}"))
+            if name in masks:  # the copy of a module that peft trains
+                continue
             masks[name] = bits.to("cpu", copy=True)
             shapes[name] = tuple(getattr(module, key).shape)
         return Ticket(masks, shapes, config, source)
@@ -361,6 +392,7 @@ class Ticket:
         """The ticket's weights in ``model``, all of which are there and fit."""
         named = named_weights(model)
         wrong = []
+        places: dict[int, str] = {}
         for name, shape in self.shapes.items():
             weight = named.get(name)
             if weight is None:
@@ -371,8 +403,11 @@ class Ticket:
                 )
             elif weight.embedding:
                 wrong.append(f"{name}: is an embedding's too")
-            elif weight.parameter.is_meta:
-                wrong.append(f"{name}: is on the meta device")
+            elif weight.obstacle:
+                wrong.append(f"{name}: {weight.obstacle}")
+            elif places.setdefault(weight.parameter.data_ptr(), name) != name:
+                place = places[weight.parameter.data_ptr()]
+                wrong.append(f"{name}: has the memory of {place}, but is another parameter")
         if wrong:
             more = [f"... {len(wrong)} in all"] if len(wrong) > SHOWN else []
             raise ValueError(

@@ -178,6 +178,70 @@ def test_devices_and_dtypes():
     assert all(w.is_meta for w, _ in pruned(there).values())
 
 
+def test_empty_weights_and_weights_of_no_device_leave_the_masks():
+    model, x, ticket = with_ticket()
+    model.to_empty(device="cpu")
+    assert Ticket.of(model) == ticket
+    dense, _ = network("bert")
+    state = dense.state_dict()
+    model.to("meta")
+    assert Ticket.of(model) == ticket
+    model.to_empty(device="cpu").load_state_dict(state)
+    for name, buffer in dense.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    for name, (weight, where) in pruned(model).items():
+        assert_same(weight.detach(), state[name].masked_fill(where, 0))
+    assert_zero(trained_once(model, x))
+
+
+def test_a_weight_that_is_put_in_its_place():
+    model, x, _ = with_ticket("convs")
+    before = model[0].weight
+    weight = nn.Parameter(torch.randn_like(before))
+    given = weight.detach().clone()
+    model[0].weight = weight
+    assert model[0].weight is weight
+    where = pruned(model)["0.weight"][1]
+    assert_same(weight.detach(), given.masked_fill(where, 0))
+    assert_zero(trained_once(model, x))
+    model[0].bias = nn.Parameter(torch.randn_like(model[0].bias))
+    assert model[0].bias.all()
+
+
+def test_what_moves_weights_that_have_no_gradient():
+    model, x, ticket = with_ticket()
+    matrices = [weight for weight, _ in pruned(model).values()]
+    optimizer = torch.optim.Muon(matrices, 0.1)
+    loss(model, x).backward()
+    optimizer.step()
+    assert any(weight[where].any() for weight, where in pruned(model).values())
+    optimizer.register_step_post_hook(lambda *_: Ticket.hold(model))
+    optimizer.step()
+    assert_zero(model)
+    ticket.remove(model)
+    with pytest.raises(ValueError, match="has no ticket"):
+        Ticket.hold(model)
+
+
+def test_adapters_on_top():
+    import peft
+
+    model, x, ticket = with_ticket()
+    config = peft.LoraConfig(
+        target_modules=["query"], modules_to_save=["pooler"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model, config)
+    assert_zero(trained_once(adapted, x), gradients=False)
+    assert Ticket.of(adapted) == ticket
+    merged = adapted.merge_and_unload()
+    query = merged.bert.encoder.layer[0].attention.self.query.weight
+    assert query.all() and Ticket.of(merged) == ticket
+    Ticket.hold(merged)
+    assert_zero(merged, gradients=False)
+    ticket.remove(merged)
+    assert not pruned(merged)
+
+
 def test_weights_that_are_frozen_and_thawed():
     model, x = network("bert")
     ticket = draw_ticket(model, TicketConfig(sparsity=0.7))

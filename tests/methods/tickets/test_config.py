@@ -134,6 +134,8 @@ def test_of_other_networks_all_but_what_is_called_a_classifier():
     assert set(weights_in_scope(convs(), None)) == {f"{i}.weight" for i in (0, 3, 4, 6, 8)}
     model = nn.ModuleDict({"features": nn.Linear(3, 4), "classifier": nn.Linear(4, 2)})
     assert set(weights_in_scope(model, None)) == {"features.weight"}
+    model = nn.ModuleDict({"features": nn.Linear(3, 4), "heads": nn.Sequential(nn.Linear(4, 2))})
+    assert set(weights_in_scope(model, None)) == {"features.weight"}  # torchvision's transformers
     last = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2), nn.Identity())
     model = nn.ModuleDict({"features": nn.Linear(3, 4), "classifier": last})
     assert set(weights_in_scope(model, None)) == {"features.weight", "classifier.0.weight"}

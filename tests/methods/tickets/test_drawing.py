@@ -107,6 +107,9 @@ def test_what_is_refused():
         for some in (config, TicketConfig(scheme="random", sparsity=0.5)):
             with pytest.raises(ValueError, match="^encoder.layer.1.*key.weight holds .*not finite"):
                 draw_ticket(model, some)
+    for some in (config, TicketConfig(scheme="random", sparsity=0.5)):
+        with pytest.raises(ValueError, match="^encoder.*query.weight is on the meta device"):
+            draw_ticket(bert().to("meta"), some)
 
 
 # round after round
@@ -268,6 +271,22 @@ def test_a_rewinding_step_that_is_never_reached():
         draw_ticket(bert().eval(), config, train=Training(3))
 
 
+def test_parameters_that_training_adds_or_takes_away():
+    def adds(model, round, on_step):
+        model.more = nn.Linear(2, 2)
+
+    def renames(model, round, on_step):
+        model[0] = nn.Sequential(model[0])
+
+    config = TicketConfig(**ITERATIVE)
+    for train, name in ((adds, "more.bias"), (renames, "0.0.bias")):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        weight = model[1].weight.detach().clone()
+        with pytest.raises(ValueError, match=f"may not add or take away parameters, as {name}"):
+            draw_ticket(model, config, train=train)
+        assert_same(model[1].weight.detach(), weight)
+
+
 def test_running_statistics_go_back_too():
     model, x = network("convs")
     model.train()
@@ -339,6 +358,17 @@ def test_another_draw_in_the_directory(tmp_path):
     (tmp_path / "draw.json").rename(tmp_path / "draw.old")
     with pytest.raises(ValueError, match=r"has rounds of a ticket, but no draw.json"):
         draw_ticket(model, config, train=Training(), directory=tmp_path)
+
+
+def test_one_draw_at_a_time_in_a_directory(tmp_path):
+    config, model = TicketConfig(**ITERATIVE), bert().eval()
+
+    def train(model, round, on_step):
+        with pytest.raises(ValueError, match=f"another draw is at work in {tmp_path}"):
+            draw_ticket(bert(), config, train=Training(), directory=tmp_path)
+
+    ticket = draw_ticket(model, config, train=train, directory=tmp_path)
+    assert draw_ticket(model, config, train=train, directory=tmp_path) == ticket
 
 
 @pytest.mark.parametrize(

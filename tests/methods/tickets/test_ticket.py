@@ -95,10 +95,30 @@ def test_other_heads_and_what_does_not_fit():
         linear.apply(tied)
     with pytest.raises(ValueError, match="is on the meta device"):
         small.apply(bert().to("meta"))
+    with torch.inference_mode():
+        read_only = bert()
+    with pytest.raises(ValueError, match="was made in inference mode"):
+        small.apply(read_only)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    squares = draw_ticket(layers, TicketConfig(sparsity=0.5, level="layer"))
+    layers[1].weight = nn.Parameter(layers[0].weight.data)  # not the same parameter
+    with pytest.raises(ValueError, match="1.weight: has the memory of 0.weight"):
+        squares.apply(layers)
+    assert not pruned(read_only) and not pruned(layers) and layers[0].weight.all()
     with pytest.raises(TypeError, match="Module"):
         ticket.apply("model")
     with pytest.raises(TypeError, match="sparse must be None, True or False, got 'yes'"):
         ticket.apply(bert(), sparse="yes")
+
+
+def test_masks_that_do_not_fit_are_no_ticket():
+    _, ticket = drawn()
+    name = "encoder.layer.0.output.dense.weight"  # [32, 48]
+    for bits in (ticket.masks[name][:-1], ticket.masks[name].bool()):
+        with pytest.raises(ValueError, match=rf"mask of {name} has to be uint8 \[192\] for 1536"):
+            Ticket(ticket.masks | {name: bits}, ticket.shapes, ticket.config, ticket.source)
+    with pytest.raises(ValueError, match="of the same weights"):
+        Ticket({name: ticket.masks[name]}, ticket.shapes, ticket.config, ticket.source)
 
 
 def test_one_ticket_at_a_time():
@@ -282,5 +302,8 @@ def test_layers_are_exchanged():
     assert differing == moved
     with pytest.raises(ValueError, match="no two weights"):
         permute_layers(convs(), 0)
+    draw_ticket(again, TicketConfig(sparsity=0.5)).apply(again)
+    with pytest.raises(ValueError, match="this VisionTransformer has a ticket"):
+        permute_layers(again, 0)
     with pytest.raises(ValueError, match="matches no weight"):
         permute_layers(vit(), 0, ("nothing",))
