@@ -37,6 +37,8 @@ class Recipe:
         steps, batch_size, learning_rate: of a run, or of one round of a ticket.
         max_length: tokens of a text.
         candidates: learning rates that ``--tune`` tries.
+        drawing_seed: of the head, the order of the data and dropout in every round of a ticket. It
+            is none of the runs' seeds: a ticket is not tried with the head that it was drawn with.
     """
 
     load: Callable[[str, Any, int], Task]
@@ -45,6 +47,7 @@ class Recipe:
     max_length: int
     batch_size: int = 32
     candidates: tuple[float, ...] = (3e-4, 1e-3, 2e-3)
+    drawing_seed: int = 1000
 
     def settings(self, seed: int) -> Settings:
         """No weight decay: it would take weights to where tickets are drawn from."""
@@ -96,6 +99,7 @@ UNIVERSAL = Recipe(
     learning_rate=5e-4,
     max_length=64,
     batch_size=64,
+    drawing_seed=0,  # no run has this head
 )
 """How the universal ticket is drawn."""
 
@@ -210,7 +214,8 @@ class Setup:
         recipe = self.recipe(source)
         return (
             f"rounds of {recipe.steps} steps of {recipe.batch_size} at {recipe.learning_rate:g} "
-            f"on {fingerprint_of(source, self.model)}, to {self.largest} %, by {memtl.__version__}"
+            f"on {fingerprint_of(source, self.model)} with the seed {recipe.drawing_seed}, "
+            f"to {self.largest} %, by {memtl.__version__}"
         )
 
     def rounds(self) -> TicketConfig:

@@ -13,9 +13,6 @@ from ..training import fit, score
 from .experiments import Key, Run, Setup, encoder, load
 from .plan import DENSE, ONE_SHOT, PERMUTED, RANDOM, SHUFFLED
 
-DRAWING_SEED = 0
-"""Of the head, the order of the data and dropout in every round of a ticket."""
-
 
 def draw(setup: Setup, source: str, progress: bool | None = False) -> None:
     """Draw the tickets of a source, a file a round; goes on behind the last round that is there.
@@ -27,9 +24,10 @@ def draw(setup: Setup, source: str, progress: bool | None = False) -> None:
         FloatingPointError: a loss is not finite.
     """
     task = load(source, setup.model)
-    wrapped = encoder(setup.model).build(task.head, task.num_classes, DRAWING_SEED)
+    recipe = setup.recipe(source)
+    wrapped = encoder(setup.model).build(task.head, task.num_classes, recipe.drawing_seed)
     wrapped.to(setup.device)
-    settings = setup.recipe(source).settings(DRAWING_SEED)
+    settings = recipe.settings(recipe.drawing_seed)
 
     def train(model: nn.Module, number: int, on_step: Callable[[int], None]) -> None:
         fit(

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 
 from memtl.lottery import Cell, Plan
+from memtl.lottery.experiments import TASKS
 
 PLAN = Plan(("a", "b", "c"))
 
@@ -65,3 +66,9 @@ def test_plans_that_cannot_be(wrong, said):
 
 def test_the_last_sparsity_may_be_between_rounds():
     assert Plan(("a",), sparsities=(30, 35), controls=(), transfer=35).sparsities == (30, 35)
+
+
+def test_no_run_has_the_head_that_its_ticket_was_drawn_with():
+    seeds = {cell.seed for cell in Plan(("package",), seeds=20).cells()}
+    assert seeds == set(range(20))
+    assert not seeds & {recipe.drawing_seed for recipe in TASKS.values()}
