@@ -56,8 +56,8 @@ TUNING_SEEDS = (100, 101)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 1 where a ticket's training diverged or a process
-    died, 2 for a wrong call."""
+    """Run the command; returns the exit status: 0, 1 where a ticket's training diverged or a
+    process died, 2 for a wrong call."""
     missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
     if missing:
         print(

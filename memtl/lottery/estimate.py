@@ -20,8 +20,8 @@ def seconds(
 ) -> float:
     """Estimated time of runs and of the rounds of tickets, one after another.
 
-    A run takes what finished ones of its task and encoder, with as many steps, took, and a round as long. Of a
-    task that has none a few steps are measured, and the evaluation of a few samples.
+    A run takes what finished ones of its task and encoder, with as many steps, took, and a round as
+    long. Of a task that has none a few steps are measured, and the evaluation of a few samples.
     """
     finished: dict[tuple[str, str, int, int], list[float]] = {}
     for run in known:

@@ -149,9 +149,7 @@ class Results:
             lines.append(_compared(f"On tasks but {name}", there, others[name], f"that of {name}"))
         for task in tasks:
             rest = mean([matrix[name][task] for name in tasks if name != task])
-            lines.append(
-                _compared(f"On {task}", universal[task], rest, "the mean of other tasks'")
-            )
+            lines.append(_compared(f"On {task}", universal[task], rest, "the mean of other tasks'"))
         return lines
 
     def figures(self) -> dict[str, Any]:
