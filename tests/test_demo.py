@@ -1,18 +1,20 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+pytest.importorskip("transformers")
 from memtl import assets, backends
 from memtl.demo import command, experiments, main, results
 from memtl.demo.experiments import EXPERIMENTS, FULL, build
 from memtl.tasks import Split
 from memtl.training import Settings, fit
 
-KEYS = list(EXPERIMENTS)
+KEYS = [key for key in EXPERIMENTS if key[1] not in ("package", "pair")]  # they are as "kind" is
 METHODS = {key: experiments.methods(EXPERIMENTS[key], [0.1, 0.03]) for key in KEYS}
 PARTS = [method.name for method in experiments.PARTS]
 WHOLE = [
@@ -28,7 +30,10 @@ NAMES = {
     ("cnn", "digits"): [*PARTS, *WHOLE],
     ("cnn", "segmentation"): [PARTS[0], PARTS[2], *PARTS[4:], *WHOLE],
 }
-BATCH = {"digits": 8, "segmentation": 2}
+TICKETS = ["ticket 50 %", "ticket 50 % + Back Razor 0.1", "ticket 50 % + 4 bits, once"]
+NAMES |= {key: [*WHOLE, *TICKETS] for key in KEYS if key[0] == "bert"}
+BATCH = {"digits": 8, "segmentation": 2, "kind": 8, "mlm": 8}
+CLASSES = {"digits": 10, "segmentation": 11, "kind": 4, "mlm": 0}
 every = pytest.mark.parametrize("key", KEYS, ids="-".join)
 
 
@@ -44,15 +49,14 @@ def small(task, train=64, rest=20):
 
 @pytest.fixture(scope="module")
 def tasks():
-    sizes = {"digits": (64, 20), "segmentation": (8, 4)}
-    return {key: small(EXPERIMENTS[key].load_task(), *sizes[key[1]]) for key in KEYS}
+    sizes = {"segmentation": (8, 4)}
+    return {key: small(EXPERIMENTS[key].load_task(), *sizes.get(key[1], ())) for key in KEYS}
 
 
 def built(key, name, seed=0):
     """A model ready for the method of that name."""
     method = next(m for m in METHODS[key] if m.name == name)
-    classes = 11 if key[1] == "segmentation" else 10
-    return build(EXPERIMENTS[key], method, classes, seed)
+    return build(EXPERIMENTS[key], method, CLASSES[key[1]], seed)
 
 
 @pytest.fixture(scope="module", params=KEYS, ids="-".join)
@@ -76,8 +80,8 @@ def test_json_has_every_figure_and_where_it_is_from(run):
     assert record["seeds"] == [0, 1]
     assert record["command"] == " ".join(["memtl", "demo", *arguments])
     assert record["model"]["name"] == EXPERIMENTS[key].asset
-    assert record["model"]["sha256"] == assets.metadata(record["model"]["name"])["sha256"]
-    assert record["task"]["metric"] == {"digits": "accuracy", "segmentation": "mean_iou"}[key[1]]
+    assert record["model"]["sha256"] == assets.sha256(record["model"]["name"])
+    assert record["task"]["metric"] == ("mean_iou" if key[1] == "segmentation" else "accuracy")
     assert record["settings"]["steps"] == 1 and record["settings"]["batch_size"] == BATCH[key[1]]
     assert record["environment"]["threads"] == torch.get_num_threads()
     assert record["environment"]["backends"]["topk_pack"] == backends.owner("topk_pack", "cpu")
@@ -90,7 +94,7 @@ def test_json_has_every_figure_and_where_it_is_from(run):
         assert [len(losses) for losses in method["losses"]] == [1, 1]
         assert method["seconds_per_step"] > 0 and method["learning_rate"] > 0
         assert method["saved_bytes_per_sample"] * BATCH[key[1]] == method["saved_bytes"]
-        whole = method["name"] in WHOLE
+        whole = method["name"] not in PARTS
         assert (method["trainable"] == record["model"]["parameters"]) == whole
     full = next(m for m in record["methods"] if m["name"] == FULL)
     assert full["ratios"]["saved_bytes"] == full["ratios"]["seconds_per_step"] == 1
@@ -100,6 +104,11 @@ def test_what_is_kept(run):
     key, _, record, _ = run
     saved = {m["name"]: m["saved_bytes"] for m in record["methods"]}
     full, checkpointed, tenth, thirtieth, smallest, once = (saved[name] for name in WHOLE)
+    if key[0] == "bert":
+        ticket, pruned_tenth, pruned_once = (saved[name] for name in TICKETS)
+        assert checkpointed < full / 3 and thirtieth < tenth < full / 3 and smallest <= tenth
+        assert once < full / 3 and ticket <= full and pruned_tenth < full / 3 > pruned_once
+        return
     assert saved["last layer only"] < thirtieth < tenth < full / 8
     assert checkpointed < full / 8
     assert smallest < tenth and once < full / 7
@@ -114,7 +123,9 @@ def test_methods_see_the_same_data_from_the_same_weights(run):
     losses = {m["name"]: m["losses"] for m in record["methods"]}
     # With its statistics frozen, batch normalisation is another function.
     frozen = [name for name in NAMES[key] if name in PARTS]
-    for names in (frozen, WHOLE) if key[0] == "cnn" else (NAMES[key],):
+    others = [name for name in NAMES[key] if name not in frozen]
+    groups = {"vit": (NAMES[key],), "cnn": (frozen, others), "bert": (WHOLE, TICKETS)}
+    for names in groups[key[0]]:
         for seed in (0, 1):  # the forward is exact, so the first loss tells
             first = [losses[name][seed][0] for name in names]
             assert first == pytest.approx([first[0]] * len(names), rel=1e-5)
@@ -140,11 +151,14 @@ def test_seed_decides_the_weights_method_does_not(key):
     for method in METHODS[key]:
         weights = built(key, method.name, 3).state_dict()
         assert weights.keys() >= plain.keys()
-        assert all(torch.equal(weights[name], plain[name]) for name in plain)
+        pruned = {name for name in plain if not torch.equal(weights[name], plain[name])}
+        assert bool(pruned) == (method.name in TICKETS)
+        assert all(".weight" in name and not weights[name].all() for name in pruned)
         again = built(key, method.name, 3).state_dict()  # what it adds, too
         assert all(torch.equal(weights[name], again[name]) for name in weights)
     first, other = (built(key, FULL, seed).state_dict() for seed in (3, 4))
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+    fresh = any(not torch.equal(first[name], other[name]) for name in first)
+    assert fresh == (key[1] != "mlm")  # whose head is pre-trained, too
 
 
 @every
@@ -153,12 +167,13 @@ def test_what_trains(key):
         m.name: {n for n, p in built(key, m.name).named_parameters() if p.requires_grad}
         for m in METHODS[key]
     }
-    head = "head." if key[0] == "vit" else "classifier."
     everything = {n for n, _ in built(key, FULL).named_parameters()}
-    last = {n for n in everything if n.startswith(head)}
-    assert trainable["last layer only"] == last
-    for name in WHOLE:
+    for name in set(trainable) - set(PARTS):
         assert trainable[name] == everything
+    head = "head." if key[0] == "vit" else "classifier."
+    last = {n for n in everything if n.startswith(head)}
+    if key[0] != "bert":
+        assert trainable["last layer only"] == last
     for name in set(trainable) & set(PARTS[1:]):
         assert last < trainable[name] != everything
 
@@ -229,6 +244,13 @@ def test_missing_extras_are_named(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "memtl demo needs timm, scikit-learn: pip install memtl[demo]\n"
+
+
+def test_what_one_network_needs_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["--model", "bert", "--task", "kind"]) == 2
+    said = "memtl demo: encoders need transformers: pip install memtl[models]\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,9 @@ def load_encoder(
     """A pre-trained encoder of ``transformers`` with a head on it, in training mode.
 
     It takes token identifiers ``[n, length]``; what it gives is said in :mod:`memtl.models.bert`. A
-    head that the checkpoint does not have is drawn from torch's global generator.
+    head that the checkpoint does not have is drawn from torch's global generator. Where the head
+    does not use the pooler the encoder has it all the same, so that a lottery ticket is about the
+    same weights under every head.
 
     Args:
         head: ``"classifier"``, ``"regressor"`` (of one number), ``"spans"`` (questions about a
@@ -289,7 +291,9 @@ def load_encoder(
         source: what ``from_pretrained`` takes, a folder or a name; None for the shipped encoder.
 
     Raises:
-        ValueError: If ``head`` is unknown or ``num_classes`` less than 1.
+        ValueError: If ``head`` is unknown or ``num_classes`` less than 1; or masked words are asked
+            of an encoder without BERT's head for them.
+        OSError: If transformers finds no such ``source``.
         ImportError: If transformers is not installed.
     """
     if head not in _HEADS:
@@ -302,6 +306,10 @@ def load_encoder(
     labels = {"classifier": {"num_labels": num_classes}, "regressor": {"num_labels": 1}}
     with _quiet(transformers):  # what of the checkpoint is of another head
         model = getattr(transformers, name).from_pretrained(source, **labels.get(head, {}))
+        base = model.base_model
+        if head in ("mlm", "spans") and getattr(base, "pooler", base) is None:
+            whole = transformers.AutoModelForSequenceClassification.from_pretrained(source)
+            base.pooler = whole.base_model.pooler
     return wrapper(model.train(), load_tokenizer(source))
 
 

@@ -38,14 +38,17 @@ def main(argv: Sequence[str]) -> int:
         return 2
     options = _parse(argv)
     experiment = EXPERIMENTS[options.model, options.task]
-    task = experiment.load_task()
     try:
+        task = experiment.load_task()
         if options.tune:
             return _tune(experiment, task, options)
         return _compare(experiment, task, options, shlex.join(["memtl", "demo", *argv]))
     except FloatingPointError as error:
         print(f"memtl demo: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:  # of what one network alone needs
+        print(f"memtl demo: {error}", file=sys.stderr)
+        return 2
 
 
 def _steps(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -55,7 +58,7 @@ def _steps(experiment: Experiment, options: argparse.Namespace) -> int:
 def _announce(experiment: Experiment, task: Task, options: argparse.Namespace, what: str) -> None:
     where = environment(options.device)
     print(
-        f"{experiment.asset}, {task.name} ({len(task.train)} images): {what} of "
+        f"{experiment.asset}, {task.name} ({len(task.train)} samples): {what} of "
         f"{_steps(experiment, options)} steps of {experiment.batch_size}\n"
         f"on {where['device']}, {where['threads']} threads; "
         f"operators by {', '.join(sorted(set(where['backends'].values())))}\n",
@@ -159,15 +162,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--model", choices=models, default="vit",
-        help="a vision transformer or a MobileNetV2 (vit)",
+        help="a vision transformer, a MobileNetV2, or a BERT (vit)",
     )  # fmt: skip
     parser.add_argument(
         "--task", choices=tasks, default="digits",
-        help="handwritten digits, or the digit of every pixel where several are scattered (digits)",
+        help="handwritten digits, or the digit of every pixel where several are scattered; "
+        "with bert: what docstrings are about, or masked words in them (digits)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs a method (1)")
     parser.add_argument(
-        "--steps", type=_count, metavar="N", help="steps a run (120; segmentation 240)"
+        "--steps", type=_count, metavar="N", help="steps a run (120; segmentation and bert 240)"
     )
     parser.add_argument(
         "--keep", type=_fraction, nargs="+", default=[0.1, 0.03], metavar="FRACTION",

@@ -72,9 +72,14 @@ evaluation. Checkpointing runs each block's forward twice a step, so its running
 evaluation uses, follow the batches faster.
 """
 
+TICKETS = """
+Under a ticket, part of the encoder's weights is zero from the start and stays so: the network is a
+pruned one from its first step on, and its forward pass another than that of the whole network.
+"""
+
 BERT = "A BERT of 4 layers, pre-trained on docstrings of Python's library by masked words,"
 TICKET = assets.encoder() / "ticket-mlm-50.safetensors"
-"""Drawn by the same objective, in five rounds, so good for any task (``memtl tickets``)."""
+"""Drawn by the same objective, in five rounds, and not on any of the tasks (``memtl tickets``)."""
 
 
 def _docstrings(task: str, max_length: int, rate: Rate, goal: str) -> Experiment:
@@ -88,6 +93,7 @@ def _docstrings(task: str, max_length: int, rate: Rate, goal: str) -> Experiment
         batch_size=32,
         steps=160,
         ticket=TICKET,
+        notes=TICKETS,
     )
 
 
@@ -175,6 +181,7 @@ EXPERIMENTS: dict[tuple[str, str], Experiment] = {
         batch_size=32,
         steps=160,
         ticket=TICKET,
+        notes=TICKETS,
     ),
 }
 """(model, task) -> what is done."""

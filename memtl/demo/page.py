@@ -11,7 +11,7 @@ from .experiments import FULL, PARTS, Experiment
 from .results import KIB, Result, table
 
 NOTES = """\
-Saved bytes are counted on one training batch, from the images to the loss: every storage that
+Saved bytes are counted on one training batch, from the input to the loss: every storage that
 autograd holds between forward and backward, once; parameters are left out. Checkpointing holds the
 inputs of the blocks; while backward runs it holds one block's recomputed activations besides, which
 shows in the peak only.
@@ -42,11 +42,12 @@ def page(
     slower = lightest.seconds_per_step / base.seconds_per_step
     millions = record["model"]["parameters"] / 1e6
     runs = "one run" if len(seeds) == 1 else f"{len(seeds)} runs"
+    pruned = ", under a ticket that of a pruned network" if experiment.ticket else ""
     result = Page(
         "Fine-tuning, keeping less",
         f"{experiment.network} {experiment.goal} ({millions:.1f} million parameters). The forward "
-        "pass is exact in every method; what differs is what is trained, and what is kept in "
-        "memory for backward.",
+        f"pass is exact in every method{pruned}; what differs is what is trained, and what is kept "
+        "in memory for backward.",
     )
     pair = f"{lightest.name} against {FULL}"
     result.tiles(

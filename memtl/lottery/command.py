@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ TUNING_SEEDS = (100, 101)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 1 where a ticket's training diverged, 2 for a
-    wrong call."""
+    """Run the command; returns the exit status: 0, 1 where a ticket's training diverged or a
+    process died, 2 for a wrong call."""
     missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
     if missing:
         print(
@@ -69,6 +70,13 @@ def main(argv: Sequence[str]) -> int:
         return _run(options, argv)
     except FloatingPointError as error:
         print(f"memtl tickets: {error}", file=sys.stderr)
+        return 1
+    except BrokenExecutor:
+        print(
+            "memtl tickets: a process ended before its work did; was there memory enough for "
+            f"--jobs {options.jobs}? Called again, this goes on where it was",
+            file=sys.stderr,
+        )
         return 1
     except (ImportError, OSError, ValueError) as error:
         print(f"memtl tickets: {error}", file=sys.stderr)
@@ -94,7 +102,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for task in plan.sources:  # before anything is written
         load(task, model)
     if plan.universal:
-        encoder(model).build("mlm", 2, 0)
+        _check_masked_words(model)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Workers(options.jobs) as workers, Journal(options.out / "runs.jsonl", Run) as journal:
@@ -128,6 +136,13 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     print(f"report: {page(results, facts, record).write(options.out / 'report.html')}")
     return 0
+
+
+def _check_masked_words(model: str) -> None:
+    try:
+        encoder(model).build("mlm", 2, 0)
+    except ValueError as error:
+        raise ValueError(f"{error}: --mlm-steps 0 leaves the universal ticket out") from error
 
 
 def _found(journal: Journal[Run], key: Key) -> Run:

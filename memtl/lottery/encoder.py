@@ -46,21 +46,8 @@ class Encoder:
         """A copy of it with a head of :func:`memtl.assets.load_encoder`; what is fresh ``seed``
         alone decides.
 
-        Where the head does not use the pooler the encoder has it all the same, so that a ticket is
-        about the same weights whatever it was drawn on.
-
         Raises:
-            ValueError: masked words need BERT's head, which it does not have.
+            ValueError: as :func:`memtl.assets.load_encoder`.
         """
         with seeded(seed):
-            found = assets.load_encoder(head, num_classes, self.name)
-            base = found.model.base_model
-            if getattr(base, "pooler", base) is None:
-                whole = assets.load_encoder("classifier", 2, self.name)
-                base.pooler = whole.model.base_model.pooler
-        if head == "mlm" and not hasattr(found.model, "cls"):
-            raise ValueError(
-                f"masked-language modelling needs BERT's head, which {type(found.model).__name__} "
-                "does not have: --mlm-steps 0 leaves the universal ticket out"
-            )
-        return found.float()
+            return assets.load_encoder(head, num_classes, self.name).float()

@@ -20,18 +20,19 @@ def seconds(
 ) -> float:
     """Estimated time of runs and of the rounds of tickets, one after another.
 
-    A run takes what finished ones of its task, with as many steps, took, and a round as long. Of a
-    task that has none a few steps are measured, and the evaluation of a few samples.
+    A run takes what finished ones of its task and encoder, with as many steps, took, and a round as
+    long. Of a task that has none a few steps are measured, and the evaluation of a few samples.
     """
-    finished: dict[tuple[str, int, int], list[float]] = {}
+    finished: dict[tuple[str, str, int, int], list[float]] = {}
     for run in known:
         if run.error is None:
-            key = (run.key.task, run.key.steps, run.key.batch_size)
+            key = (run.key.model, run.key.task, run.key.steps, run.key.batch_size)
             finished.setdefault(key, []).append(run.seconds)
     of = {}
     for task in dict.fromkeys([*(key.task for key in left), *sources]):
         recipe = setup.recipe(task)
-        found = finished.get((task, recipe.steps, recipe.batch_size))
+        model = encoder(setup.model).fingerprint
+        found = finished.get((model, task, recipe.steps, recipe.batch_size))
         of[task] = statistics.median(found) if found else _measured(setup, task)
     rounds = sum(setup.rounds_left(source) * of[source] for source in sources)
     return rounds + sum(of[key.task] for key in left)

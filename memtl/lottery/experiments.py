@@ -74,7 +74,8 @@ STEPS = {
     "cola": 804, "mnli": 36_816, "mrpc": 345, "qnli": 9_822, "qqp": 34_113, "rte": 234,
     "sst2": 6_315, "stsb": 540, "wnli": 60,
 }  # fmt: skip
-"""Of GLUE's tasks: three epochs of 32, as in the paper."""
+"""Of GLUE's tasks, those of the paper: three epochs of 32 of the whole training set, a tenth of
+which is kept for choices here."""
 
 
 def _glue(name: str, tokenizer: Any, max_length: int) -> Task:

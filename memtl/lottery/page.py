@@ -101,10 +101,10 @@ def page(results: Results, facts: Facts, record: Mapping[str, Any]) -> Page:
 def _tiles(results: Results) -> dict[str, str]:
     found = {}
     for task in results.plan.tasks:
-        best = sparsest(results.verdicts(task, *results.schemes(task)["iterative"]))
-        found[f"sparsest matching ticket, {task}"] = (
-            "none" if best is None else f"{best.sparsity} %"
-        )
+        verdicts = results.verdicts(task, *results.schemes(task)["iterative"])
+        best = sparsest(verdicts)
+        none = "none" if verdicts[0].decided else "not decided"
+        found[f"sparsest matching ticket, {task}"] = none if best is None else f"{best.sparsity} %"
     if results.plan.universal:
         value = points(results.elsewhere()[UNIVERSAL])
         found[f"points to dense, universal ticket of {results.plan.transfer} %"] = value

@@ -132,23 +132,24 @@ class Results:
         return Table(("ticket of", *self.plan.tasks, "mean of other tasks"), rows)
 
     def universal(self) -> list[str]:
-        """What is to be said of the universal ticket against the tasks' own, a sentence each."""
-        matrix, others = self.transfer(), self.elsewhere()
+        """What is to be said of the universal ticket against others, a sentence each: both are
+        means over the same tasks, which a task's own ticket was not drawn on."""
         if not self.plan.universal:
             return []
-        own = {name: others[name] for name in self.plan.tasks}
-        lines = [
-            _compared("Over all tasks", others[UNIVERSAL], mean([*own.values()]), "the tasks' mean")
-        ]
-        lines += [
-            _compared("Over all tasks", others[UNIVERSAL], others[name], name)
-            for name in others
-            if name != UNIVERSAL
-        ]
-        for task in self.plan.tasks:
-            rest = [matrix[name][task] for name in self.plan.tasks if name != task]
-            value = matrix[UNIVERSAL][task]
-            lines.append(_compared(f"On {task}", value, mean(rest), "the mean of other tasks'"))
+        matrix, tasks = self.transfer(), self.plan.tasks
+        universal, others = matrix[UNIVERSAL], self.elsewhere()
+        overall = mean([*universal.values()])
+        lines = [_compared("Over all tasks", overall, others["one-shot"], "the one-shot one")]
+        if len(tasks) == 1:
+            return lines
+        own = mean([others[name] for name in tasks])
+        lines.append(_compared("Over all tasks", overall, own, "the mean of other tasks'"))
+        for name in tasks:
+            there = mean([value for task, value in universal.items() if task != name])
+            lines.append(_compared(f"On tasks but {name}", there, others[name], f"that of {name}"))
+        for task in tasks:
+            rest = mean([matrix[name][task] for name in tasks if name != task])
+            lines.append(_compared(f"On {task}", universal[task], rest, "the mean of other tasks'"))
         return lines
 
     def figures(self) -> dict[str, Any]:

@@ -124,7 +124,17 @@ class MaskedLM(_Encoder):
         model: a ``BertForMaskedLM``, or another whose encoder is ``base_model`` and whose head is
             ``cls``.
         tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: the model has no ``cls``.
     """
+
+    def __init__(self, model: Any, tokenizer: Any):
+        if not hasattr(model, "cls"):
+            raise ValueError(
+                f"masked words need BERT's head, `cls`, which {type(model).__name__} does not have"
+            )
+        super().__init__(model, tokenizer)
 
     def forward(self, ids: Tensor, chosen: Tensor) -> Tensor:
         """ids ``[n, length]``, chosen bool ``[n, length]`` -> logits ``[chosen, vocabulary]``."""

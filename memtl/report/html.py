@@ -13,13 +13,13 @@ STYLE = """
   color-scheme: light dark;
   --ink: #1f2430; --quiet: #596172; --muted: #dfe3ea; --surface: #ffffff; --raised: #f6f7f9;
   --series-0: #6b7280; --series-1: #2563eb; --series-2: #c2570c;
-  --series-3: #0d8a6a; --series-4: #9333b8; --series-5: #b4233a;
+  --series-3: #0d8a6a; --series-4: #9333b8; --series-5: #b4233a; --series-6: #8a6500;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ink: #e7eaf0; --quiet: #a4acbb; --muted: #343b48; --surface: #14171d; --raised: #1c2028;
     --series-0: #9aa3b2; --series-1: #6ea8ff; --series-2: #f29b54;
-    --series-3: #3ecf9f; --series-4: #cf8af0; --series-5: #ff7d8f;
+    --series-3: #3ecf9f; --series-4: #cf8af0; --series-5: #ff7d8f; --series-6: #e0bf4a;
   }
 }
 * { box-sizing: border-box; }

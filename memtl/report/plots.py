@@ -23,6 +23,7 @@ COLOURS = {
     "series-3": ("#a1b2c3", "#0d8a6a"),
     "series-4": ("#a1b2c4", "#9333b8"),
     "series-5": ("#a1b2c5", "#b4233a"),
+    "series-6": ("#a1b2c6", "#8a6500"),
 }
 MARKERS = "oD^sPv"
 _SERIES = [name for name in COLOURS if name.startswith("series-")]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .digits import Task
 from .split import Split
-from .text import VAL_SEED, VAL_SHARE, datasets_library, encode, outputs
+from .text import VAL_SEED, VAL_SHARE, check_finite, datasets_library, encode, outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,12 @@ def pearson(model: nn.Module, split: Split, *, batch_size: int = 256) -> float:
 
     Raises:
         ValueError: there are fewer than two samples.
+        FloatingPointError: an output is not finite.
     """
     if len(split) < 2:
         raise ValueError(f"a correlation needs at least 2 samples, got {len(split)}")
     given = torch.cat(outputs(model, split.images, batch_size)).double().cpu()
+    check_finite(given)
     both = torch.stack([given, split.labels.double()])
     both = both - both.mean(1, keepdim=True)
     scale = both.norm(dim=1).prod()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .digits import Task
 from .split import Split
-from .text import VAL_SEED, VAL_SHARE, datasets_library, outputs
+from .text import CHUNK, VAL_SEED, VAL_SHARE, check_finite, datasets_library, outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,28 @@ def load_squad(tokenizer: Any, max_length: int = 384, stride: int = 128) -> Task
 def windows(rows: Any, tokenizer: Any, max_length: int, stride: int) -> Questions:
     """The windows over questions and contexts; ``rows`` has SQuAD's columns."""
     questions, contexts, answers = (list(rows[c]) for c in ("question", "context", "answers"))
+    examples: list[int] = []
+    parts = []
+    for start in range(0, len(questions), CHUNK):
+        part = slice(start, start + CHUNK)
+        of, *tensors = _windows(
+            questions[part], contexts[part], answers[part], tokenizer, max_length, stride
+        )
+        examples += [start + example for example in of]
+        parts.append(tensors)
+    ids, labels, offsets = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return Questions(ids, labels, examples, offsets, contexts, [a["text"] for a in answers])
+
+
+def _windows(
+    questions: list[str],
+    contexts: list[str],
+    answers: list[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Of each window its question, tokens, label and offsets, as :class:`Questions` has them."""
     coded = tokenizer(
         questions, contexts, truncation="only_second", max_length=max_length, stride=stride,
         return_overflowing_tokens=True, return_offsets_mapping=True, padding="max_length",
@@ -78,8 +100,7 @@ def windows(rows: Any, tokenizer: Any, max_length: int, stride: int) -> Question
         end = ((offsets[window, :, 0] < last) & (offsets[window, :, 1] >= last)).nonzero()
         if len(begin) and len(end):
             labels[window] = torch.stack([begin[0, 0], end[0, 0]])
-    ids = torch.tensor(coded["input_ids"])
-    return Questions(ids, labels, examples, offsets, contexts, [a["text"] for a in answers])
+    return examples, torch.tensor(coded["input_ids"]), labels, offsets
 
 
 @torch.no_grad()
@@ -91,6 +112,7 @@ def span_f1(
     Raises:
         TypeError: the split is not one of questions.
         ValueError: there is none.
+        FloatingPointError: an output is not finite.
     """
     if not isinstance(split, Questions):
         raise TypeError(f"expected the windows of questions, got a {type(split).__name__}")
@@ -99,6 +121,7 @@ def span_f1(
     best: dict[int, tuple[float, str]] = {}
     window = 0
     for first, last in outputs(model, split.images, batch_size):
+        check_finite(torch.stack([first, last]))
         for starts, ends in zip(first.float().cpu(), last.float().cpu(), strict=True):
             offsets = split.offsets[window, : len(starts)]
             outside = offsets[:, 0] < 0

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from ..training import evaluating
 from . import docstrings
 from .digits import Task
 from .split import Split
 
 MAX_LENGTH = 64
 """Tokens of a docstring, with the two or three special ones; what is beyond is cut off."""
+
+CHUNK = 2000
+"""Texts that are given to a tokenizer at once: what it returns takes a hundred times the room of
+the identifiers."""
 
 VAL_SHARE, VAL_SEED = 0.1, 0
 """What of a training set is kept for choices, where the task has no set for that."""
@@ -30,17 +36,23 @@ def encode(
         max_length: tokens of a text with the special ones.
 
     Returns:
-        ``[n, length]`` int64, filled up with the tokenizer's padding to the longest.
+        ``[n, length]`` int64, filled up at the end with the tokenizer's padding to the longest.
 
     Raises:
-        ValueError: If there is no text.
+        ValueError: If there is no text, or the tokenizer has no padding.
     """
     if not len(texts):
         raise ValueError("expected at least one text, got none")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"this {type(tokenizer).__name__} has no token for padding")
     pairs = not isinstance(texts[0], str)
     columns = list(map(list, zip(*texts, strict=True))) if pairs else [list(texts)]
-    coded = tokenizer(*columns, truncation=True, max_length=max_length, padding="longest")
-    return torch.tensor(coded["input_ids"], dtype=torch.int64)
+    rows: list[Tensor] = []
+    for start in range(0, len(texts), CHUNK):
+        part = (column[start : start + CHUNK] for column in columns)
+        coded = tokenizer(*part, truncation=True, max_length=max_length)
+        rows += [torch.tensor(ids, dtype=torch.int64) for ids in coded["input_ids"]]
+    return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
 def load_docstrings(task: str, tokenizer: Any, max_length: int = MAX_LENGTH) -> Task:
@@ -94,15 +106,23 @@ def load_docstrings_mlm(tokenizer: Any, max_length: int = MAX_LENGTH) -> Task:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Any, batch_size: int) -> list[Any]:
     """What ``model`` gives, in evaluation mode, a batch at a time."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    with evaluating(model):
         return [model(batch.to(device)) for batch in images.split(batch_size)]
-    finally:
-        model.train(training)
+
+
+def check_finite(given: Tensor) -> None:
+    """Raises FloatingPointError where an output, of which a score is made, is not finite."""
+    if not given.isfinite().all():
+        raise FloatingPointError("the model gives values that are not finite: they have no score")
 
 
 def datasets_library() -> Any:
+    """``datasets``.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
     try:
         import datasets
     except ImportError as error:

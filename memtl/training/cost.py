@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import memory
-from .loop import Settings, Step, loss_of
+from .loop import Settings, Step, loss_of, seeded
 from .progress import track
 
 
@@ -73,7 +73,8 @@ def _footprint(way: Way) -> tuple[int, int | None]:
     model = way.build()
 
     def loss() -> Tensor:
-        return loss_of(model, way.images, way.labels)
+        with seeded(0, way.images.device):  # what an objective draws is the same for all ways
+            return loss_of(model, way.images, way.labels)
 
     loss().backward()  # gradients and one-time buffers are there before anything counts
     with memory.SavedTensors(model) as tensors:

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -186,6 +187,25 @@ def test_a_run_that_diverges_is_a_result(model, whole, monkeypatch):
     setup = Setup(model, whole, 15, 2, 8, 1)
     done = work.run(setup, setup.key(Cell("package", "dense", "", 0, 0)))
     assert (done.score, done.error) == (None, "the loss is nan")
+
+
+def test_a_process_that_dies_is_told(model, tmp_path, monkeypatch, capsys):
+    def dying(*arguments):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(command, "run", dying)
+    assert main(arguments(model, tmp_path)) == 1
+    assert "goes on where it was" in capsys.readouterr().err
+
+
+def test_an_encoder_without_berts_head_has_no_universal_ticket(model, tmp_path, capsys):
+    config = transformers.DistilBertConfig(vocab_size=500, dim=32, n_layers=1, n_heads=2)
+    transformers.DistilBertForMaskedLM(config).save_pretrained(tmp_path / "other")
+    Encoder(model).tokenizer.save_pretrained(tmp_path / "other")
+    call = arguments(str(tmp_path / "other"), tmp_path / "out")
+    assert main(call) == 2
+    assert "--mlm-steps 0 leaves the universal ticket out" in capsys.readouterr().err
+    assert main([*call, "--mlm-steps", "0", "--plan"]) == 0
 
 
 def test_tuning(model, tmp_path, capsys):

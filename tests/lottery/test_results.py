@@ -3,6 +3,7 @@ import json
 import pytest
 
 from memtl.lottery import Plan, Results
+from memtl.lottery.page import _tiles
 
 PLAN = Plan(("a", "b"), 2, (50, 70), (50,), 70)
 BASE = {"dense": 0.80, "iterative": 0.79, "one-shot": 0.5, "random": 0.4, "shuffled": 0.45}
@@ -56,10 +57,10 @@ def test_transfer(results):
     }
     assert results.transfer_table().rows[0] == ("a", "-1.0", "-11.0", "-11.0")
     assert results.universal() == [
-        "Over all tasks, the universal ticket (-1.5) is above the tasks' mean (-11.0).",
-        "Over all tasks, the universal ticket (-1.5) is above a (-11.0).",
-        "Over all tasks, the universal ticket (-1.5) is above b (-11.0).",
-        "Over all tasks, the universal ticket (-1.5) is above one-shot (-30.0).",
+        "Over all tasks, the universal ticket (-1.5) is above the one-shot one (-30.0).",
+        "Over all tasks, the universal ticket (-1.5) is above the mean of other tasks' (-11.0).",
+        "On tasks but a, the universal ticket (-1.0) is above that of a (-11.0).",
+        "On tasks but b, the universal ticket (-2.0) is above that of b (-11.0).",
         "On a, the universal ticket (-2.0) is above the mean of other tasks' (-11.0).",
         "On b, the universal ticket (-1.0) is above the mean of other tasks' (-11.0).",
     ]
@@ -80,6 +81,20 @@ def test_a_run_that_diverged_is_no_score(results):
         for v in results.figures()["verdicts"]
         if (v["task"], v["scheme"], v["sparsity"]) == ("a", "universal (mlm)", 70)
     )
+
+
+def test_one_task_has_no_other():
+    plan = Plan(("a",), 2, (70,), (), 70)
+    assert Results(plan, {cell: score(cell) for cell in plan.cells()}).universal() == [
+        "Over all tasks, the universal ticket (-2.0) is above the one-shot one (-30.0)."
+    ]
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "not decided"), (2, "70 %")])
+def test_what_one_run_does_not_decide(seeds, said):
+    plan = Plan(("a",), seeds, (70,), (), 70)
+    results = Results(plan, {cell: score(cell) for cell in plan.cells()})
+    assert _tiles(results)["sparsest matching ticket, a"] == said
 
 
 def test_figures_are_ready_for_json(results):

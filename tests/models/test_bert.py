@@ -83,6 +83,11 @@ def test_logits_are_made_of_masked_places_alone():
     assert torch.allclose(model.eval()(ids, chosen), whole[chosen], atol=1e-6)
 
 
+def test_masked_words_need_berts_head():
+    with pytest.raises(ValueError, match="`cls`, which BertForSequenceClassification does not"):
+        MaskedLM(encoders.classifier(), WORDS)
+
+
 def test_a_number_is_learned():
     torch.manual_seed(0)
     ids = encode(WORDS, ["the cat", "a dog"] * 16)

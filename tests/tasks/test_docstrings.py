@@ -39,6 +39,11 @@ def test_what_a_file_says(tmp_path):
         ("Of a function inside.", "function"),
         ("Of the coroutine.", "function"),
     ]
+    path.write_text(
+        "try:\n    import a\nexcept ImportError:\n    def f():\n        'Of a way out.'\n"
+        "match 1:\n    case 1:\n        class A:\n            'Of a case.'\n"
+    )
+    assert docstrings._read(path) == [("Of a way out.", "function"), ("Of a case.", "class")]
     path.write_text("print 'of another Python'")
     assert docstrings._read(path) == []
 

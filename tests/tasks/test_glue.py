@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from memtl.tasks import Split
+from memtl.tasks import squad as module
 from memtl.tasks.glue import GLUE, load_glue, pearson
 from memtl.tasks.squad import load_squad, span_f1, windows, word_f1
 
@@ -93,6 +94,23 @@ def test_pearson():
         pearson(model, Split(x[:1], labels[:1]))
 
 
+def test_what_is_not_finite_has_no_score():
+    x = torch.full((4, 1), torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        pearson(Column(1, 1), Split(x, x[:, 0]))
+    split = windows(squad("what is it ?", "small dog"), WORDS, 16, 4)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        span_f1(Column(1, 1), split)
+
+
+class Column(torch.nn.Linear):
+    """Gives NaN for numbers, and for tokens."""
+
+    def forward(self, x):
+        nan = torch.full(x.shape, torch.nan)
+        return (nan, nan) if x.dtype == torch.int64 else nan[:, 0]
+
+
 CONTEXT = "the big cat sat on the red mat . the small dog ran in the blue house ."
 
 
@@ -117,6 +135,17 @@ def test_windows_hold_the_answer(text):
         question = (offsets[:, 0] < 0).nonzero()[:, 0].tolist()
         assert question[:6] == [0, 1, 2, 3, 4, 5]
     assert held >= 1
+
+
+def test_windows_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    several = [squad("what is it ?", text) for text in ("red mat", "small dog", "blue house")]
+    rows = {column: [row[column][0] for row in several] for column in several[0]}
+    whole = windows(rows, WORDS, 16, 4)
+    monkeypatch.setattr(module, "CHUNK", 2)
+    found = windows(rows, WORDS, 16, 4)
+    for name in ("images", "labels", "offsets"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert found.examples == whole.examples and {*found.examples} == {0, 1, 2}
 
 
 def test_the_best_span_of_all_windows_is_scored():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from memtl.tasks import docstrings
+from memtl.tasks import docstrings, text
 from memtl.tasks.text import encode, load_docstrings, load_docstrings_mlm, outputs
 
 pytest.importorskip("transformers")
@@ -22,6 +22,20 @@ def test_encode_cuts_the_longer_of_a_pair():
     assert WORDS.convert_ids_to_tokens(ids[0].tolist()) == (
         "[CLS] the cat sat [SEP] a dog [SEP]".split()
     )
+
+
+def test_encode_does_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    texts = ["the cat sat", "a dog", "the big red bird flew", "a", "the mat"]
+    expected = WORDS(texts, padding="longest", return_tensors="pt")["input_ids"]
+    monkeypatch.setattr(text, "CHUNK", 2)
+    assert torch.equal(encode(WORDS, texts), expected)
+
+
+def test_encode_needs_padding():
+    words = encoders.tokenizer()
+    words.pad_token = None
+    with pytest.raises(ValueError, match="no token for padding"):
+        encode(words, ["a dog"])
 
 
 def test_encode_nothing():
@@ -51,9 +65,11 @@ def test_long_docstrings_are_several_samples():
 
 
 def test_outputs_are_those_of_evaluation():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU().eval()
+    )
     x = torch.randn(5, 3)
     found = torch.cat(outputs(model, x, 2))
-    assert model.training
+    assert model.training and not model[2].training
     with torch.no_grad():
         assert torch.equal(found, model.eval()(x))
