@@ -166,10 +166,13 @@ def corrupt(
         The tokens, corrupted, and bool ``[n, length]``, which of them are to be predicted: at
         least one.
     """
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    specials = torch.tensor(tokenizer.all_special_ids, device=ids.device)
+    special = torch.isin(ids, specials)
     draw = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(special, 2.0)
     chosen = draw < max(MASKED, draw.min().item() + 1e-7)
     way = torch.rand(ids.shape, generator=generator).to(ids.device)
     others = torch.randint(tokenizer.vocab_size, ids.shape, generator=generator).to(ids.device)
+    # Padding and types are told by special tokens: chance must not put one anywhere.
+    others = torch.where(torch.isin(others, specials), tokenizer.mask_token_id, others)
     corrupted = torch.where(chosen & (way < 0.8), tokenizer.mask_token_id, ids)
     return torch.where(chosen & (way >= 0.9), others, corrupted), chosen

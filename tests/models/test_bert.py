@@ -49,9 +49,18 @@ def test_corruption():
     share = chosen[:, 1:40].float().mean().item()
     assert share == pytest.approx(0.15, abs=0.015)
     masked = corrupted[chosen] == WORDS.mask_token_id
-    assert masked.float().mean().item() == pytest.approx(0.8, abs=0.04)
+    specials = 0.1 * 5 / len(encoders.WORDS)  # of those at random, which are masked instead
+    assert masked.float().mean().item() == pytest.approx(0.8 + specials, abs=0.03)
     left = corrupted[chosen] == ids[chosen]
     assert left.float().mean().item() == pytest.approx(0.1 + 0.1 / len(WORDS), abs=0.03)
+
+
+def test_chance_puts_no_special_token_anywhere():
+    torch.manual_seed(0)
+    ids = torch.randint(5, len(encoders.WORDS), (2000, 20))
+    corrupted, chosen = corrupt(ids, WORDS)
+    special = torch.isin(corrupted, torch.tensor(WORDS.all_special_ids))
+    assert special.any() and (corrupted[special] == WORDS.mask_token_id).all()
 
 
 def test_at_least_one_token_is_masked():
