@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memtl.assets import build
+from memtl.report.arguments import count
 from memtl.tasks.digits import Split
 from memtl.tasks.glyphs import CLASSES, HELDOUT_FONTS, Glyphs
 
@@ -181,13 +182,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def positive_integer(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: pre-train, evaluate on held-out fonts, write the two files."""
     parser = argparse.ArgumentParser(
@@ -197,10 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("network", choices=RECIPES, help="a vision transformer or a MobileNetV2")
     parser.add_argument(
-        "--steps", type=positive_integer, default=argparse.SUPPRESS,
+        "--steps", type=count, default=argparse.SUPPRESS,
         help="optimiser steps (default: as the shipped network)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive_integer, default=64, help="glyphs per step")
+    parser.add_argument("--batch-size", type=count, default=64, help="glyphs per step")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files")
     options = parser.parse_args(arguments)

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from memtl.assets.pretrain import positive_integer
 from memtl.models.bert import MaskedLM
+from memtl.report.arguments import count
 from memtl.tasks import docstrings
 from memtl.tasks.text import load_docstrings_mlm
 from memtl.training import Settings, evaluate, fit
@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Pre-train a small BERT on the docstrings of Python's standard library.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive_integer, default=6000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=positive_integer, default=64, help="texts per step")
+    parser.add_argument("--steps", type=count, default=6000, help="optimiser steps")
+    parser.add_argument("--batch-size", type=count, default=64, help="texts per step")
     parser.add_argument("--seed", type=int, default=0, help="of weights, masks and batches")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the folder")
     options = parser.parse_args(arguments)

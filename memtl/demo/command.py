@@ -11,12 +11,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import assets
 from ..methods import BackRazorConfig
 from ..report import Table, check_device, environment, mean_std
+from ..report.arguments import count, writable
 from ..tasks import Task
 from ..training import Settings
 from .experiments import EXPERIMENTS, FULL, Experiment, Method, methods
@@ -169,18 +169,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="handwritten digits, or the digit of every pixel where several are scattered; "
         "with bert: what docstrings are about, or masked words in them (digits)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs a method (1)")
+    parser.add_argument("--seeds", type=count, default=1, metavar="N", help="runs a method (1)")
     parser.add_argument(
-        "--steps", type=_count, metavar="N", help="steps a run (120; segmentation and bert 240)"
+        "--steps", type=count, metavar="N", help="steps a run (120; segmentation and bert 240)"
     )
     parser.add_argument(
         "--keep", type=_fraction, nargs="+", default=[0.1, 0.03], metavar="FRACTION",
         help="what Back Razor keeps of a linear layer's input (0.1 0.03)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--json", type=_file, metavar="PATH", help="write every figure there too")
     parser.add_argument(
-        "--html", type=_file, default="demo.html", metavar="PATH", help="the report (demo.html)"
+        "--json", type=writable, metavar="PATH", help="write every figure there too"
+    )
+    parser.add_argument(
+        "--html", type=writable, default="demo.html", metavar="PATH", help="the report (demo.html)"
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"see it work: {QUICK_STEPS} steps, few measurements"
@@ -200,22 +202,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def _fraction(text: str) -> float:
     try:
         return BackRazorConfig(keep=float(text)).keep
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot be written: {text} (is its folder there?)")
-    return path

@@ -18,6 +18,7 @@ import memtl
 
 from .. import assets
 from ..report import Journal, Table, check_device, environment, mean_std
+from ..report.arguments import count, natural, writable
 from ..training import track
 from . import estimate
 from .experiments import (
@@ -292,7 +293,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)} ({' '.join(DOCSTRINGS)})"
     )
-    parser.add_argument("--seeds", type=_count, metavar="N", help="runs a cell (3)")
+    parser.add_argument("--seeds", type=count, metavar="N", help="runs a cell (3)")
     _percents(parser, "--sparsities", "of tickets, in %% (30 40 50 60 70)")
     _percents(parser, "--control-sparsities", "of random and shuffled ones (30 50 70)", "*")
     parser.add_argument(
@@ -304,23 +305,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="also tickets on permuted weights, at the largest control sparsity",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=_count, metavar="N", help="of a run, and of a round (those of the task)"
+        "--steps", type=count, metavar="N", help="of a run, and of a round (those of the task)"
     )
     parser.add_argument(
-        "--mlm-steps", type=_natural, metavar="N",
+        "--mlm-steps", type=natural, metavar="N",
         help=f"of a round of the universal ticket; 0: there is none ({UNIVERSAL.steps})",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=_count, metavar="N", help="of a fine-tuning (32)")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="of a fine-tuning (32)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
-        "--jobs", type=_count, default=1, metavar="N",
+        "--jobs", type=count, default=1, metavar="N",
         help="processes at once, of one thread each (1: this one, with torch's threads)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("tickets-runs"), metavar="DIR",
         help="folder of runs, tickets and the report (tickets-runs)",
     )  # fmt: skip
-    parser.add_argument("--json", type=_file, metavar="PATH", help="write every figure there too")
+    parser.add_argument(
+        "--json", type=writable, metavar="PATH", help="write every figure there too"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, two tasks, one seed"
     )
@@ -341,24 +344,3 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _percents(parser: argparse.ArgumentParser, name: str, text: str, many: str = "+") -> None:
     parser.add_argument(name, type=int, nargs=many, metavar="PERCENT", help=text)
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot be written: {text} (is its folder there?)")
-    return path
