@@ -2,6 +2,7 @@
 
 from .deeplab import Segmenter
 from .named import NAMES, build, timm_model
+from .normalized import Normalized
 from .proxyless import proxylessnas_mobile
 
-__all__ = ["NAMES", "Segmenter", "build", "proxylessnas_mobile", "timm_model"]
+__all__ = ["NAMES", "Normalized", "Segmenter", "build", "proxylessnas_mobile", "timm_model"]

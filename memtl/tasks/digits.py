@@ -56,7 +56,7 @@ def normalise(ink: Tensor) -> Tensor:
     return (ink - MEAN) / STD
 
 
-def load_digits(size: int = 32) -> Task:
+def load_digits(size: int = 32, *, normalised: bool = True) -> Task:
     """Return scikit-learn's handwritten digits, enlarged and split 1000 / 300 / 497.
 
     The 8x8 images (ink 0 to 16) are scaled to 0..1, resized bilinearly with antialiasing, and
@@ -65,6 +65,8 @@ def load_digits(size: int = 32) -> Task:
 
     Args:
         size: Height and width of the images, in pixels.
+        normalised: False leaves the ink in 0..1, for a model that normalises it
+            (:class:`memtl.models.Normalized`).
 
     Returns:
         A task of 10 classes whose images are ``[n, 1, size, size]`` float32.
@@ -74,12 +76,12 @@ def load_digits(size: int = 32) -> Task:
         ValueError: If ``size`` is less than 1.
         ImportError: If scikit-learn is not installed.
     """
-    images, labels = source(size)
+    images, labels = source(size, normalised=normalised)
     train, val, test = (Split(images[i], labels[i]) for i in stratified(labels, SPLIT_SIZES))
     return Task("digits", 10, train, val, test)
 
 
-def source(size: int) -> tuple[Tensor, Tensor]:
+def source(size: int, *, normalised: bool = True) -> tuple[Tensor, Tensor]:
     """All 1797 images, as :func:`load_digits` makes them and raising as it does, and labels."""
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"size must be an int, got {type(size).__name__}")
@@ -92,7 +94,8 @@ def source(size: int) -> tuple[Tensor, Tensor]:
     digits = datasets.load_digits()
     ink = torch.from_numpy(digits.images).to(torch.float32)[:, None] / 16
     ink = F.interpolate(ink, size=(size, size), mode="bilinear", antialias=True)
-    return normalise(ink), torch.from_numpy(digits.target).to(torch.int64)
+    ink = ink.clamp(0, 1)  # which rounding may leave
+    return normalise(ink) if normalised else ink, torch.from_numpy(digits.target).to(torch.int64)
 
 
 def stratified(labels: Tensor, sizes: tuple[int, int, int]) -> list[Sequence[int]]:

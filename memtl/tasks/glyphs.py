@@ -199,6 +199,8 @@ class Glyphs:
 
     Args:
         fonts: Names of the fonts of :meth:`batch`; default :func:`training_fonts`.
+        normalised: False leaves the ink in 0..1, for a model that normalises it
+            (:class:`memtl.models.Normalized`).
 
     Raises:
         ValueError: If ``fonts`` is empty, or names a font that is not usable.
@@ -207,10 +209,11 @@ class Glyphs:
 
     num_classes = len(CLASSES)
 
-    def __init__(self, fonts: Sequence[str] | None = None) -> None:
+    def __init__(self, fonts: Sequence[str] | None = None, *, normalised: bool = True) -> None:
         self.fonts = tuple(training_fonts() if fonts is None else fonts)
         if not self.fonts:
             raise ValueError("fonts must name at least one font, got none")
+        self._normalised = normalised
         self._sheets = torch.stack([render(font) for font in self.fonts])
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -221,7 +224,7 @@ class Glyphs:
             generator: CPU generator; its state alone decides the batch.
 
         Returns:
-            Normalised images ``[n, 1, 32, 32]`` float32 and labels ``[n]`` int64.
+            Images ``[n, 1, 32, 32]`` float32 and labels ``[n]`` int64.
 
         Raises:
             TypeError: If ``n`` is not an int, or ``generator`` not a ``torch.Generator``.
@@ -236,7 +239,10 @@ class Glyphs:
         fonts = torch.randint(len(self.fonts), (n,), generator=generator)
         labels = torch.randint(self.num_classes, (n,), generator=generator)
         ink = self._sheets[fonts, labels].unsqueeze(1).float() / 255
-        return normalise(augment(ink, generator)), labels
+        return self._finish(augment(ink, generator)), labels
+
+    def _finish(self, ink: Tensor) -> Tensor:
+        return normalise(ink) if self._normalised else ink
 
     @cached_property
     def heldout(self) -> Split:
@@ -247,4 +253,4 @@ class Glyphs:
         sheets = torch.stack([render(font) for font in HELDOUT_FONTS])
         ink = sheets.view(-1, 1, _RENDER, _RENDER).repeat(8, 1, 1, 1).float() / 255
         labels = torch.arange(self.num_classes).repeat(8 * len(HELDOUT_FONTS))
-        return Split(normalise(augment(ink, torch.Generator().manual_seed(0))), labels)
+        return Split(self._finish(augment(ink, torch.Generator().manual_seed(0))), labels)

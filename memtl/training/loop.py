@@ -115,19 +115,28 @@ def loss_of(
     return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
+Objective = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+"""Of a model, images, labels and label smoothing, the loss."""
+
+
 class Step:
-    """Training, one step a call: forward, loss, backward, optimiser. Calling it returns the loss,
-    to which ``penalty``, a function of the weights, is added.
+    """Training, one step a call: forward, loss, backward, optimiser. Calling it returns the loss
+    that ``objective`` gives, to which ``penalty``, a function of the weights, is added.
 
     Raises:
         ValueError: no parameter of ``model`` requires a gradient.
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, penalty: Callable[[], Tensor] | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        penalty: Callable[[], Tensor] | None = None,
+        objective: Objective = loss_of,
     ):
         self.model = model
         self.penalty = penalty
+        self.objective = objective
         self.settings = settings
         self.done = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -146,7 +155,7 @@ class Step:
         """Raises FloatingPointError, before any weight is touched, where the loss is not finite."""
         settings = self.settings
         rate = settings.rate(self.done)
-        loss = loss_of(self.model, images, labels, settings.label_smoothing)
+        loss = self.objective(self.model, images, labels, settings.label_smoothing)
         if self.penalty is not None:
             loss = loss + self.penalty()
         value = loss.item()
@@ -174,6 +183,7 @@ def fit(
     *,
     metric: str = "accuracy",
     penalty: Callable[[], Tensor] | None = None,
+    objective: Objective = loss_of,
     on_step: Callable[[int], None] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -188,6 +198,8 @@ def fit(
             pixel has a label.
         metric: of the evaluation, one of :data:`METRICS`.
         penalty: as in :class:`Step`.
+        objective: what is minimised: the cross-entropy, or one of
+            :mod:`memtl.training.attacks`.
         on_step: is called after every step, with how many there have been.
         device: where to train; the model is moved there. None: where it is.
         progress: as in :func:`track`; ``description`` is what its bar says.
@@ -208,7 +220,7 @@ def fit(
         )
     device = _device(model) if device is None else torch.device(device)
     model.to(device).train()
-    step = Step(model, settings, penalty)
+    step = Step(model, settings, penalty, objective)
     losses, seconds = [], []
     with seeded(settings.seed, device):
         bar = track(_batches(train, settings), description, progress=progress, total=settings.steps)

@@ -50,4 +50,5 @@ for _ in range(2):
         for t in (whole, gradient):
             assert (t[positions] == 0).all() and (t[~positions] != 0).float().mean() > 0.9, name
 assert Ticket.of(sharded) == ticket
+dist.barrier()  # a process that ends first would cut the other one's connection
 dist.destroy_process_group()

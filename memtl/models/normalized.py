@@ -1,0 +1,53 @@
+"""A model that normalises its input itself, and so takes images in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalized(nn.Module):
+    """``model`` behind ``(x - mean) / std``: a ball of a radius in pixels has then its meaning.
+
+    Args:
+        model: takes normalised images ``[n, C, H, W]``; it is the attribute ``model``.
+        mean, std: in pixel units of [0, 1], a number or one a channel.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a deviation is not positive, the numbers of channels differ, or ``model`` has a
+            normalisation already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, mean: float | Sequence[float], std: float | Sequence[float]
+    ):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if any(isinstance(module, Normalized) for module in model.modules()):
+            raise ValueError(f"this {type(model).__name__} normalises its input already")
+        values = [torch.as_tensor(v, dtype=torch.float32).reshape(-1) for v in (mean, std)]
+        if len(values[0]) != len(values[1]) or not len(values[0]):
+            raise ValueError(f"mean and std must be of as many channels, got {mean} and {std}")
+        if not ((values[1] > 0) & values[1].isfinite() & values[0].isfinite()).all():
+            raise ValueError(f"mean must be finite and std positive, got {mean} and {std}")
+        self.model = model
+        for name, value in zip(("mean", "std"), values, strict=True):
+            self.register_buffer(name, value.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        channels = self.mean.shape[1]
+        if channels > 1 and x.shape[1] != channels:
+            raise ValueError(f"images must have {channels} channels, got {list(x.shape)}")
+        return self.model((x - self.mean.to(x.dtype)) / self.std.to(x.dtype), *args, **kwargs)
+
+    def get_classifier(self) -> Any:
+        """That of the model, as timm's have it."""
+        return self.model.get_classifier()  # type: ignore[operator]
