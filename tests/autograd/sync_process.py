@@ -23,4 +23,5 @@ torch.save(
      "var": var},
     f"{store}.{rank}",
 )  # fmt: skip
+dist.barrier()  # a process that ends first would cut the other one's connection
 dist.destroy_process_group()
