@@ -18,6 +18,7 @@ from ...nn.report import plain_name
 from ...nn.sparse import SparseLinear, can_be_sparse
 from .config import TicketConfig
 from .masks import check_mask, random_masks
+from .materialise import Materialised, materialise
 from .saved import read, write
 from .scope import Weight, backbone_of, check_unmasked, inner_model, named_weights
 
@@ -105,6 +106,9 @@ class Ticket:
     """Which weights of a network survive. Made by :func:`memtl.draw_ticket`, :meth:`load` and
     :meth:`of`; two are equal if their masks are.
 
+    Where whole channels are pruned, the masks are also of the biases and the norms' vectors that
+    go with them. Those are not counted as weights.
+
     Attributes:
         masks: by the name of the weight in the backbone, uint8 [ceil(numel / 8)], row by row, least
             significant bit first, on the CPU.
@@ -132,6 +136,15 @@ class Ticket:
     @property
     def layers(self) -> tuple[TicketLayer, ...]:
         """Every weight with its shape and what of it survives."""
+        return tuple(layer for layer in self._every if len(layer.shape) > 1)
+
+    @property
+    def vectors(self) -> tuple[TicketLayer, ...]:
+        """Every bias, and scale or shift of a norm, that pruned channels have a part of."""
+        return tuple(layer for layer in self._every if len(layer.shape) == 1)
+
+    @property
+    def _every(self) -> tuple[TicketLayer, ...]:
         return tuple(
             TicketLayer(name, self.shapes[name], count_bits(bits))
             for name, bits in self.masks.items()
@@ -222,14 +235,11 @@ class Ticket:
         running: list[str] = []
         for module, names in inside.items():
             masks = {key: bits[name] for key, name in names.items()}
-            density = None if sparse else layers[next(iter(names.values()))].density
-            if (
-                sparse is not False
-                and names.keys() == {"weight"}
-                and can_be_sparse(module, density)
-            ):
+            weight = layers.get(names.get("weight", ""))
+            density = None if sparse or weight is None else weight.density
+            if sparse is not False and weight is not None and can_be_sparse(module, density):
                 mask_weights(module, masks, SparseLinear, memtl_density=density)
-                running += names.values()
+                running.append(weight.name)
             else:
                 mask_weights(module, masks)
         model.__dict__[RECORD] = (self.config, self.source)
@@ -266,6 +276,35 @@ class Ticket:
         for module in {module: None for _, _, module, _ in masked_weights(model)}:
             unmask_weights(module)
         del model.__dict__[RECORD]
+
+    def materialise(self, model: nn.Module) -> Materialised:
+        """A smaller copy of ``model`` without the channels that the ticket prunes: the same class,
+        modules and names, smaller tensors, and in evaluation mode the outputs of the model under
+        this ticket, up to rounding.
+
+        A channel goes where every layer behind it can do without: where it is zero, or a constant
+        that goes into the bias of an unpadded convolution or a linear layer. In a residual sum it
+        is pruned in all summands then, and in a convolution with groups all of a group are. What
+        cannot go stays, pruned, and is reported. Channels are followed through convolutions,
+        linear layers, batch norms, activations, pooling, sums, products, concatenation and
+        flattening; where anything else reads them they stay.
+
+        The copy has no ticket; :attr:`Materialised.ticket` is what is left of this one. Attributes
+        of a model that repeat its layers' sizes are as they were (timm's ``num_features``, by which
+        a new head is made), so give the model its head first, and its optimizer afterwards.
+
+        Args:
+            model: any that has the ticket's weights, whether or not the ticket is applied. It stays
+                as it is.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: no whole channel is pruned; the model cannot be traced by torch.fx; it has
+                another ticket; or as :meth:`apply`.
+
+        Memory: the copy, of the whole model at first.
+        """
+        return materialise(self, model)
 
     @staticmethod
     def of(model: nn.Module) -> Ticket:
@@ -309,7 +348,7 @@ class Ticket:
         Raises:
             ValueError: there are none, or they have other shapes.
         """
-        common = [name for name in self.masks if name in other.masks]
+        common = [layer.name for layer in self.layers if layer.name in other.masks]
         if not common:
             raise ValueError("the tickets have no weight in common")
         for name in common:
@@ -343,11 +382,11 @@ class Ticket:
                     self.masks[layer.name].to(w.device),
                     layer.kept,
                 ).cpu()
-                for layer in self.layers
+                for layer in self._every
             }
         path = Path(path)
         about = {"config": self.config.to_dict(), "source": dataclasses.asdict(self.source)}
-        kept = {layer.name: (layer.shape, layer.kept) for layer in self.layers}
+        kept = {layer.name: (layer.shape, layer.kept) for layer in self._every}
         write(path, about, kept, self.masks, values)
         return path
 
