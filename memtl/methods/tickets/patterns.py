@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
     @staticmethod
     def of(shape: Sequence[int], transposed: int = 0) -> Layout:
-        """Of a weight [O, I, ...], or, transposed in so many groups, [groups * I, O, ...]."""
+        """Of a weight [O, I, ...], or, if ``transposed``, of [I, O, ...] in so many groups."""
         if not transposed:
             return Layout(tuple(shape), (0,), 1)
         return Layout((transposed, shape[0] // transposed, *shape[1:]), (0, 2), 1)
@@ -97,24 +97,104 @@ def pattern_masks(
     Memory: the bits; at work a copy of a tensor or two, and a float32 (float64 if one of the scores
     is) for every group, of all tensors together where level is "global".
     """
-    wide = torch.float32
-    if any(s.dtype == torch.float64 for s in scores):
-        wide = torch.float64
-    masks = [None] * len(scores) if given is None else given
+    double = any(s.dtype == torch.float64 for s in scores)
+    wide = torch.float64 if double else torch.float32
+    every = range(len(scores))
 
     def worth(i: int) -> Tensor:
-        return _worth(scores[i], layouts[i], pattern, wide, masks[i])
+        return _worth(scores[i], layouts[i], pattern, wide, None if given is None else given[i])
 
     if counts := n_of_m(pattern):
-        kept = (_largest(worth(i), layouts[i].inputs, *counts) for i in range(len(scores)))
-        return [torch.ops.memtl.bits_pack(mask) for mask in kept]
-    sizes = [s.numel() // _product(layout.groups(pattern)) for s, layout in zip(scores, layouts, strict=True)]
-    every = range(len(scores))
+        found = (_largest(worth(i), layouts[i].inputs, *counts) for i in every)
+        return [torch.ops.memtl.bits_pack(kept) for kept in found]
     bits = []
     for together in [every] if level == "global" else [[i] for i in every]:
+        groups = [worth(i) for i in together]
+        sizes = [scores[i].numel() // g.numel() for i, g in zip(together, groups, strict=True)]
         budget = round(sparsity * sum(scores[i].numel() for i in together))
-        found = _highest([worth(i).flatten() for i in together], [sizes[i] for i in together], budget)
-        for i, mask in zip(together, found, strict=True):
-            mask = mask.view(layouts[i].groups(pattern)).expand(layouts[i].shape)
-            bits.append(torch.ops.memtl.bits_pack(mask))
+        for i, kept in zip(together, _highest(groups, sizes, budget), strict=True):
+            bits.append(torch.ops.memtl.bits_pack(kept.expand(layouts[i].shape)))
     return bits
+
+
+def random_scores(
+    layouts: Sequence[Layout], pattern: str, generator: torch.Generator
+) -> list[Tensor]:
+    """Scores by which any group is as likely to survive as any other."""
+    return [
+        torch.rand(layout.groups(pattern), generator=generator).expand(layout.shape)
+        for layout in layouts
+    ]
+
+
+def shuffled_mask(bits: Tensor, layout: Layout, pattern: str, generator: torch.Generator) -> Tensor:
+    """The bits of as many groups of that pattern, but any; of N:M as many in every M."""
+    mask = _unpacked(bits, layout.shape)
+    if counts := n_of_m(pattern):
+        dim = layout.inputs
+        mask = mask.unflatten(dim, (-1, counts[1]))
+        order = torch.rand(mask.shape, generator=generator).argsort(dim + 1)
+        return torch.ops.memtl.bits_pack(mask.gather(dim + 1, order))
+    groups = mask.amax(layout.grouped(pattern), keepdim=True) if layout.grouped(pattern) else mask
+    order = torch.randperm(groups.numel(), generator=generator)
+    groups = groups.flatten()[order].view(groups.shape)
+    return torch.ops.memtl.bits_pack(groups.expand(layout.shape))
+
+
+def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.ops.memtl.bits_apply(torch.ones(shape, device=bits.device), bits, 1.0) != 0
+
+
+def _worth(
+    scores: Tensor, layout: Layout, pattern: str, dtype: torch.dtype, given: Tensor | None
+) -> Tensor:
+    """The mean magnitude of every group, :meth:`Layout.groups`; -1 if it is pruned already."""
+    worth = scores.detach().reshape(layout.shape).abs()
+    grouped = layout.grouped(pattern)  # none: mean would be over all dimensions
+    worth = worth.mean(grouped, keepdim=True, dtype=dtype) if grouped else worth.to(dtype)
+    if given is not None:
+        there = _unpacked(given, layout.shape)
+        there = there.amax(grouped, keepdim=True) if grouped else there
+        worth = torch.where(there, worth, -1)
+    return worth.contiguous()
+
+
+def _largest(worth: Tensor, dim: int, n: int, m: int) -> Tensor:
+    """Where the n largest of every m consecutive ones along ``dim`` are; of equal ones the first.
+
+    Every two places are compared: of a few, that is a sixth of the time of sorting."""
+    places = [place.contiguous() for place in worth.unflatten(dim, (-1, m)).unbind(dim + 1)]
+    larger = [torch.zeros(places[0].shape, dtype=torch.int16, device=worth.device) for _ in places]
+    for j in range(m):
+        for i in range(j):
+            later = places[j] > places[i]
+            larger[i] += later
+            larger[j] += ~later
+    kept = torch.stack([count < n for count in larger], dim + 1).flatten(dim, dim + 1)
+    return kept & (worth >= 0)
+
+
+def _highest(groups: list[Tensor], sizes: list[int], budget: int) -> list[Tensor]:
+    """Where the groups are that survive when the lowest, of that many elements each, are pruned as
+    long as ``budget`` elements last; of equal ones the last first."""
+    # Bits of numbers that are not negative are in their order, those of -1 are below zero. So the
+    # first number that cannot go as a whole is found by halving the range of bits: nothing is
+    # joined or sorted.
+    whole = torch.int64 if groups[0].dtype == torch.float64 else torch.int32
+    keys = [g.view(whole) for g in groups]
+
+    def below(key: int) -> int:
+        return sum(n * int((k < key).count_nonzero()) for k, n in zip(keys, sizes, strict=True))
+
+    low, high = 0, max(int(k.amax()) for k in keys)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if below(middle) <= budget else (low, middle - 1)
+    left = max(budget - below(low), 0)
+    kept = [k >= low for k in keys]
+    for mask, k, size in reversed(list(zip(kept, keys, sizes, strict=True))):
+        equal = (k == low).flatten().nonzero().flatten()
+        fall = min(len(equal), left // size)
+        mask.view(-1)[equal[len(equal) - fall :]] = False
+        left = left - fall * size if fall == len(equal) else 0
+    return kept
