@@ -114,9 +114,8 @@ def _transposed(model: nn.Module, config: TicketConfig) -> dict[str, int]:
     found = {name: weight.transposed for name, weight in scope.items()}
     if wrong := [name for name, groups in found.items() if groups is None]:
         raise ValueError(
-            f"the pattern {config.pattern!r} is of linear layers and convolutions, but "
-            f"{', '.join(wrong)} is of neither, or of two that read it differently: scope can "
-            "leave weights out"
+            f"the pattern {config.pattern!r} is of linear layers and convolutions, but others read "
+            f"{', '.join(wrong)}, or two read it differently: scope can leave weights out"
         )
     transposed = {name: groups for name, groups in found.items() if groups}
     shapes = {name: weight.parameter.shape for name, weight in scope.items()}
