@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from .flow import Flow
-from .scope import inner_model, named_weights
+from .patterns import Layout, surviving_channels
+from .scope import Weight, inner_model, named_weights
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Those whose weight has a filter for every output channel."""
+if TYPE_CHECKING:
+    from .ticket import Ticket
 
 
 def channel_vectors(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -24,9 +29,8 @@ def channel_vectors(model: nn.Module) -> dict[str, tuple[str, ...]]:
         model: any module.
 
     Returns:
-        For every linear layer and convolution (not a transposed one, which has no filter for a
-        channel) that has any: the name of its weight, and those of the vectors, in the backbone.
-        Their entries are the layer's output channels, in that order.
+        For every layer that has any: the name of its weight, and those of the vectors, in the
+        backbone. Their entries are the layer's output channels, in that order.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -35,22 +39,38 @@ def channel_vectors(model: nn.Module) -> dict[str, tuple[str, ...]]:
     model = inner_model(model)
     named = named_weights(model)
     known = {id(weight.parameter): name for name, weight in named.items()}
-    modules = dict(model.named_modules())
+    names = {module: name for name, module in model.named_modules()}
     try:
         followers = Flow(model, {}).followers
     except ValueError:
         followers = {}
-    found: dict[str, tuple[str, ...]] = {}
-    for name, module in modules.items():
-        weight = known.get(id(module._parameters.get("weight")))
-        if not isinstance(module, LAYERS) or weight is None or named[weight].embedding:
+    found = {}
+    for name, weight in named.items():
+        if not weight.linear or weight.embedding:
             continue
-        own = [module._parameters["bias"]]
-        behind = [modules[follower] for follower in followers.get(name, ())]
-        own += [m._parameters["bias"] for m in behind if isinstance(m, LAYERS)]
-        norms = [m for m in behind if not isinstance(m, LAYERS)]
-        own += [m._parameters.get(key) for m in norms for key in ("weight", "bias")]
-        vectors = [known[id(p)] for p in own if id(p) in known]
-        if vectors:
-            found[weight] = tuple(dict.fromkeys((*found.get(weight, ()), *vectors)))
+        vectors = []
+        for module, key in weight.holders:
+            vectors.append(module._parameters.get(key.replace("weight", "bias")))
+            for follower in followers.get(names[module], ()):
+                norm = model.get_submodule(follower)
+                vectors += [p for p in norm._parameters.values() if p is not None and p.dim() == 1]
+        own = dict.fromkeys(known[id(v)] for v in vectors if id(v) in known)
+        if own:
+            found[name] = tuple(own)
     return found
+
+
+def with_vectors(ticket: Ticket, model: nn.Module) -> Ticket:
+    """:meth:`Ticket.with_vectors`."""
+    shapes = {layer.name: layer.shape for layer in ticket.layers}
+    survivors: dict[str, Tensor] = {}
+    for name, vectors in channel_vectors(model).items():
+        if name in shapes:
+            layout = Layout.of(shapes[name], ticket.transposed.get(name, 0))
+            kept = surviving_channels(ticket.masks[name], layout)
+            for vector in () if kept.all() else vectors:
+                survivors[vector] = survivors.get(vector, torch.ones_like(kept)) & kept
+    masks = {name: ticket.masks[name] for name in shapes}
+    masks |= {name: torch.ops.memtl.bits_pack(kept) for name, kept in survivors.items()}
+    shapes |= {name: tuple(kept.shape) for name, kept in survivors.items()}
+    return dataclasses.replace(ticket, masks=masks, shapes=shapes, values=None)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ...nn.masked import is_masked
 from .flow import Flow
+from .patterns import Layout, surviving_channels, unpacked
 from .scope import inner_model, named_weights
 
 if TYPE_CHECKING:
     from .ticket import Ticket
-
-OPS = torch.ops.memtl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +93,13 @@ def materialise(ticket: Ticket, model: nn.Module) -> Materialised:
         ticket.apply(model, sparse=False)
     ticket.remove(model)  # the pruned weights are zero
     places, surviving = _surviving(ticket, model)
-    dead = {
-        name.removesuffix(".weight"): ~mask.flatten(1).any(1)
-        for name, mask in surviving.items()
-        if mask.dim() > 1 and name.endswith("weight")
+    layouts = {
+        la.name: Layout.of(la.shape, ticket.transposed.get(la.name, 0)) for la in ticket.layers
     }
-    if not any(rows.any() for rows in dead.values()):
+    kept = {places[n]: surviving_channels(ticket.masks[n], layout) for n, layout in layouts.items()}
+    if all(rows.all() for rows in kept.values()):
         raise ValueError(
-            "no whole channel is pruned by this ticket: materialise is for "
-            "TicketConfig(pattern='channel')"
+            "no whole channel is pruned by this ticket: draw one with pattern='channel'"
         )
     flow = Flow(model, surviving)
     before = sum(p.numel() for p in model.parameters())
@@ -116,8 +113,8 @@ def materialise(ticket: Ticket, model: nn.Module) -> Materialised:
     _slice(flow, modules)
     layers = []
     for name, shape in shapes.items():
-        rows = dead.get(name, torch.zeros(shape[0], dtype=torch.bool))
-        left = int((rows & flow.kept(flow.tied[name, "weight", 0])).sum())
+        there = flow.kept(flow.tied[name, "weight", 0])
+        left = int((there & ~kept.get((name, "weight"), there)).sum())
         after = tuple(modules[name]._parameters["weight"].shape)
         layers.append(MaterialisedLayer(name, shape, after, left))
     rest = _rest(ticket, flow, places, surviving)
@@ -136,8 +133,7 @@ def _surviving(
     for name, bits in ticket.masks.items():
         module, key = weights[name].holders[0]
         places[name] = names[module], key
-        ones = torch.ones(ticket.shapes[name])
-        surviving[_joined(*places[name])] = OPS.bits_apply(ones, bits, 1.0).bool()
+        surviving[_joined(*places[name])] = unpacked(bits, ticket.shapes[name])
     return places, surviving
 
 
@@ -189,7 +185,8 @@ def _rest(
             if (ids := flow.tied.get((*place, dim))) is not None:
                 mask = mask.index_select(dim, flow.kept(ids).nonzero().view(-1))
         if not mask.all():
-            masks[name], shapes[name] = OPS.bits_pack(mask), tuple(mask.shape)
+            masks[name], shapes[name] = torch.ops.memtl.bits_pack(mask), tuple(mask.shape)
     if not masks:
         return None
-    return dataclasses.replace(ticket, masks=masks, shapes=shapes, values=None)
+    turned = {name: groups for name, groups in ticket.transposed.items() if name in masks}
+    return dataclasses.replace(ticket, masks=masks, shapes=shapes, values=None, transposed=turned)

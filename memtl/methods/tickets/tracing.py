@@ -36,16 +36,21 @@ KINDS = {
     ),
     "identity": ("torch.nn.modules.linear.Identity",),
     "pool": (
-        *(f"torch.nn.modules.pooling.{kind}Pool{n}d" for n in (1, 2, 3) for kind in (
-            "Max", "AdaptiveAvg", "AdaptiveMax")),
+        *(
+            f"torch.nn.modules.pooling.{kind}Pool{n}d"
+            for n in (1, 2, 3)
+            for kind in ("Max", "AdaptiveAvg", "AdaptiveMax")
+        ),
         "timm.layers.pool2d_same.MaxPool2dSame",
         "torch.nn.modules.upsampling.Upsample",
     ),
     "zeros": (
         *(f"torch.nn.modules.pooling.AvgPool{n}d" for n in (1, 2, 3)),
         "timm.layers.pool2d_same.AvgPool2dSame",
-        *(f"torch.nn.modules.dropout.{name}" for name in (
-            "Dropout", "Dropout1d", "Dropout2d", "Dropout3d")),
+        *(
+            f"torch.nn.modules.dropout.{name}"
+            for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d")
+        ),
         *(f"torch.nn.modules.padding.ZeroPad{n}d" for n in (1, 2, 3)),
     ),
     "flatten": ("torch.nn.modules.flatten.Flatten",),
