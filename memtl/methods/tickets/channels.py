@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .flow import Flow
 from .patterns import Layout, surviving_channels
-from .scope import Weight, inner_model, named_weights
+from .scope import inner_model, named_weights
 
 if TYPE_CHECKING:
     from .ticket import Ticket

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .numbering import Numbering
 from .tracing import layer_kind, pads_with_zeros, trace
 
 POINTWISE = frozenset(
@@ -20,7 +21,8 @@ POINTWISE = frozenset(
     "clip abs neg square sqrt exp".split()
 )
 SAME = frozenset(
-    "contiguous clone detach max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "contiguous clone detach max_pool1d max_pool2d max_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate".split()
 )
 ZEROS = frozenset(
@@ -91,8 +93,7 @@ class Flow:
         self.sizes: dict[tuple[str, str], Tensor] = {}
         self.folds: list[Fold] = []
         self.followers: dict[str, list[str]] = {}
-        self._parents: list[int] = []
-        self._stay: set[int] = set()
+        self._numbers = Numbering()
         self._surviving = surviving
         model, graph = trace(model)
         self._modules = dict(model.named_modules())
@@ -106,34 +107,15 @@ class Flow:
         with torch.no_grad():
             for node in graph.nodes:
                 self._known[node] = self._visit(node)
-        self._settle()
+        self._kept = self._numbers.settle(self.tied.values())
 
-    # Numbers of channels, and which are the same.
-
-    def _new(self, count: int) -> Tensor:
-        start = len(self._parents)
-        self._parents += range(start, start + count)
-        return torch.arange(start, start + count)
-
-    def _root(self, i: int) -> int:
-        while self._parents[i] != i:
-            self._parents[i] = self._parents[self._parents[i]]
-            i = self._parents[i]
-        return i
-
-    def _unite(self, a: Tensor, b: Tensor) -> None:
-        for i, j in zip(a.tolist(), b.tolist(), strict=True):
-            self._parents[self._root(i)] = self._root(j)
-
-    def _keep(self, ids: Tensor) -> None:
-        self._stay.update(ids.tolist())
-
-    def _block(self, *tensors: Channels | None) -> None:
+    def _block(self, *tensors: Channels | None) -> Channels | None:
         """What reads these is not known: their channels stay, and may be anything."""
         for x in tensors:
             if x is not None:
-                self._keep(x.ids)
+                self._numbers.keep(x.ids)
                 x.value.fill_(NAN)
+        return None
 
     def _tie(self, name: str, key: str, dim: int, ids: Tensor) -> None:
         module = self._modules[name]
@@ -141,26 +123,13 @@ class Flow:
         if tensor is None:
             return
         if id(tensor) in self._shared:
-            self._keep(ids)
+            self._numbers.keep(ids)
         before = self.tied.setdefault((name, key, dim), ids)
         if before is not ids:  # it is called again
-            self._unite(before, ids)
+            self._numbers.unite(before, ids)
 
     def _size(self, name: str, attribute: str, ids: Tensor) -> None:
         self.sizes.setdefault((name, attribute), ids)
-
-    def _settle(self) -> None:
-        roots = torch.tensor([self._root(i) for i in range(len(self._parents))], dtype=torch.long)
-        stays = torch.zeros(len(roots), dtype=torch.bool)
-        stays[roots[list(self._stay)]] = True
-        settled = False
-        while not settled:  # a layer keeps a channel, whatever it is
-            settled = True
-            for ids in self.tied.values():
-                if not stays[roots[ids]].any():
-                    stays[roots[ids[0]]] = True
-                    settled = False
-        self._kept = stays[roots]
 
     def kept(self, ids: Tensor) -> Tensor:
         """Which of the channels stay, bool [C]."""
@@ -193,7 +162,8 @@ class Flow:
         if name in ARITHMETIC:
             return self._arithmetic(name, node)
         if len(given) == 1 and x is not None and node.args and self._argument(node, 0) is x:
-            rest = node.args[1:]
+            rest: Any = node.args[1:]
+            options: Any = node.kwargs
             if name in POINTWISE:
                 return self._call(node, name, x)
             if name in SAME:
@@ -201,9 +171,9 @@ class Flow:
             if name in ZEROS:
                 return self._zeros(name, x)
             if name in ("mean", "sum", "amax"):
-                return self._reduced(name, x, *rest, **node.kwargs)
+                return self._reduced(name, x, *rest, **options)
             if name == "flatten":
-                return self._flattened(x, *rest, **node.kwargs)
+                return self._flattened(x, *rest, **options)
         if name in ("view", "reshape") and x is not None and self._is_flatten(node):
             return self._flattened(x, 1)
         return self._block(*given)
@@ -233,16 +203,16 @@ class Flow:
         sums = (taps.double().sum(3).cpu() * constant.view(groups, 1, -1)).sum(2).view(-1)
         if bias is not None:
             sums += bias.detach().double().cpu()
-        ids = self._new(outputs)
+        ids = self._numbers.new(outputs)
         sources = {name}
         if groups > 1:
-            before = self._new(inputs) if x is None else x.ids
+            before = self._numbers.new(inputs) if x is None else x.ids
             if x is None:
-                self._keep(before)
+                self._numbers.keep(before)
             # The channels of a group stay or go together: depthwise, one with its own.
             first = before.view(groups, -1)[:, :1]
-            self._unite(before, first.expand(-1, inputs // groups).flatten())
-            self._unite(ids, first.expand(-1, outputs // groups).flatten())
+            self._numbers.unite(before, first.expand(-1, inputs // groups).flatten())
+            self._numbers.unite(ids, first.expand(-1, outputs // groups).flatten())
             if x is not None and groups == inputs == outputs:
                 self._follow(name, x)
                 sources |= x.sources
@@ -252,7 +222,7 @@ class Flow:
             if bias is not None and self._calls[name] == 1:
                 fixed = ~self._alive(f"{name}.bias", bias)
             needed = alive[0] & (varies | (fixed[:, None] & (value != 0)))
-            self._keep(x.ids[needed.any(0)])
+            self._numbers.keep(x.ids[needed.any(0)])
             self._tie(name, "weight", 1, x.ids)
             self.folds.append(Fold(name, x.ids, constant))
         self._tie(name, "weight", 0, ids)
@@ -377,10 +347,11 @@ class Flow:
             assert x is not None
             return self._mapped(lambda v: function(torch.full_like(v, a), v), x)
         x, y = self._argument(node, 0), self._argument(node, 1)
-        alike = x is not None and y is not None and len(x.ids) == len(y.ids)
-        if not alike or (x.axis, x.spread) != (y.axis, y.spread) or name in QUOTIENTS:
+        if x is None or y is None or name in QUOTIENTS:
             return self._block(x, y)
-        self._unite(x.ids, y.ids)
+        if (len(x.ids), x.axis, x.spread) != (len(y.ids), y.axis, y.spread):
+            return self._block(x, y)
+        self._numbers.unite(x.ids, y.ids)
         value = function(x.value, y.value)
         sources = x.sources & y.sources
         if name in PRODUCTS:
@@ -446,7 +417,8 @@ class Flow:
         given = dim if isinstance(dim, (list, tuple)) else (dim,)
         if x.dims is None or x.spread or options or not all(isinstance(d, int) for d in given):
             return self._block(x)
-        gone = {d if d < 0 else d - x.dims for d in given}
+        dims = x.dims
+        gone = {d if d < 0 else d - dims for d in given}
         if x.axis in gone or -x.dims in gone:
             return self._block(x)
         if name == "sum":
@@ -454,4 +426,4 @@ class Flow:
         if keepdim:
             return dataclasses.replace(x)
         axis = x.axis + sum(d > x.axis for d in gone)
-        return dataclasses.replace(x, axis=axis, dims=x.dims - len(gone))
+        return dataclasses.replace(x, axis=axis, dims=dims - len(gone))

@@ -69,12 +69,10 @@ class Materialised:
         return sum(layer.left for layer in self.layers)
 
     def __str__(self) -> str:
-        share = self.removed / self.channels
-        lines = [
-            f"{self.removed:,} of {self.channels:,} channels removed ({share:.1%}), {self.left:,} "
-            f"pruned ones left; {self.parameters_before:,} parameters before, "
-            f"{self.parameters_after:,} after"
-        ]
+        share = f"{self.removed:,} of {self.channels:,} channels removed"
+        left = f"{self.left:,} pruned ones left"
+        sizes = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
+        lines = [f"{share} ({self.removed / self.channels:.1%}), {left}; {sizes}"]
         width = max(len(layer.name) for layer in self.layers)
         for layer in self.layers:
             change = f"{list(layer.before)} -> {list(layer.after)}"
@@ -115,8 +113,8 @@ def materialise(ticket: Ticket, model: nn.Module) -> Materialised:
     for name, shape in shapes.items():
         there = flow.kept(flow.tied[name, "weight", 0])
         left = int((there & ~kept.get((name, "weight"), there)).sum())
-        after = tuple(modules[name]._parameters["weight"].shape)
-        layers.append(MaterialisedLayer(name, shape, after, left))
+        small = tuple(modules[name]._parameters["weight"].shape)
+        layers.append(MaterialisedLayer(name, shape, small, left))
     rest = _rest(ticket, flow, places, surviving)
     after = sum(p.numel() for p in model.parameters())
     return Materialised(model, rest, tuple(layers), before, after)

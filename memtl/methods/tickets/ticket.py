@@ -251,11 +251,11 @@ class Ticket:
         running: list[str] = []
         for module, names in inside.items():
             masks = {key: bits[name] for key, name in names.items()}
-            weight = layers.get(names.get("weight", ""))
-            density = None if sparse or weight is None else weight.density
-            if sparse is not False and weight is not None and can_be_sparse(module, density):
+            layer = layers.get(names.get("weight", ""))
+            density = None if sparse or layer is None else layer.density
+            if sparse is not False and layer is not None and can_be_sparse(module, density):
                 mask_weights(module, masks, SparseLinear, memtl_density=density)
-                running.append(weight.name)
+                running.append(layer.name)
             else:
                 mask_weights(module, masks)
         model.__dict__[RECORD] = (self.config, self.source)
