@@ -28,7 +28,7 @@ from .experiments import CANDIDATES, EPS, STEPS, Key, Recipe, Run, Setup
 from .gap import gaps
 from .page import page
 from .plan import DENSE, DRAWINGS, REGIMES, SOURCE, Cell, Draw, Plan, sparsity
-from .results import Results
+from .results import MISSING, Results
 from .work import draw, run
 
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "timm": "timm"}
@@ -107,11 +107,11 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         _announce(plan, cells, left, journal, options)
         if options.plan:
             return 0
-        calls = {cell: (setup, key, draws[cell]) for cell, key in left.items()}
-        _transfer([call for cell, call in calls.items() if cell.level == 0], journal, workers)
-        _draw(setup, [*dict.fromkeys(draws[c] for c in left if draws[c])], workers)
-        _transfer([call for cell, call in calls.items() if cell.level], journal, workers)
-        runs = {cell: _found(journal, key) for cell, key in cells.items()}
+        if not options.report:
+            _do(setup, left, draws, journal, workers)
+        runs = {cell: done for cell, key in cells.items() if (done := journal.find(key))}
+    if not runs:
+        raise ValueError(f"{options.out} has no finished run of this grid")
     reference = options.reference or plan.pretrainings[0]
     results = Results(plan, runs, options.tolerance / 100, reference)
     record = _record(setup, plan, argv, options) | {
@@ -121,6 +121,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         **results.figures(),
     }
     _print(results, record)
+    if missing := len(cells) - len(runs):
+        print(f"{missing} of {len(cells)} runs are not finished: {MISSING} in the tables")
     if options.quick:
         print("a quick run: too short for its figures to mean anything")
     if options.json:
@@ -139,10 +141,18 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     return Recipe(**{name: value for name, value in given.items() if value is not None})
 
 
-def _found(journal: Journal[Run], key: Key) -> Run:
-    found = journal.find(key)
-    assert found is not None
-    return found
+def _do(
+    setup: Setup,
+    left: dict[Cell, Key],
+    draws: dict[Cell, Draw | None],
+    journal: Journal[Run],
+    workers: Workers,
+) -> None:
+    """Whole networks first, then tickets, once they are drawn."""
+    calls = {cell: (setup, key, draws[cell]) for cell, key in left.items()}
+    _transfer([call for cell, call in calls.items() if cell.level == 0], journal, workers)
+    _draw(setup, [*dict.fromkeys(draws[cell] for cell in left if draws[cell])], workers)
+    _transfer([call for cell, call in calls.items() if cell.level], journal, workers)
 
 
 def _announce(
@@ -262,7 +272,7 @@ def _tune(setup: Setup, plan: Plan, journal: Journal[Run], workers: Workers) -> 
     _transfer([(setup, key, None) for key in left], journal, workers)
     rows = []
     for (regime, percent, rate), keys in wanted.items():
-        runs = [_found(journal, key) for key in keys]
+        runs = [done for key in keys if (done := journal.find(key))]
         texts = [
             "diverged" if None in values else mean_std([100 * v for v in values])
             for values in ([r.accuracy for r in runs], [r.robust for r in runs])
@@ -345,11 +355,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="instead, what there is to do")
     parser.add_argument(
+        "--report", action="store_true", help="instead, the report on what is finished"
+    )
+    parser.add_argument(
         "--tune", action="store_true",
         help="instead, the learning rates: every candidate's score on the validation split",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    for name, value in (QUICK | {} if options.quick else DEFAULTS).items():
+    for name, value in (QUICK if options.quick else DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

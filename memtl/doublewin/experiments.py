@@ -10,9 +10,8 @@ import memtl
 
 from ..methods.tickets import TicketConfig
 from ..training import Settings, loss_of
-from ..training.attacks import Attack
+from ..training.attacks import Adversarial, Attack
 from ..training.loop import Objective
-from ..training.attacks import Adversarial
 from . import domain as domains
 from .domain import Domain
 from .plan import ADVERSARIAL, DRAWINGS, REGIMES, ROUND, SOURCE, STANDARD, Cell, Draw, sparsity

@@ -36,7 +36,7 @@ class Results:
 
     Args:
         plan: what was run.
-        runs: of every cell of it.
+        runs: of its cells; where one of a place is missing there is no mean.
         tolerance: how much less than the whole network's a ticket's mean score may be, a fraction.
         reference: the pre-training that the others are compared with.
 
@@ -142,13 +142,11 @@ class Results:
         return Table(header, tuple(rows))
 
     def _text(self, metric: str, scale: float, digits: int, place: Cell) -> str:
-        if place not in self._runs:
-            return MISSING
-        found = self.values(metric, place)
-        if found:
+        if found := self.values(metric, place):
             return mean_std([scale * value for value in found], digits)
         cells = [dataclasses.replace(place, seed=seed) for seed in range(self.plan.seeds)]
-        return DIVERGED if any(self._runs[cell].error for cell in cells) else MISSING
+        runs = [self._runs[cell] for cell in cells if cell in self._runs]
+        return DIVERGED if any(run.error for run in runs) else MISSING
 
     def gains(self, pretraining: str, drawing: str) -> dict[tuple[str, str, float], list[float]]:
         """Of tickets of one pre-training over those of the reference, at every level:
