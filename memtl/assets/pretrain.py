@@ -221,7 +221,7 @@ def _about(name: str | None, objective: Objective) -> dict[str, Any]:
         return {}
     said: dict[str, Any] = {"objective": name, "start": "cnn_glyphs"}
     if isinstance(objective, Watched):
-        said["batch_robust_accuracies"] = [round(a, 4) for a in objective.accuracies]
+        said["accuracies_under_one_and_ten_steps"] = objective.accuracies
         objective = objective.objective
     if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
         said["objective_settings"] = dataclasses.asdict(objective)

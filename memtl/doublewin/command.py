@@ -94,6 +94,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         domains.fingerprint_of_network(domain, pretraining)
     for percent in plan.percents:
         domains.part(domain, percent)
+    Results(plan, {}, options.tolerance / 100, options.reference)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Workers(options.jobs) as workers, Journal(options.out / "runs.jsonl", Run) as journal:
@@ -112,8 +113,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         runs = {cell: done for cell, key in cells.items() if (done := journal.find(key))}
     if not runs:
         raise ValueError(f"{options.out} has no finished run of this grid")
-    reference = options.reference or plan.pretrainings[0]
-    results = Results(plan, runs, options.tolerance / 100, reference)
+    results = Results(plan, runs, options.tolerance / 100, options.reference)
     record = _record(setup, plan, argv, options) | {
         "run_seconds": sum(run.seconds for run in runs.values()),
         "wall_seconds": time.perf_counter() - started,
@@ -314,7 +314,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="how far below the whole network's mean accuracy a matching ticket may be (1)",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", metavar="NAME", help="the pre-training to compare others with (the first)"
+        "--reference",
+        metavar="NAME",
+        default="",
+        help="the pre-training to compare others with (the first)",
     )
     parser.add_argument("--data", choices=DATA, default=DIGITS, help=f"the target ({DIGITS})")
     parser.add_argument(
