@@ -213,7 +213,7 @@ class Glyphs:
         self.fonts = tuple(training_fonts() if fonts is None else fonts)
         if not self.fonts:
             raise ValueError("fonts must name at least one font, got none")
-        self._normalised = normalised
+        self.normalised = normalised
         self._sheets = torch.stack([render(font) for font in self.fonts])
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ class Glyphs:
         return self._finish(augment(ink, generator)), labels
 
     def _finish(self, ink: Tensor) -> Tensor:
-        return normalise(ink) if self._normalised else ink
+        return normalise(ink) if self.normalised else ink
 
     @cached_property
     def heldout(self) -> Split:
