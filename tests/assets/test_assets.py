@@ -21,6 +21,7 @@ from memtl.training.robust import robust_accuracy
 
 NAME = "vit_glyphs"
 RECIPES = pretrain.RECIPES
+INK = Glyphs(["cmr10"], normalised=False)
 networks = pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES.values()])
 
 
@@ -261,21 +262,17 @@ def test_pretrain_script(network, tmp_path):
     record = assets.metadata(recipe.name, directory=out)
     assert (record["steps"], record["batch_size"], record["seed"]) == (3, 8, 4)
     assert record["command"].endswith(f"pretrain {network} --steps 3 --batch-size 8 --seed 4")
-    written = state(assets.load(recipe.name, directory=out))
+    written, ink = state(assets.load(recipe.name, directory=out)), Glyphs(normalised=False)
     # The same seed gives the same network, and what was written is that network, bit for bit.
-    assert same(written, state(pretrain.pretrain(recipe, Glyphs(normalised=False), 3, 8, seed=4)))
-    assert not same(
-        written, state(pretrain.pretrain(recipe, Glyphs(normalised=False), 3, 8, seed=5))
-    )
+    assert same(written, state(pretrain.pretrain(recipe, ink, 3, 8, seed=4)))
+    assert not same(written, state(pretrain.pretrain(recipe, ink, 3, 8, seed=5)))
 
 
 @pytest.mark.parametrize("network", RECIPES)
 def test_pretrained_parameters_survive_storage(network, tmp_path):
     """Buffers too, whatever their values: a variance may lie outside of float16."""
     recipe = RECIPES[network]
-    model = pretrain.pretrain(
-        recipe, Glyphs(["cmr10"], normalised=False), steps=1, batch_size=2, seed=0
-    )
+    model = pretrain.pretrain(recipe, INK, steps=1, batch_size=2, seed=0)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_var.fill_(1e6)
@@ -289,9 +286,7 @@ def test_pretrain_keeps_the_global_random_state(network):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    pretrain.pretrain(
-        RECIPES[network], Glyphs(["cmr10"], normalised=False), steps=1, batch_size=2, seed=0
-    )
+    pretrain.pretrain(RECIPES[network], INK, steps=1, batch_size=2, seed=0)
     assert torch.equal(torch.rand(3), expected)
 
 
