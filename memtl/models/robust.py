@@ -79,8 +79,8 @@ def _read(path: Path) -> Any:
             'import dill, torch; c = torch.load(PATH, "cpu", dill, weights_only=False); '
             'torch.save({"model": c["model"]}, NEW)'
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _network(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
@@ -95,7 +95,9 @@ def _network(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, tup
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise ValueError(f"{path} holds no state dict: no tensors by name")
-    weights = _inside(dict(content), "module.")
+    weights = dict(content)
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): x for name, x in weights.items()}
     if not any(name.startswith("model.") for name in weights):
         return weights, {}
     normalisation = {
@@ -103,15 +105,11 @@ def _network(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, tup
         for kind in ("mean", "std")
         if f"normalizer.new_{kind}" in weights
     }
-    kept = {name: x for name, x in weights.items() if not name.startswith("attacker.")}
-    return _inside(kept, "model."), normalisation
-
-
-def _inside(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Without a prefix that every name has; with any other, all as they are."""
-    if not all(name.startswith(prefix) for name in weights):
-        return weights
-    return {name.removeprefix(prefix): x for name, x in weights.items()}
+    return {
+        name.removeprefix("model."): x
+        for name, x in weights.items()
+        if not name.startswith("attacker.")
+    }, normalisation
 
 
 def _few(names: Sequence[str]) -> str:
