@@ -274,7 +274,7 @@ def _tune(setup: Setup, plan: Plan, journal: Journal[Run], workers: Workers) -> 
     for (regime, percent, rate), keys in wanted.items():
         runs = [done for key in keys if (done := journal.find(key))]
         texts = [
-            "diverged" if None in values else mean_std([100 * v for v in values])
+            "diverged" if None in values else mean_std([100 * v for v in values if v is not None])
             for values in ([r.accuracy for r in runs], [r.robust for r in runs])
         ]
         taken = rate == setup.settings(regime, percent, 0).learning_rate

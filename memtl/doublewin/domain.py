@@ -17,7 +17,7 @@ from ..models.robust import load_robust
 from ..tasks import Glyphs, Split, Task, load_digits
 from ..tasks.digits import MEAN, STD
 from ..tasks.outside import letters, noise
-from ..tasks.pictures import IMAGENET_MEAN, IMAGENET_STD, PICTURES, load_pictures
+from ..tasks.pictures import DATASETS, Pixels, load_pictures
 from ..tasks.subset import subset
 from ..training import seeded
 
@@ -25,8 +25,9 @@ SHIPPED = ("standard", "noise", "fast", "pgd")
 """Pre-training of the shipped network: see :mod:`memtl.assets.pretrain`."""
 
 DIGITS = "digits"
-DATA = (DIGITS, *PICTURES)
+DATA = (DIGITS, *DATASETS)
 SOURCE_IMAGES, SOURCE_SEED = 4096, 1000
+OUTSIDE_IMAGES = 1000
 SUBSET_SEED = 2022
 SUBSETS = ("balanced", "first")
 
@@ -83,16 +84,16 @@ class Domain:
         """
         classes = task(self).num_classes
         with seeded(seed):
-            model = self._network(pretraining, classes)
-        return Normalized(model, *self._moments()).to(memory_format=torch.channels_last)
+            return self._wrapped(self._network(pretraining, classes))
 
     def source_network(self, pretraining: str) -> Normalized:
         """The same with the head it was pre-trained with."""
-        model = Normalized(self._network(pretraining, None), *self._moments())
-        return model.to(memory_format=torch.channels_last)
+        return self._wrapped(self._network(pretraining, None))
 
-    def _moments(self) -> tuple[Any, Any]:
-        return (MEAN, STD) if self.data == DIGITS else (IMAGENET_MEAN, IMAGENET_STD)
+    def _wrapped(self, model: Any) -> Normalized:
+        known = model.pretrained_cfg
+        mean, std = (known["mean"], known["std"]) if self.networks else (MEAN, STD)
+        return Normalized(model, mean, std).to(memory_format=torch.channels_last)
 
     def _network(self, pretraining: str, classes: int | None) -> nn.Module:
         if pretraining not in self.pretrainings:
@@ -117,7 +118,7 @@ def task(domain: Domain) -> Task:
     if domain.data == DIGITS:
         return load_digits(normalised=False)
     assert domain.root is not None
-    return load_pictures(domain.data, domain.root, size=domain.size)
+    return load_pictures(domain.root, domain.data, size=domain.size)
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def outside(domain: Domain) -> dict[str, Split]:
     where the target is digits."""
     test = task(domain).test
     shape = test.images[:1].shape[1:]
-    found = {"noise": noise(len(test), shape=tuple(shape), normalised=False)}
+    found = {"noise": noise(min(len(test), OUTSIDE_IMAGES), shape=tuple(shape), normalised=False)}
     if domain.data == DIGITS:
         found["letters"] = letters(normalised=False)
     return found
@@ -168,8 +169,11 @@ def fingerprint_of_network(domain: Domain, pretraining: str) -> str:
 def fingerprint_of_data(domain: Domain) -> str:
     """What tells the data from others."""
     loaded = task(domain)
-    parts: list[tuple[str, Tensor | Any]] = []
+    parts: list[tuple[str, Tensor]] = []
     for name in ("train", "val", "test"):
         split = getattr(loaded, name)
-        parts += [(name, split.images), (name, split.labels)]
+        images, said = split.images, name
+        if isinstance(images, Pixels):  # in bytes, as they are kept
+            images, said = images.pixels, f"{name} {images.size}"
+        parts += [(said, images), (name, split.labels)]
     return fingerprint(parts)
