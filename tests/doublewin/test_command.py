@@ -10,7 +10,8 @@ from memtl import Ticket
 from memtl.cli import main
 from memtl.doublewin import Cell, Run, domain, work
 from memtl.report import Journal
-from memtl.tasks import Split
+from memtl.tasks import Split, Task
+from memtl.tasks.pictures import Pixels
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -140,7 +141,8 @@ def test_tunes(tmp_path, capsys):
     assert {key.split for key in found} == {"val"}
     assert {key.seed for key in found} == {100}
     text = capsys.readouterr().out
-    assert text.count("standard, 2 %") == 3 and text.count("taken") == 1
+    table = text[text.index("validation split") :]
+    assert table.count("standard, 2 %") == 3 and table.count("taken") == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,41 @@ def test_checkpoints_have_no_source(tmp_path, capsys):
     text = capsys.readouterr().err
     assert "ask for the images that networks were pre-trained on" in text
     assert "iterative" in text and not (tmp_path / "o").exists()
+
+
+def test_checkpoints_on_pictures(tmp_path, monkeypatch):
+    """The whole way of real data but for the files, whose reading has tests of its own."""
+    timm = pytest.importorskip("timm")
+    generator = torch.Generator().manual_seed(3)
+
+    def pictures(n: int) -> Split:
+        images = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return Split(Pixels(images, 32), torch.arange(n) % 10)
+
+    task = Task("cifar10", 10, pictures(40), pictures(10), pictures(10))
+    monkeypatch.setattr(domain, "task", lambda _: task)
+    checkpoints = []
+    for name in ("natural", "robust"):
+        torch.manual_seed(len(name))
+        torch.save(timm.create_model("resnet18").state_dict(), tmp_path / f"{name}.pt")
+        checkpoints.append(f"{name}={tmp_path / name}.pt")
+    call = [
+        *arguments(tmp_path / "out", "--data", "cifar10", "--root", str(tmp_path), "--percents"),
+        *("50", "--drawings", "one-shot", "iterative-target", "--levels", "1", "--arch"),
+        *("resnet18", "--size", "32", "--eps", str(8 / 255), "--json", str(tmp_path / "all.json")),
+        *("--pretrainings", *checkpoints),
+    ]
+    assert main(call) == 0
+    found = runs(tmp_path / "out")
+    assert len(found) == 2 * 2 * (1 + 2)
+    assert {key.pretraining for key in found} == {"natural", "robust"}
+    assert {run.auc_letters for run in found.values()} == {None}
+    assert {run.error for run in found.values()} == {None}
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record["domain_gap"] == {} and record["data"]["name"] == "cifar10"
+    assert len({*record["networks"].values()}) == 2
+    model = domain.Domain("cifar10", tmp_path, (("natural", f"{tmp_path}/natural.pt"),), "resnet18")
+    assert model.build("natural", 0).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
 def test_the_same_part_of_the_data_for_all():
