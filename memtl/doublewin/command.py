@@ -26,7 +26,7 @@ from . import domain as domains
 from .domain import DATA, DIGITS, SHIPPED, SUBSETS, Domain
 from .experiments import CANDIDATES, EPS, STEPS, Key, Recipe, Run, Setup
 from .gap import gaps
-from .page import page
+from .page import gap_table, page
 from .plan import DENSE, DRAWINGS, REGIMES, SOURCE, Cell, Draw, Plan, sparsity
 from .results import MISSING, Results
 from .work import draw, run
@@ -117,7 +117,9 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     record = _record(setup, plan, argv, options) | {
         "run_seconds": sum(run.seconds for run in runs.values()),
         "wall_seconds": time.perf_counter() - started,
-        "domain_gap": gaps(domain, plan.pretrainings),
+        "domain_gap": {
+            name: dataclasses.asdict(gap) for name, gap in gaps(domain, plan.pretrainings).items()
+        },
         **results.figures(),
     }
     _print(results, record)
@@ -218,9 +220,8 @@ def _print(results: Results, record: dict[str, Any]) -> None:
         print(f"\ndouble wins, within {100 * results.tolerance:g} points\n\n{results.wins()}\n")
     for line in (*results.verdicts(), "", *results.sentences()):
         print(line)
-    print("\ndistance of the digits' features from the glyphs'" if record["domain_gap"] else "")
-    for name, value in record["domain_gap"].items():
-        print(f"  {name}: {value:.3f}")
+    if record["domain_gap"]:
+        print(f"\n{gap_table(record['domain_gap'])}\n")
 
 
 def _record(

@@ -101,11 +101,9 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
             )
     if record["domain_gap"]:
         result.table(
-            Table(
-                ("pre-training", "distance"),
-                tuple((name, f"{gap:.3f}") for name, gap in record["domain_gap"].items()),
-            ),
-            "Domain gap: distance of the features of target images from those of source images.",
+            gap_table(record["domain_gap"]),
+            "Domain gap: the Frechet distance of what the classifier reads of target images from "
+            "what it reads of source images; and, as what is none, between source images.",
         )
     result.heading("How this was done")
     texts = NOTES.format(
@@ -119,6 +117,12 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
     networks = {f"Network, {name}": sha for name, sha in record["networks"].items()}
     result.definitions(origin(record) | networks | _trainings(record))
     return result
+
+
+def gap_table(gaps: Mapping[str, Mapping[str, float]]) -> Table:
+    """The domain gaps of ``record``."""
+    rows = tuple((name, f"{g['target']:.1f}", f"{g['source']:.1f}") for name, g in gaps.items())
+    return Table(("pre-training", "target to source", "source to source"), rows)
 
 
 def _curves(results: Results, metric: str, drawing: str, regime: str, percent: float) -> str:

@@ -80,7 +80,7 @@ def test_what_it_leaves(whole):
     assert len(record["runs"]) == len(found) and len(record["double_win"]) == 4
     assert record["sparsities"] == {"1": pytest.approx(0.2), "2": pytest.approx(0.36)}
     assert set(record["domain_gap"]) == {"standard", "pgd"}
-    assert all(gap > 0 for gap in record["domain_gap"].values())
+    assert all(gap["target"] > gap["source"] > 0 for gap in record["domain_gap"].values())
     page = (whole / "report.html").read_text()
     assert page.count("<svg") == 2 * 2 * 2  # metrics, regimes, drawings
     assert "Whether robust tickets transfer better" in page
