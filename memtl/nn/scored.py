@@ -123,16 +123,16 @@ class Scores:
         return found
 
     def _add(self, model: nn.Module, scores: Tensors) -> None:
+        first = self.choose(scores)  # what may fail comes before any change
         for name, holders in self.holders.items():
             parameter = nn.Parameter(scores[name].clone())
             for module, key in holders:
                 module.register_parameter(_scores(key), parameter)
-                module.register_buffer(_bits(key), None, persistent=False)
+                module.register_buffer(_bits(key), first[name], persistent=False)
         for module, keys in self._modules().items():
             mixin = ScoredLayer if isinstance(module, _LAYERS) else ScoredWeight
             swap_innermost(module, mixin, memtl_scored=keys)
         self.handle = model.register_forward_pre_hook(self)
-        self.renew()
 
 
 def score_weights(

@@ -300,3 +300,18 @@ def test_all_of_it_is_undone():
     for name, tensor in stock.state_dict().items():
         assert_same(model.state_dict()[name], tensor)
     assert not hasattr(model, "memtl_scored")
+
+
+def test_nothing_is_changed_where_nothing_can_be_chosen():
+    model = small()
+
+    def fails(scores):
+        raise RuntimeError("no choice")
+
+    names, hidden = [n for n, _ in model.named_parameters()], dict(model.hidden.__dict__)
+    scores = {name: torch.randn(model.get_parameter(name).shape) for name in PLACES}
+    with pytest.raises(RuntimeError, match="no choice"):
+        score_weights(model, holders(model), scores, fails)
+    assert [n for n, _ in model.named_parameters()] == names
+    assert type(model.hidden) is nn.Linear and model.hidden.__dict__ == hidden
+    assert not model._forward_pre_hooks

@@ -52,13 +52,12 @@ def draw_ticket(
 
     With the scheme "learned" the weights stay as they are, and what ``train`` trains is a score of
     each, which is a parameter of ``model`` as long as it runs: before every forward of ``model``
-    the largest scores say which weights are used, and their gradients go straight through that
-    choice, to the scores of pruned weights too. Scores begin as the weights, scaled by layer (by
-    one factor if the level is "global"): untrained they draw the ticket of "magnitude". They are
-    ranked by magnitude, as HYDRA's, whose gradients these are. Beside them trains what
-    trains of the head. The rest of the model is frozen, the affine parameters of norms too; their
-    running statistics follow the batches wherever ``train`` has them in training mode, and are
-    given back with everything else.
+    the largest scores choose the weights that are used, and gradients go straight through that
+    choice, to the scores of pruned weights too. Scores are ranked by magnitude, as HYDRA's, and
+    begin as the weights, scaled by layer (by one factor if the level is "global"): untrained they
+    draw the ticket of "magnitude". Beside them trains what trains of the head. The rest of the
+    model is frozen, the affine parameters of norms too; running statistics follow the batches
+    wherever ``train`` has norms in training mode, and are given back with everything else.
 
     Args:
         model: any module to which no ticket is applied.
@@ -312,7 +311,7 @@ def _learned(
     start = before.state
     if run is not None:
         start = run.begin(config, start, head)
-        done, ticket = run.last(config)
+        _, ticket = run.last(config)
         if ticket is not None:
             return ticket
         put_state(model, start)
