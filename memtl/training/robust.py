@@ -56,16 +56,21 @@ class CatastrophicOverfitting(RuntimeError):
 
 class Watched:
     """An objective that is watched for catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020):
-    every so many steps the batch is attacked by ten steps, and the accuracy may not fall.
+    from one step to the next a network that trains with one-step examples may come to withstand
+    these alone. Every so many steps the batch is attacked as it is trained with, and by ten steps:
+    the accuracies are alike as long as all is well.
 
     Args:
-        objective: of :func:`memtl.training.fit`, whose examples are of one step.
-        attack: what it trains with; the check has its ball, and ten steps.
+        objective: of :func:`memtl.training.fit`, which trains with ``attack``.
+        attack: the ten steps have its ball.
         every: steps between two checks.
-        drop: how much less than the best accuracy so far ends the training, a fraction.
+        gap: how much more accurate under ``attack`` than under ten steps, a fraction, ends it.
+
+    Attributes:
+        accuracies: at every check, under ``attack`` and under ten steps.
 
     Raises:
-        CatastrophicOverfitting: when it is called, and the accuracy has fallen.
+        CatastrophicOverfitting: when it is called, and the gap is wider.
     """
 
     def __init__(
@@ -74,18 +79,18 @@ class Watched:
         attack: Attack,
         *,
         every: int = 50,
-        drop: float = 0.2,
+        gap: float = 0.25,
     ):
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if not 0 < drop < 1:
-            raise ValueError(f"drop must be in (0, 1), got {drop}")
+        if not 0 < gap < 1:
+            raise ValueError(f"gap must be in (0, 1), got {gap}")
         self.objective = objective
-        self.attack = Attack(attack.eps, 10, norm=attack.norm)
+        self.attack = attack
         self.every = every
-        self.drop = drop
+        self.gap = gap
         self.calls = 0
-        self.accuracies: list[float] = []
+        self.accuracies: list[tuple[float, float]] = []
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
@@ -93,12 +98,13 @@ class Watched:
         loss = self.objective(model, images, labels, label_smoothing)
         self.calls += 1
         if self.calls % self.every == 0:
-            before = max(self.accuracies, default=0.0)
-            self.accuracies.append(robust_accuracy(model, Split(images, labels), self.attack))
-            if self.accuracies[-1] < before - self.drop:
+            ten = Attack(self.attack.eps, 10, norm=self.attack.norm, mode=self.attack.mode)
+            batch = Split(images, labels)
+            own, other = (robust_accuracy(model, batch, a) for a in (self.attack, ten))
+            self.accuracies.append((own, other))
+            if own - other > self.gap:
                 raise CatastrophicOverfitting(
-                    f"at step {self.calls} {self.accuracies[-1]:.1%} of the batch withstand "
-                    f"{self.attack}, after {before:.1%} before: train with more steps, a smaller "
-                    "eps or step size"
+                    f"at step {self.calls} {own:.1%} of the batch withstand {self.attack}, but "
+                    f"{other:.1%} {ten}: train with more steps, a smaller eps or step size"
                 )
         return loss

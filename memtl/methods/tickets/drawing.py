@@ -80,17 +80,18 @@ def draw_ticket(
     Raises:
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
         ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
-            or made in inference mode; a layer would keep
-            no weight at all; a weight, which is named, has no such pattern; ``model`` has a ticket;
-            ``train`` did not reach ``rewind_step``, or added or took away parameters; ``train`` or
-            ``directory`` with a scheme that does not train; or what is in ``directory`` was drawn
-            with another configuration or from another start, or another draw is at work there. Of
-            a learned draw also: a weight is in 8 bits or a recurrent layer's; or ``train`` changed
-            frozen parameters, or never called ``model`` itself.
+            or made in inference mode, or cannot have ``config.pattern``; a layer would keep
+            no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``,
+            or added or took away parameters; ``train`` or ``directory`` with a scheme that does not
+            train; or what is in ``directory`` was drawn with another configuration or from another
+            start, or another draw is at work there. Of a learned draw also: a weight is in 8 bits
+            or a recurrent layer's; or ``train`` changed frozen parameters, or never called
+            ``model`` itself.
 
     Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a learned
     one such a copy and twice the scores, four bytes a weight (of float64 eight), of a random one
-    four bytes a weight.
+    four bytes a weight; with a pattern a copy or two of one weight, and four bytes for every
+    group of weights.
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
@@ -124,7 +125,7 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
 
 
 def _transposed(model: nn.Module, config: TicketConfig) -> dict[str, int]:
-    """Of the weights that are transposed the groups, where there is a pattern, which all have."""
+    """:attr:`Ticket.transposed`, after a check that every weight can have the pattern."""
     if config.pattern == UNSTRUCTURED:
         return {}
     scope = weights_in_scope(model, config.scope)
