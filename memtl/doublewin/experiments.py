@@ -29,6 +29,7 @@ class Recipe:
     Args:
         steps, learning_rate: of a transfer.
         round_steps, round_rate: of a round of a ticket.
+        learned_rate: of a learned one, whose scores are trained twice as long, by SGD.
         batch_size: of both.
         eps: radius of the ball of every attack, in the maximum norm, of pixels in 0..1.
         train_steps, test_steps: of the attacks that are trained with, and measured by.
@@ -38,7 +39,7 @@ class Recipe:
     learning_rate: float | None = None
     round_steps: int = 60
     round_rate: float = 1e-3
-    learned_rate: float = 1e-2
+    learned_rate: float = 0.1
     batch_size: int = 64
     eps: float = EPS
     train_steps: int = 3
@@ -152,9 +153,11 @@ class Setup:
         recipe = self.recipe
         learned = DRAWINGS[draw.drawing].scheme == "learned"
         data = self.drawing_data(draw)
+        steps, rate, optimizer = recipe.round_steps, recipe.round_rate, "adamw"
+        if learned:  # Adam moves scores so far from the weights that little is left of these
+            steps, rate, optimizer = 2 * steps, recipe.learned_rate, "sgd"
         return Settings(
-            recipe.round_steps * (2 if learned else 1), min(recipe.batch_size, len(data)),
-            recipe.learned_rate if learned else recipe.round_rate,
+            steps, min(recipe.batch_size, len(data)), rate, optimizer=optimizer,
             weight_decay=0.0, clip_norm=CLIP_NORM, seed=DRAWING_SEED,
         )  # fmt: skip
 
