@@ -107,12 +107,12 @@ class Attack:
         begin, if not where the attack says."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        check_images(images, self)
         if generator is not None and generator.device.type != images.device.type:
             raise ValueError(
                 f"generator must be on the device of the images, {images.device}, got "
                 f"{generator.device}"
             )
+        check_images(images, self)
         if early_stop and self.mode == "current":
             raise ValueError(
                 'early_stop needs mode "eval": in training mode what the model says of an image '
