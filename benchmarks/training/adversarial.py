@@ -118,10 +118,15 @@ def runs(task: Task, steps: int, seeds: int) -> Iterator[dict[str, Any]]:
 def summary(record: dict[str, Any]) -> str:
     """The means over seeds as a table; bytes and times relative to the baseline."""
     stock = record["modes"][0]
-    lines = [
-        f"{'':22}{'KiB/sample':>11}{'fewer':>7}{'attack':>8}{'step':>7}{'accuracy':>10}{'robust':>8}"
-        f"{'points':>8}"
-    ]
+    titles = (
+        ("fewer", 7),
+        ("attack", 8),
+        ("step", 7),
+        ("accuracy", 10),
+        ("robust", 8),
+        ("points", 8),
+    )
+    lines = [f"{'':22}{'KiB/sample':>11}" + "".join(f"{name:>{width}}" for name, width in titles)]
     means = {}
     for row in record["modes"]:
         of_mode = [run for run in record["runs"] if run["mode"] == row["mode"]]

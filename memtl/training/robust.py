@@ -88,7 +88,10 @@ def autoattack(
     with measuring(model, seed):
         batches = list(_batches(model, split, attack, batch_size))
         with torch.no_grad():
-            classes = model(batches[0][0]).shape[1]
+            for images, labels in batches:
+                logits = model(images)
+                check_labels(logits, labels)
+            classes = logits.shape[1]
         if classes < 4:
             raise ValueError(f"AutoAttack needs at least 4 classes, got logits of {classes}")
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))

@@ -209,7 +209,7 @@ def test_trades_is_written_out():
         moved = torch.maximum(torch.minimum(moved, x + 0.1), x - 0.1).clamp(0, 1)
     model.train()
     p, logq = model(x).softmax(1), model(moved).log_softmax(1)
-    smooth = 0.9 * F.one_hot(y, CLASSES) + 0.1 / CLASSES
+    smooth = 0.9 * F.one_hot(y, CLASSES).double() + 0.1 / CLASSES
     expected = -(smooth * p.log()).sum(1).mean() + 2.5 * (p * (p.log() - logq)).sum(1).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     found = torch.autograd.grad(loss, list(ours.parameters()))
