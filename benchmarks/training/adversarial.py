@@ -177,6 +177,9 @@ def main() -> int:
         record["modes"].append(row)
     for run in runs(task, steps, seeds):
         record["runs"].append(run)
+        if options.output is not None:  # each time: they are long
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
         print(
             f"seed {run['seed']}, {run['mode']:22} accuracy {run['accuracy']:.1%}, "
             f"{run['robust_accuracy']:.1%} under {REPORTED}",
@@ -184,8 +187,6 @@ def main() -> int:
         )
     print(summary(record))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {harness.relative(str(options.output.resolve()))}")
     return 0
 

@@ -104,7 +104,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 smoothing, with fast adversarial training (watched for catastrophic overfitting), with three steps
 of projected gradient descent."""
 
-CONTINUED = {"learning_rate": 2e-3, "steps": 2000}
+CONTINUED: dict[str, Any] = {"learning_rate": 2e-3, "steps": 2000}
 REPORTED = Attack(EPS, 20, step_size=EPS / 4)
 """What robustness is recorded against."""
 
@@ -261,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files")
     options = parser.parse_args(arguments)
 
-    recipe, name, start, objective = RECIPES[options.network], options.objective, None, loss_of
+    recipe, name, start = RECIPES[options.network], options.objective, None
+    objective: Objective = loss_of
     chosen = []
     if name is not None:
         if options.network != "cnn":

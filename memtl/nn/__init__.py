@@ -1,7 +1,7 @@
 """Modules: what is known of each layer, and convert() / unconvert() for whole models."""
 
 from .convert import convert, unconvert
-from .exact import exact
+from .exactness import exact
 from .layers import ROLES, Layer, layer
 from .report import Report, Row
 from .standardized import StandardizedConv2d

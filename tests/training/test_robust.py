@@ -141,12 +141,11 @@ def test_autoattack():
     pytest.importorskip("pyautoattack")
     model, split = trained()
     model.train()
-    split = Split(split.images[:8], split.labels[:8])
+    split = Split(split.images[:4], split.labels[:4])
     before = torch.get_rng_state()
-    found = autoattack(model, split, 0.1, seed=1)
-    assert found == autoattack(model, split, 0.1, seed=1)
+    found = autoattack(model, split, 0.1)
     assert torch.equal(torch.get_rng_state(), before)
     assert found <= robust_accuracy(model, split, Attack(0.1, 20)) <= evaluate(model, split)
-    assert autoattack(model, split, 0.6) == 0
+    assert autoattack(model, split, 0.6) == autoattack(model, split, 8, "l2") == 0
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
