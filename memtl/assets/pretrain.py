@@ -131,7 +131,12 @@ def pretrain(
 
     The rounding makes the network returned exactly the one that :func:`write` stores. The global
     random state is left as it was.
+
+    Raises:
+        ValueError: ``glyphs`` are normalised already.
     """
+    if glyphs.normalised:
+        raise ValueError("the glyphs are normalised, which the network is to do")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(recipe.architecture) if start is None else start
@@ -176,7 +181,8 @@ def _train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
-    """Accuracies in 0..1: over the 62 classes, and with upper and lower case taken as one."""
+    """Accuracies in 0..1, of ink: over the 62 classes, and with upper and lower case taken as
+    one."""
     model = Normalized(model, MEAN, STD).eval()
     guess = torch.cat([model(images).argmax(1) for images in split.images.split(256)])
     fold = torch.tensor([CLASSES.index(character.upper()) for character in CLASSES])
@@ -219,7 +225,7 @@ def _about(name: str | None, objective: Objective) -> dict[str, Any]:
         return {}
     said: dict[str, Any] = {"objective": name, "start": "cnn_glyphs"}
     if isinstance(objective, Watched):
-        said["batch_robust_accuracies"] = [round(a, 4) for a in objective.accuracies]
+        said["accuracies_under_one_and_ten_steps"] = objective.accuracies
         objective = objective.objective
     if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
         said["objective_settings"] = dataclasses.asdict(objective)

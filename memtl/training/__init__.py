@@ -3,6 +3,7 @@ objectives that make it robust, and how robust it is."""
 
 from .attacks import Attack
 from .cost import Cost, Way, costs
+from .gap import domain_gap, frechet_distance
 from .loop import (
     OPTIMIZERS,
     History,
@@ -19,6 +20,7 @@ from .masking import GradientCheck, check_gradients
 from .metrics import METRICS
 from .objectives import Adversarial, CatastrophicOverfitting, Noisy, Trades, Watched
 from .progress import track
+from .quality import Quality, quality
 from .robust import autoattack, robust_accuracy
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "GradientCheck",
     "History",
     "Noisy",
+    "Quality",
     "Settings",
     "Step",
     "Trades",
@@ -39,10 +42,13 @@ __all__ = [
     "autoattack",
     "check_gradients",
     "costs",
+    "domain_gap",
     "evaluate",
     "evaluating",
     "fit",
+    "frechet_distance",
     "loss_of",
+    "quality",
     "robust_accuracy",
     "score",
     "seeded",

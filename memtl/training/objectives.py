@@ -97,24 +97,26 @@ class CatastrophicOverfitting(RuntimeError):
 
 class Watched:
     """An objective that is watched for catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020):
-    every so many steps the batch is attacked by ten steps before it is learned from, and the
-    accuracy may not fall. What is trained is the same with and without.
+    from one step to the next a network that trains with one-step examples may come to withstand
+    these alone. Every so many steps the batch is attacked, before it is learned from, as it is
+    trained with, and by ten steps: the accuracies are alike as long as all is well. What is trained
+    is the same with and without.
 
     Args:
-        objective: of :func:`memtl.training.fit`, whose examples are of one step.
-        attack: what it trains with; the check has its ball, and ten steps.
+        objective: of :func:`memtl.training.fit`, which trains with ``attack``.
+        attack: the ten steps have its ball. Both are in evaluation mode.
         every: steps between two checks.
-        drop: how much less than the best accuracy so far ends the training, a fraction.
+        gap: how much more accurate under ``attack`` than under ten steps, a fraction, ends it.
 
     Attributes:
-        accuracies: those of the checks so far.
+        accuracies: at every check, under ``attack`` and under ten steps.
 
     Raises:
         TypeError, ValueError: an argument is outside its range.
-        CatastrophicOverfitting: when it is called, and the accuracy has fallen.
+        CatastrophicOverfitting: when it is called, and the gap is wider.
     """
 
-    def __init__(self, objective: Objective, attack: Attack, *, every: int = 50, drop: float = 0.2):
+    def __init__(self, objective: Objective, attack: Attack, *, every: int = 50, gap: float = 0.25):
         if not callable(objective):
             raise TypeError(f"objective must be callable, got {objective!r}")
         _check_attack(attack)
@@ -122,14 +124,14 @@ class Watched:
             raise TypeError(f"every must be an int, got {every!r}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if not 0 < drop < 1:
-            raise ValueError(f"drop must be in (0, 1), got {drop}")
+        if not 0 < gap < 1:
+            raise ValueError(f"gap must be in (0, 1), got {gap}")
         self.objective = objective
-        self.attack = Attack(attack.eps, 10, norm=attack.norm)
+        self.attack = dataclasses.replace(attack, mode="eval")
         self.every = every
-        self.drop = drop
+        self.gap = gap
         self.calls = 0
-        self.accuracies: list[float] = []
+        self.accuracies: list[tuple[float, float]] = []
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
@@ -140,13 +142,13 @@ class Watched:
         return self.objective(model, images, labels, label_smoothing)
 
     def _check(self, model: nn.Module, batch: Split) -> None:
-        best = max(self.accuracies, default=0.0)
-        self.accuracies.append(robust_accuracy(model, batch, self.attack))
-        if self.accuracies[-1] < best - self.drop:
+        ten = Attack(self.attack.eps, 10, norm=self.attack.norm)
+        own, other = (robust_accuracy(model, batch, attack) for attack in (self.attack, ten))
+        self.accuracies.append((own, other))
+        if own - other > self.gap:
             raise CatastrophicOverfitting(
-                f"at step {self.calls} {self.accuracies[-1]:.1%} of the batch withstand "
-                f"{self.attack}, after {best:.1%} before: train with more steps, a smaller eps or "
-                "step size"
+                f"at step {self.calls} {own:.1%} of the batch withstand {self.attack}, but "
+                f"{other:.1%} {ten}: train with more steps, a smaller eps or step size"
             )
 
 

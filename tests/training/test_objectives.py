@@ -100,7 +100,7 @@ def test_a_ticket_stays_a_ticket():
 
 def test_watching_changes_nothing_of_the_training():
     split, objective = Split(*images(20)), Adversarial(ATTACK)
-    watched = Watched(objective, ATTACK, every=2, drop=0.9)
+    watched = Watched(objective, ATTACK, every=2, gap=0.9)
     results = []
     for chosen in (objective, watched):
         model = network()
@@ -108,10 +108,10 @@ def test_watching_changes_nothing_of_the_training():
         results.append((history.losses, weights(model)))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert len(watched.accuracies) == 3
-    assert watched.attack == Attack(0.05, 10)
+    assert all(1 >= own >= ten >= 0 for own, ten in watched.accuracies)
 
 
-def test_watching_ends_the_training_when_the_accuracy_collapses():
+def test_watching_ends_the_training_when_only_its_own_attack_is_withstood():
     model, (x, y) = network(), images(20)
     with torch.no_grad():
         y = model.eval()(x).argmax(1)
@@ -121,13 +121,15 @@ def test_watching_ends_the_training_when_the_accuracy_collapses():
         calls.append(arguments)
         return loss_of(*arguments)
 
-    watched = Watched(objective, Attack(1e-4, 1), every=2, drop=0.2)
+    alike = Watched(objective, Attack(1e-4, 1, mode="current"), every=2)
     for _ in range(4):
-        assert watched(model, x, y, 0.0).isfinite()
-    assert watched.accuracies == [1.0, 1.0]
+        assert alike(model, x, y, 0.0).isfinite()
+    assert alike.accuracies == [(1.0, 1.0), (1.0, 1.0)]
+    watched = Watched(objective, Attack(0.9, 1, 1e-6, random_start=False), every=2)
     watched(model, x, y, 0.0)
-    with pytest.raises(CatastrophicOverfitting, match=r"at step 6 0.0% .* after 100.0% before"):
-        watched(model, x, (y + 1) % 5, 0.0)
+    with pytest.raises(CatastrophicOverfitting, match=r"step 2 100.0% .* FGSM.*% PGD-10"):
+        watched(model, x, y, 0.0)
+    assert watched.accuracies[0][0] == 1 and watched.accuracies[0][1] < 0.75
     assert len(calls) == 5  # nothing is learned from the batch that ended it
 
 
@@ -161,7 +163,7 @@ def test_refuses():
         (lambda: Watched(None, ATTACK), TypeError, "objective must be callable"),
         (lambda: Watched(loss_of, ATTACK, every=0), ValueError, "every must be at least 1"),
         (lambda: Watched(loss_of, ATTACK, every=1.5), TypeError, "every must be an int"),
-        (lambda: Watched(loss_of, ATTACK, drop=1), ValueError, r"drop must be in \(0, 1\)"),
+        (lambda: Watched(loss_of, ATTACK, gap=1), ValueError, r"gap must be in \(0, 1\)"),
     ):
         with pytest.raises(error, match=said):
             make()

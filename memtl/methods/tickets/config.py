@@ -7,6 +7,8 @@ import json
 import math
 from typing import Any
 
+from .patterns import GROUPED, UNSTRUCTURED, n_of_m
+
 CHOICES = {
     "scheme": ("magnitude", "iterative", "random"),
     "level": ("global", "layer"),
@@ -28,7 +30,19 @@ class TicketConfig:
         scope: which weights: None for those of every linear layer and convolution of the backbone;
             or patterns ("encoder.layer.*.weight") over names in the backbone. Embeddings, the
             head, and whatever has one dimension (biases, norms) are never pruned.
-        level: "global" prunes the smallest of all weights, "layer" the same share of each.
+        pattern: "unstructured": every weight for itself. Or what survives or falls together, by
+            the mean magnitude of its weights: "row", those of a kernel's row, weight[o, i, h, :];
+            "kernel", weight[o, i]; "channel", weight[o], all of an output channel. A linear layer
+            is a convolution of size 1, so that its rows and kernels are single weights. As many
+            of the smallest are pruned as have together no more weights than an unstructured ticket
+            prunes: less than one group is missing to ``sparsity``, and :attr:`Ticket.sparsity` is
+            what came out. Or "N:M", as "2:4": of every M consecutive inputs of a linear layer (of a
+            convolution, input channels, at each place of the kernel) the N largest survive, in a
+            single round; ``sparsity`` has to be 1 - N/M, the numbers of inputs (in a group of
+            channels) divisible by M. Output channels are those of the layer, wherever its weight
+            has them (transposed convolutions, transformers' Conv1D).
+        level: "global" prunes the smallest of all weights, "layer" the same share of each; with
+            "N:M" there is no difference.
         amount: iterative: how much a round prunes, in (0, 1]; the last one prunes what is left to
             ``sparsity``.
         of: iterative: ``amount`` of the "original" weights (10, 20, 30 ... %), or of the
@@ -45,6 +59,7 @@ class TicketConfig:
     scheme: str = "magnitude"
     sparsity: float
     scope: tuple[str, ...] | None = None
+    pattern: str = UNSTRUCTURED
     level: str = "global"
     amount: float = 0.1
     of: str = "original"
@@ -72,6 +87,7 @@ class TicketConfig:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.of == "remaining" and self.amount == 1:
             raise ValueError("amount must be below 1 of the remaining weights, got 1")
+        self._check_pattern()
         if self.scope is None:
             return
         patterns = self.scope
@@ -81,9 +97,25 @@ class TicketConfig:
             raise ValueError("scope must have a pattern at least, got ()")
         object.__setattr__(self, "scope", tuple(patterns))
 
+    def _check_pattern(self) -> None:
+        if self.pattern in (UNSTRUCTURED, *GROUPED):
+            return
+        n, m = (isinstance(self.pattern, str) and n_of_m(self.pattern)) or (0, 0)
+        if not 0 < n < m:
+            raise ValueError(
+                f"pattern must be one of {(UNSTRUCTURED, *GROUPED)} or 'N:M' with 0 < N < M, "
+                f"as '2:4', got {self.pattern!r}"
+            )
+        if not math.isclose(self.sparsity, 1 - n / m, abs_tol=1e-9):
+            raise ValueError(
+                f"the pattern {self.pattern!r} has a sparsity of 1 - {n}/{m} = {1 - n / m:.6g}: "
+                f"sparsity must be that, got {self.sparsity}"
+            )
+
     def rounds(self) -> tuple[float, ...]:
-        """The sparsity after each round; of one round unless the scheme is iterative."""
-        if self.scheme != "iterative" or self.sparsity == 0:
+        """The sparsity after each round; of one round unless the scheme is iterative, and with the
+        pattern "N:M"."""
+        if self.scheme != "iterative" or self.sparsity == 0 or n_of_m(self.pattern):
             return (self.sparsity,)
         if self.of == "original":
             count = math.ceil(self.sparsity / self.amount - 1e-9)

@@ -21,6 +21,7 @@ from ...nn.masked import is_masked
 from ...training import track
 from .config import TicketConfig
 from .masks import digest, random_masks
+from .patterns import UNSTRUCTURED, Layout, check_fit, pattern_masks, random_scores
 from .run import Run
 from .scope import check_unmasked, head_tensors, inner_model, weights_in_scope
 from .snapshot import Snapshot, put_state, state_of
@@ -66,7 +67,7 @@ def draw_ticket(
     Raises:
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
         ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
-            or made in inference mode; a layer would keep
+            or made in inference mode, or cannot have ``config.pattern``; a layer would keep
             no weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``,
             or added or took away parameters;
             ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
@@ -74,12 +75,13 @@ def draw_ticket(
             there.
 
     Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a random
-    one four bytes a weight.
+    one four bytes a weight; with a pattern a copy or two of one weight, and four bytes for every
+    group of weights.
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
     model = inner_model(model)
-    weights = _weights(model, config)
+    weights, transposed = _weights(model, config), _transposed(model, config)
     check_unmasked(model)
     _check_finite(weights, "")
     source = Source(type(model).__name__, digest(weights), task, config.scheme)
@@ -87,12 +89,13 @@ def draw_ticket(
         if not callable(train):
             raise TypeError(f"an iterative draw needs train, a function, got {train!r}")
         with contextlib.nullcontext() if directory is None else Run(directory) as run:
-            return _iterative(model, config, source, train, run, progress)
+            return _iterative(model, config, transposed, source, train, run, progress)
     if train is not None or directory is not None:
         raise ValueError(
             f"train and directory are of the scheme 'iterative', not {config.scheme!r}"
         )
-    return _ticket(weights, _drawn(weights, config, config.sparsity), config, source)
+    masks = _drawn(weights, config, transposed, config.sparsity)
+    return _ticket(weights, masks, config, transposed, source)
 
 
 def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
@@ -103,6 +106,23 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
     return {name: weight.parameter.detach() for name, weight in scope.items()}
 
 
+def _transposed(model: nn.Module, config: TicketConfig) -> dict[str, int]:
+    """:attr:`Ticket.transposed`, after a check that every weight can have the pattern."""
+    if config.pattern == UNSTRUCTURED:
+        return {}
+    scope = weights_in_scope(model, config.scope)
+    found = {name: weight.transposed for name, weight in scope.items()}
+    if wrong := [name for name, groups in found.items() if groups is None]:
+        raise ValueError(
+            f"the pattern {config.pattern!r} is of linear layers and convolutions, but others read "
+            f"{', '.join(wrong)}, or two read it differently: scope can leave weights out"
+        )
+    transposed = {name: groups for name, groups in found.items() if groups}
+    shapes = {name: weight.parameter.shape for name, weight in scope.items()}
+    check_fit(config.pattern, {n: Layout.of(s, transposed.get(n, 0)) for n, s in shapes.items()})
+    return transposed
+
+
 def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
         if not torch.stack(weight.aminmax()).isfinite().all():  # with a NaN, both are
@@ -110,9 +130,45 @@ def _check_finite(weights: dict[str, Tensor], when: str) -> None:
 
 
 def _drawn(
-    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None = None
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None = None,
 ) -> Masks:
     """Masks of that sparsity, among the survivors of ``masks``."""
+    if config.pattern == UNSTRUCTURED:
+        drawn = _unstructured(weights, config, sparsity, masks)
+    else:
+        drawn = _patterned(weights, config, transposed, sparsity, masks)
+    if empty := [name for name, bits in drawn.items() if not count_bits(bits)]:
+        raise ValueError(
+            f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
+            "prune less, or level='layer'"
+        )
+    return drawn
+
+
+def _patterned(
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None,
+) -> Masks:
+    layouts = [Layout.of(w.shape, transposed.get(name, 0)) for name, w in weights.items()]
+    scores = list(weights.values())
+    if config.scheme == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        scores = random_scores(layouts, config.pattern, generator)
+    given = None if masks is None else [masks[n].to(w.device) for n, w in weights.items()]
+    found = pattern_masks(scores, layouts, sparsity, config.pattern, config.level, given)
+    return {name: bits.cpu() for name, bits in zip(weights, found, strict=True)}
+
+
+def _unstructured(
+    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None
+) -> Masks:
     names = list(weights)
     together = [names] if config.level == "global" else [[name] for name in names]
     generator = torch.Generator().manual_seed(config.seed)
@@ -128,23 +184,24 @@ def _drawn(
             given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
             found = magnitude_masks([t.to(wide) for t in tensors], kept, given)
         drawn.update(zip(group, (bits.cpu() for bits in found), strict=True))
-    if empty := [name for name in names if not count_bits(drawn[name])]:
-        raise ValueError(
-            f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
-            "prune less, or level='layer'"
-        )
     return drawn
 
 
 def _ticket(
-    weights: dict[str, Tensor], masks: Masks, config: TicketConfig, source: Source
+    weights: dict[str, Tensor],
+    masks: Masks,
+    config: TicketConfig,
+    transposed: dict[str, int],
+    source: Source,
 ) -> Ticket:
-    return Ticket(masks, {n: tuple(w.shape) for n, w in weights.items()}, config, source)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return Ticket(masks, shapes, config, source, transposed=transposed)
 
 
 def _iterative(
     model: nn.Module,
     config: TicketConfig,
+    transposed: dict[str, int],
     source: Source,
     train: Train,
     run: Run | None,
@@ -153,7 +210,7 @@ def _iterative(
     """Train, prune, rewind; ``model`` is given back as it was, whatever happens."""
     before = Snapshot.of(model)
     try:
-        return _rounds(model, config, source, train, run, before, progress)
+        return _rounds(model, config, transposed, source, train, run, before, progress)
     finally:
         if is_masked(model):
             Ticket.of(model).remove(model)
@@ -163,6 +220,7 @@ def _iterative(
 def _rounds(
     model: nn.Module,
     config: TicketConfig,
+    transposed: dict[str, int],
     source: Source,
     train: Train,
     run: Run | None,
@@ -194,8 +252,9 @@ def _rounds(
         if ticket is not None:
             ticket.remove(model)
             given = ticket.masks
-        masks = _drawn(weights, config, sparsities[round - 1], given)
-        ticket = _ticket(weights, masks, config, dataclasses.replace(source, round=round))
+        masks = _drawn(weights, config, transposed, sparsities[round - 1], given)
+        after = dataclasses.replace(source, round=round)
+        ticket = _ticket(weights, masks, config, transposed, after)
         if config.head == "kept":
             head = {name: t for name, t in state_of(model).items() if name in head_names}
         if run is not None:

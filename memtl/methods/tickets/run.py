@@ -71,7 +71,8 @@ class Run:
             return state
         try:
             there = json.loads(path.read_text())
-            config_there, start = there["config"], there["start"]
+            config_there = TicketConfig.from_dict(there["config"]).to_dict()
+            start = there["start"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if config_there != wanted:

@@ -47,15 +47,32 @@ class Weight(NamedTuple):
         """Whether a linear layer, a convolution or an attention multiplies with it."""
         return any(h.key in _multiplied(h.module) for h in self.holders)
 
+    @property
+    def transposed(self) -> int | None:
+        """As :func:`transposed` says of those that multiply with it; None if they disagree."""
+        said = {transposed(h.module) for h in self.holders if h.key in _multiplied(h.module)}
+        return said.pop() if len(said) == 1 else None
+
+
+def transposed(module: nn.Module) -> int:
+    """0 if the weights of ``module`` are [O, I / groups, ...], else its groups: they are
+    [I, O / groups, ...]."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return module.groups
+    return int(_is_conv1d(module))
+
 
 def _multiplied(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return _MATRICES
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION
-    if any(c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):  # Conv1D
-        return _MATRICES
-    return ()
+    return _MATRICES if _is_conv1d(module) else ()
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with its weight transposed."""
+    return any(c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def inner_model(model: Any) -> Any:

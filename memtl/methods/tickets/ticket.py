@@ -18,8 +18,16 @@ from ...nn.report import plain_name
 from ...nn.sparse import SparseLinear, can_be_sparse
 from .config import TicketConfig
 from .masks import check_mask, random_masks
+from .patterns import UNSTRUCTURED, Layout, shuffled_mask
 from .saved import read, write
-from .scope import Weight, backbone_of, check_unmasked, inner_model, named_weights
+from .scope import (
+    Weight,
+    backbone_of,
+    check_unmasked,
+    inner_model,
+    named_weights,
+    transposed,
+)
 
 SHOWN = 3
 """Mismatches that an error names."""
@@ -112,9 +120,11 @@ class Ticket:
         config: how it was drawn.
         source: of what.
         values: the surviving weights, [kept] each, where the file that was loaded has them.
+        transposed: of a ticket with a pattern, the groups of weights that are [I, O / groups, ...]
+            (transposed convolutions, transformers' Conv1D); others are [O, I / groups, ...].
 
     Raises:
-        ValueError: a mask does not fit its weight's shape.
+        ValueError: a mask, or ``transposed``, does not fit its weight's shape.
     """
 
     masks: dict[str, Tensor]
@@ -122,12 +132,16 @@ class Ticket:
     config: TicketConfig
     source: Source
     values: dict[str, Tensor] | None = None
+    transposed: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.masks.keys() != self.shapes.keys():
             raise ValueError("masks and shapes have to be of the same weights")
         for name, bits in self.masks.items():
             check_mask(name, bits, math.prod(self.shapes[name]))
+        for name, groups in self.transposed.items():
+            if groups < 1 or self.shapes.get(name, (1,))[0] % groups:
+                raise ValueError(f"{name} cannot be transposed in {groups} groups")
 
     @property
     def layers(self) -> tuple[TicketLayer, ...]:
@@ -171,7 +185,8 @@ class Ticket:
             rows.append((label, str(list(shape)), span))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         task = f" of {self.source.task}" if self.source.task else ""
-        title = f"{self.source.scheme} ticket{task}, round {self.source.round}"
+        pattern = "" if self.config.pattern == UNSTRUCTURED else f" {self.config.pattern}"
+        title = f"{self.source.scheme}{pattern} ticket{task}, round {self.source.round}"
         pruned = f"{100 * (1 - kept / total):.1f} % pruned, masks {self.nbytes:,} bytes"
         lines = [f"{title}: {kept:,} of {total:,} weights survive, {pruned}"]
         lines += [f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c} %" for a, b, c in rows]
@@ -279,7 +294,7 @@ class Ticket:
         if RECORD not in model.__dict__:
             raise ValueError(f"this {type(model).__name__} has no ticket")
         config, source = model.__dict__[RECORD]
-        masks, shapes, seen = {}, {}, set()
+        masks, shapes, groups, seen = {}, {}, {}, set()
         for inside, key, module, bits in masked_weights(backbone_of(model)):
             parameter = module._parameters[key]
             if parameter is not None and id(parameter) in seen:
@@ -290,18 +305,27 @@ class Ticket:
                 continue
             masks[name] = bits.to("cpu", copy=True)
             shapes[name] = tuple(getattr(module, key).shape)
-        return Ticket(masks, shapes, config, source)
+            if config.pattern != UNSTRUCTURED and (count := transposed(module)):
+                groups[name] = count
+        return Ticket(masks, shapes, config, source, transposed=groups)
 
     def shuffled(self, seed: int) -> Ticket:
-        """A control: as many survivors in every weight, but any."""
+        """A control: as many survivors in every weight, but any: any groups, if the ticket has a
+        pattern; of "N:M" any N of each M."""
         generator = torch.Generator().manual_seed(seed)
-        masks = {
-            layer.name: random_masks([layer.size], layer.kept, generator)[0]
-            for layer in self.layers
-        }
+        masks = {}
+        for layer in self.layers:
+            name, pattern = layer.name, self.config.pattern
+            if pattern == UNSTRUCTURED:
+                masks[name] = random_masks([layer.size], layer.kept, generator)[0]
+            else:
+                layout = Layout.of(layer.shape, self.transposed.get(name, 0))
+                masks[name] = shuffled_mask(self.masks[name], layout, pattern, generator)
         scheme = f"{self.source.scheme}, shuffled by {seed}"
         source = dataclasses.replace(self.source, scheme=scheme)
-        return Ticket(masks, dict(self.shapes), self.config, source)
+        return Ticket(
+            masks, dict(self.shapes), self.config, source, transposed=dict(self.transposed)
+        )
 
     def overlap(self, other: Ticket) -> float:
         """Survivors of both, relative to those of either, in the weights that both tickets have.
@@ -346,7 +370,11 @@ class Ticket:
                 for layer in self.layers
             }
         path = Path(path)
-        about = {"config": self.config.to_dict(), "source": dataclasses.asdict(self.source)}
+        about = {
+            "config": self.config.to_dict(),
+            "source": dataclasses.asdict(self.source),
+            "transposed": self.transposed,
+        }
         kept = {layer.name: (layer.shape, layer.kept) for layer in self.layers}
         write(path, about, kept, self.masks, values)
         return path
@@ -364,9 +392,10 @@ class Ticket:
         try:
             config = TicketConfig.from_dict(about["config"])
             source = Source(**about["source"])
+            groups = dict(about.get("transposed", {}))
+            return Ticket(masks, shapes, config, source, values, groups)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        return Ticket(masks, shapes, config, source, values)
 
     def restore(self, model: nn.Module) -> None:
         """Put the surviving weights that were saved with the ticket into ``model``; pruned ones are
