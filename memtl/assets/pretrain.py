@@ -33,10 +33,8 @@ from memtl.models import Normalized
 from memtl.report.arguments import count
 from memtl.tasks.digits import MEAN, STD, Split
 from memtl.tasks.glyphs import CLASSES, HELDOUT_FONTS, Glyphs
-from memtl.training import loss_of
-from memtl.training.attacks import Adversarial, Attack, Noisy
+from memtl.training import Adversarial, Attack, Noisy, Watched, loss_of, robust_accuracy
 from memtl.training.loop import Objective
-from memtl.training.robust import Watched, robust_accuracy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 import memtl
 
 from ..methods.tickets import TicketConfig
-from ..training import Settings, loss_of
-from ..training.attacks import Adversarial, Attack
+from ..training import Adversarial, Attack, Settings, loss_of
 from ..training.loop import Objective
 from . import domain as domains
 from .domain import Domain
