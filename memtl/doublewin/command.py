@@ -134,10 +134,14 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    given = {
+    given: dict[str, Any] = {
         "steps": options.steps, "learning_rate": options.learning_rate, "eps": options.eps,
         "batch_size": options.batch_size, "round_steps": options.round_steps,
     }  # fmt: skip
+    if options.autoattack:
+        if importlib.util.find_spec("pyautoattack") is None:
+            raise ValueError("--autoattack needs pyautoattack: pip install memtl[robust]")
+        given["autoattack"] = True
     if options.quick and options.round_steps is None:
         given["round_steps"] = 2
     return Recipe(**{name: value for name, value in given.items() if value is not None})
@@ -341,6 +345,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--eps", type=float, metavar="E",
         help=f"radius of attacks, in the maximum norm, of pixels in 0..1 ({EPS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--autoattack", action="store_true",
+        help="measure by AutoAttack too, which takes many times as long (pyautoattack)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(

@@ -32,6 +32,7 @@ class Recipe:
         batch_size: of both.
         eps: radius of the ball of every attack, in the maximum norm, of pixels in 0..1.
         train_steps, test_steps: of the attacks that are trained with, and measured by.
+        autoattack: measure by AutoAttack too.
     """
 
     steps: int | None = None
@@ -43,6 +44,7 @@ class Recipe:
     eps: float = EPS
     train_steps: int = 3
     test_steps: int = 20
+    autoattack: bool = False
 
     def __post_init__(self) -> None:
         self.trained_with, self.measured_by  # noqa: B018, before any run is
@@ -107,6 +109,7 @@ class Run:
         auc_noise, auc_letters: how well confidence tells the target's images from others; None
             where there are no such others.
         seconds: that it took.
+        autoattack: accuracy under AutoAttack, where that was asked for.
     """
 
     key: Key
@@ -118,6 +121,7 @@ class Run:
     auc_letters: float | None
     error: str | None
     seconds: float
+    autoattack: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +220,7 @@ class Setup:
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             trained_with=str(self.recipe.trained_with) if cell.regime == ADVERSARIAL else "",
-            measured_by=str(self.recipe.measured_by),
+            measured_by=f"{self.recipe.measured_by}{', AutoAttack' * self.recipe.autoattack}",
             split=split,
             memtl=memtl.__version__,
         )

@@ -12,6 +12,7 @@ from .plan import DENSE, Cell, sparsity
 from .results import METRICS, Results
 
 QUALITY = {
+    "autoattack": "Accuracy under AutoAttack",
     "nll": "Negative log-likelihood, in nats",
     "ece": "Expected calibration error",
     "auc_noise": "ROC-AUC of confidence, against noise",

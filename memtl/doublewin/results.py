@@ -127,7 +127,7 @@ class Results:
 
     def table(self, metric: str, regime: str, percent: float) -> Table:
         """Mean and deviation by level; accuracies in %."""
-        scale, digits = (100, 1) if metric in METRICS else (1, 3)
+        scale, digits = (100, 1) if metric in (*METRICS, "autoattack") else (1, 3)
         header = ("", "dense", *(_sparsity(level) for level in self.plan.levels))
         rows = []
         for pretraining, drawing in itertools.product(

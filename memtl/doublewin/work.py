@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from ..methods.tickets import Ticket, TicketConfig, draw_ticket
 from ..models import Normalized
+from ..tasks import Split
 from ..training import fit
 from ..training.quality import quality
-from ..training.robust import robust_accuracy
+from ..training.robust import autoattack, robust_accuracy
 from . import domain as domains
 from .experiments import DRAWING_SEED, Key, Run, Setup
 from .plan import DENSE, DRAWINGS, SOURCE, Draw, sparsity
@@ -60,21 +60,35 @@ def run(setup: Setup, key: Key, what: Draw | None) -> Run:
     if key.drawing != DENSE:
         ticket(setup, key, what, model).apply(model.model, sparse=False)
     settings = setup.settings(key.regime, key.percent, key.seed, key.learning_rate)
-    nothing = dict.fromkeys((f.name for f in dataclasses.fields(Run)[1:-2]), None)
     try:
         fit(
             model, train, None, settings, objective=setup.recipe.objective(key.regime),
             progress=False,
         )  # fmt: skip
-        split = getattr(data, key.split)
-        found = quality(model, split, outside)
-        robust = robust_accuracy(model, split, setup.recipe.measured_by)
-    except FloatingPointError as error:
-        return Run(key, **nothing, error=str(error), seconds=time.perf_counter() - started)
-    return Run(
-        key, found.accuracy, robust, found.nll, found.ece, found.ood_auc["noise"],
-        found.ood_auc.get("letters"), None, time.perf_counter() - started,
+        found = _measured(setup, model, getattr(data, key.split), outside)
+        error = None
+    except FloatingPointError as failure:
+        found, error = dict.fromkeys(FIGURES), str(failure)
+    return Run(key, **found, error=error, seconds=time.perf_counter() - started)
+
+
+FIGURES = ("accuracy", "robust", "nll", "ece", "auc_noise", "auc_letters", "autoattack")
+
+
+def _measured(
+    setup: Setup, model: Normalized, split: Split, outside: Mapping[str, Split]
+) -> dict[str, float | None]:
+    """:data:`FIGURES` of a model."""
+    attack = setup.recipe.measured_by
+    found = quality(model, split, outside)
+    strongest = None
+    if setup.recipe.autoattack:
+        strongest = autoattack(model, split, attack.eps, attack.norm)
+    figures = (
+        found.accuracy, robust_accuracy(model, split, attack), found.nll, found.ece,
+        found.ood_auc["noise"], found.ood_auc.get("letters"), strongest,
     )  # fmt: skip
+    return dict(zip(FIGURES, figures, strict=True))
 
 
 def ticket(setup: Setup, key: Key, what: Draw | None, model: Normalized) -> Ticket:

@@ -1,6 +1,7 @@
 """The whole of it, on few images, and what an interruption leaves."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -167,6 +168,32 @@ def test_bad_calls(more, said, whole, tmp_path, capsys):
     assert main(arguments(out, *more)) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not out.exists()
+
+
+def test_autoattack(whole, tmp_path, monkeypatch, capsys):
+    """Asked for, it is a figure of its own, of runs of their own."""
+    call = arguments(tmp_path, "--autoattack", "--drawings", "one-shot", "--levels", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: name != "pyautoattack" or None)
+        assert main(call) == 2
+    assert "pip install memtl[robust]" in capsys.readouterr().err
+    asked = []
+
+    def attack(model, split, eps, norm):
+        asked.append((len(split), eps, norm))
+        return 0.25
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(work, "autoattack", attack)
+    assert main(call) == 0
+    found = runs(tmp_path)
+    assert asked == [(12, 0.1, "linf")] * 8 and len(found) == 8
+    assert {run.autoattack for run in found.values()} == {0.25}
+    assert {key.measured_by for key in found} == {"PGD-20, L-inf 0.1, AutoAttack"}
+    assert "Accuracy under AutoAttack" in (tmp_path / "report.html").read_text()
+    plain = {dataclasses.replace(key, measured_by="PGD-20, L-inf 0.1") for key in found}
+    assert plain <= runs(whole).keys()
+    assert {run.autoattack for run in runs(whole).values()} == {None}
 
 
 def test_checkpoints_have_no_source(tmp_path, capsys):
