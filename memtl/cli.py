@@ -1,4 +1,4 @@
-"""The ``memtl`` command: doctor, profile, estimate, bench, demo, vtab, tickets."""
+"""The ``memtl`` command: doctor, profile, estimate, bench, demo, vtab, tickets, doublewin."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .lottery.command import main as tickets
 
         return tickets(arguments[1:])
+    if arguments[:1] == ["doublewin"]:
+        from .doublewin.command import main as doublewin
+
+        return doublewin(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="memtl", description="Memory-efficient transfer learning."
     )
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
     commands.add_parser("vtab", help="compare methods on VTAB-1k by its published protocol")
     commands.add_parser("tickets", help="lottery tickets of a pre-trained encoder: which match it")
+    commands.add_parser("doublewin", help="tickets of robustly pre-trained networks, transferred")
     options = parser.parse_args(arguments)
     try:
         if options.command == "profile":

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo estimate fidelity lottery vtab",
+    "demo doublewin estimate fidelity lottery vtab",
     "report training tasks assets methods models analytic",
     "nn",
     "functional",

@@ -33,10 +33,8 @@ from memtl.models import Normalized
 from memtl.report.arguments import count
 from memtl.tasks.digits import MEAN, STD, Split
 from memtl.tasks.glyphs import CLASSES, HELDOUT_FONTS, Glyphs
-from memtl.training import loss_of
-from memtl.training.attacks import Adversarial, Attack, Noisy
+from memtl.training import Adversarial, Attack, Noisy, Watched, loss_of, robust_accuracy
 from memtl.training.loop import Objective
-from memtl.training.robust import Watched, robust_accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 smoothing, with fast adversarial training (watched for catastrophic overfitting), with three steps
 of projected gradient descent."""
 
-CONTINUED = {"learning_rate": 2e-3, "steps": 2000}
+CONTINUED: dict[str, Any] = {"learning_rate": 2e-3, "steps": 2000}
 REPORTED = Attack(EPS, 20, step_size=EPS / 4)
 """What robustness is recorded against."""
 
@@ -133,7 +131,12 @@ def pretrain(
 
     The rounding makes the network returned exactly the one that :func:`write` stores. The global
     random state is left as it was.
+
+    Raises:
+        ValueError: ``glyphs`` are normalised already.
     """
+    if glyphs.normalised:
+        raise ValueError("the glyphs are normalised, which the network is to do")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(recipe.architecture) if start is None else start
@@ -178,7 +181,8 @@ def _train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
-    """Accuracies in 0..1: over the 62 classes, and with upper and lower case taken as one."""
+    """Accuracies in 0..1, of ink: over the 62 classes, and with upper and lower case taken as
+    one."""
     model = Normalized(model, MEAN, STD).eval()
     guess = torch.cat([model(images).argmax(1) for images in split.images.split(256)])
     fold = torch.tensor([CLASSES.index(character.upper()) for character in CLASSES])
@@ -221,7 +225,7 @@ def _about(name: str | None, objective: Objective) -> dict[str, Any]:
         return {}
     said: dict[str, Any] = {"objective": name, "start": "cnn_glyphs"}
     if isinstance(objective, Watched):
-        said["batch_robust_accuracies"] = [round(a, 4) for a in objective.accuracies]
+        said["accuracies_under_one_and_ten_steps"] = objective.accuracies
         objective = objective.objective
     if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
         said["objective_settings"] = dataclasses.asdict(objective)
@@ -263,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the two files")
     options = parser.parse_args(arguments)
 
-    recipe, name, start, objective = RECIPES[options.network], options.objective, None, loss_of
+    recipe, name, start = RECIPES[options.network], options.objective, None
+    objective: Objective = loss_of
     chosen = []
     if name is not None:
         if options.network != "cnn":

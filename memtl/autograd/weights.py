@@ -137,3 +137,50 @@ def standardized(weight: Tensor, eps: float) -> Tensor:
     """
     needed = torch.is_grad_enabled() and weight.requires_grad
     return StandardizeFunction.apply(weight, eps, needed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """w where the bit is set, else 0."""
+
+    def __call__(self, weight: Tensor, bits: Tensor) -> Tensor:
+        return torch.ops.memtl.bits_apply(weight, bits, 1.0)
+
+
+class ChosenFunction(Function):
+    """:class:`Chosen`, where the bits are those of the largest |scores|.
+
+    The gradient goes straight through the choice: with g the gradient given, that of |scores| is
+    g w, of pruned weights too, and so that of the scores g w sign(scores), 0 being positive. The
+    weight is frozen: it has none. Memory: none; weight and scores, parameters, are referenced.
+    """
+
+    @staticmethod
+    def forward(weight, scores, bits, need_scores):
+        return Chosen()(weight, bits)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, scores, bits, need_scores = inputs
+        keep(ctx, exact=(weight, scores) if need_scores else (None, None))
+        if sharing():
+            offer(output, rebuilt(Chosen(), weight, bits, shape=output.shape, dtype=output.dtype))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_out):
+        _, (weight, scores) = kept(ctx)
+        if scores is None:
+            return None, None, None, None
+        slope = weight.to(scores.dtype) * grad_out
+        return None, torch.where(scores < 0, -slope, slope), None, None
+
+
+def chosen(weight: Tensor, scores: Tensor, bits: Tensor) -> Tensor:
+    """``weight`` where its bit, uint8 [ceil(numel / 8)], is set, else 0; ``scores``, of its shape,
+    have the gradient.
+
+    Memory: none; a layer's backward makes it again from ``weight`` and ``bits``.
+    """
+    needed = torch.is_grad_enabled() and scores.requires_grad
+    return ChosenFunction.apply(weight, scores, bits, needed)

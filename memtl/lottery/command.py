@@ -20,6 +20,7 @@ from .. import assets
 from ..report import Journal, Table, check_device, environment, mean_std
 from ..report.arguments import count, natural, writable
 from ..training import track
+from ..training.pool import Workers
 from . import estimate
 from .experiments import (
     CLIP_NORM,
@@ -36,7 +37,6 @@ from .experiments import (
 from .facts import Facts
 from .page import page
 from .plan import DENSE, Cell, Plan
-from .pool import Workers
 from .results import Results
 from .verdict import mean
 from .work import draw, run

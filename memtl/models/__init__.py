@@ -4,5 +4,14 @@ from .deeplab import Segmenter
 from .named import NAMES, build, timm_model
 from .normalized import Normalized
 from .proxyless import proxylessnas_mobile
+from .robust import load_robust
 
-__all__ = ["NAMES", "Normalized", "Segmenter", "build", "proxylessnas_mobile", "timm_model"]
+__all__ = [
+    "NAMES",
+    "Normalized",
+    "Segmenter",
+    "build",
+    "load_robust",
+    "proxylessnas_mobile",
+    "timm_model",
+]

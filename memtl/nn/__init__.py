@@ -1,6 +1,7 @@
 """Modules: what is known of each layer, and convert() / unconvert() for whole models."""
 
 from .convert import convert, unconvert
+from .exactness import exact
 from .layers import ROLES, Layer, layer
 from .report import Report, Row
 from .standardized import StandardizedConv2d
@@ -14,6 +15,7 @@ __all__ = [
     "StandardizedConv2d",
     "compress_weights",
     "convert",
+    "exact",
     "expand_weights",
     "layer",
     "unconvert",

@@ -194,6 +194,20 @@ def augment(ink: Tensor, generator: torch.Generator) -> Tensor:
     return ink.clamp(0, 1)
 
 
+def distorted(
+    fonts: Sequence[str], classes: Sequence[int], copies: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Every one of some fonts and classes as often, distorted by a generator of that seed.
+
+    Returns:
+        ``[copies fonts classes, 1, 32, 32]`` float32 ink in 0..1, and labels.
+    """
+    labels = torch.tensor(classes)
+    sheets = torch.stack([render(font)[labels] for font in fonts])
+    ink = sheets.view(-1, 1, _RENDER, _RENDER).repeat(copies, 1, 1, 1).float() / 255
+    return augment(ink, torch.Generator().manual_seed(seed)), labels.repeat(copies * len(fonts))
+
+
 class Glyphs:
     """Batches of distorted glyphs from training fonts, and fixed ones from held-out fonts.
 
@@ -213,7 +227,7 @@ class Glyphs:
         self.fonts = tuple(training_fonts() if fonts is None else fonts)
         if not self.fonts:
             raise ValueError("fonts must name at least one font, got none")
-        self._normalised = normalised
+        self.normalised = normalised
         self._sheets = torch.stack([render(font) for font in self.fonts])
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -242,7 +256,7 @@ class Glyphs:
         return self._finish(augment(ink, generator)), labels
 
     def _finish(self, ink: Tensor) -> Tensor:
-        return normalise(ink) if self._normalised else ink
+        return normalise(ink) if self.normalised else ink
 
     @cached_property
     def heldout(self) -> Split:
@@ -250,7 +264,5 @@ class Glyphs:
 
         The distortions are those of :meth:`batch`, with a fixed seed.
         """
-        sheets = torch.stack([render(font) for font in HELDOUT_FONTS])
-        ink = sheets.view(-1, 1, _RENDER, _RENDER).repeat(8, 1, 1, 1).float() / 255
-        labels = torch.arange(self.num_classes).repeat(8 * len(HELDOUT_FONTS))
-        return Split(self._finish(augment(ink, torch.Generator().manual_seed(0))), labels)
+        ink, labels = distorted(HELDOUT_FONTS, range(self.num_classes), copies=8, seed=0)
+        return Split(self._finish(ink), labels)

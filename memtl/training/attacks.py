@@ -9,6 +9,11 @@ Images are in [0, 1], so the model has its normalisation inside
 (:class:`memtl.models.Normalized`). While an example is made, the model is in evaluation mode and
 none of its parameters requires a gradient: no gradient of a parameter is computed, and nothing is
 kept for one.
+
+The gradient of a converted model goes through what the conversion keeps, as in training: of a
+convolutional network with batch norms and ReLU it is exact all the same (a frozen convolution keeps
+nothing, a ReLU its bit), of a transformer approximate. :mod:`memtl.training.robust` measures with
+exact gradients in either case, as any other use can inside :func:`memtl.nn.exact`.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loop import evaluating, loss_of
+from .loop import evaluating
+from .metrics import check_labels
 
 NORMS = ("linf", "l2")
 MODES = ("eval", "current")
@@ -42,6 +48,8 @@ class Attack:
         random_start: begin anywhere in the ball, not at the image.
         mode: "eval": the model is in evaluation mode meanwhile; "current": in the mode it is in,
             where batch norms in training mode see, and count, the examples.
+
+    Called, it makes the examples.
 
     Raises:
         TypeError, ValueError: a value is outside its range; ``eps`` above 1 in the maximum norm is
@@ -84,9 +92,81 @@ class Attack:
             return self.step_size
         return self.eps * (1.25 if self.steps == 1 else 2.5 / self.steps)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, **options) -> Tensor:
-        """Adversarial examples of ``images``, as :func:`pgd` makes them."""
-        return _ascend(self, model, images, labels, **options)
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss | None = None,
+        early_stop: bool = False,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial examples of ``images``, as :func:`pgd` makes them; ``start`` is where to
+        begin, if not where the attack says."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if generator is not None and generator.device.type != images.device.type:
+            raise ValueError(
+                f"generator must be on the device of the images, {images.device}, got "
+                f"{generator.device}"
+            )
+        check_images(images, self)
+        if early_stop and self.mode == "current":
+            raise ValueError(
+                'early_stop needs mode "eval": in training mode what the model says of an image '
+                "may depend on the others of its batch, which become fewer"
+            )
+        if early_stop and labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"early_stop needs one class for each image, [{len(images)}], got labels "
+                f"{[*labels.shape]}"
+            )
+        if not images.numel():
+            return images.detach().clone()
+        # Tensors of inference mode take no part in autograd: leave it, with copies of them.
+        with torch.inference_mode(False):
+            images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
+            with _mode(model, self), constant_parameters(model), torch.enable_grad():
+                return self._ascend(
+                    model, images.detach(), labels, loss, early_stop, start, generator
+                )
+
+    def _ascend(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        loss: Loss | None,
+        early_stop: bool,
+        start: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        # In float32 at least: in bfloat16 a step may be less than the distance of two numbers.
+        near = images.to(torch.promote_types(images.dtype, torch.float32))
+        if start is not None:
+            current = start.to(near)
+        else:
+            current = random_in_ball(near, self, generator) if self.random_start else near
+        found, left = current, torch.arange(len(near), device=near.device)
+        for step in range(self.steps):
+            current = current.detach().requires_grad_()
+            logits = model(current.to(images.dtype))
+            if step == 0 and (loss is None or early_stop):
+                labels = check_labels(logits, labels)
+            gradient = image_gradient((loss or cross_entropy)(logits, labels), current)
+            current = current.detach()
+            if early_stop:
+                holds = logits.detach().argmax(1) == labels
+                if not holds.all():
+                    left, near, labels = left[holds], near[holds], labels[holds]
+                    current, gradient = current[holds], gradient[holds]
+                    if not len(left):
+                        break
+            current = project(current + self.step * _direction(gradient, self), near, self)
+            found = found.index_copy(0, left, current) if early_stop else current
+        return found.detach().to(images.dtype)
 
     def __str__(self) -> str:
         name = "FGSM" if self.steps == 1 else f"PGD-{self.steps}"
@@ -104,15 +184,11 @@ def fgsm(
     mode: str = "eval",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One step along the sign of the gradient, from a random place in the ball (Wong et al.).
+    """One step along the sign of the gradient, from a random place in the ball (Wong et al.); from
+    the image itself without ``random_start``, as it was at first (Goodfellow et al.).
 
-    Args:
-        step_size: None: 1.25 ``eps``; without a random start ``eps``.
-
-    The others, errors and memory are those of :func:`pgd`.
+    Arguments, errors and memory are those of :func:`pgd`.
     """
-    if step_size is None and not random_start:
-        step_size = eps
     attack = Attack(eps, 1, step_size, random_start=random_start, mode=mode)
     return attack(model, x, y, generator=generator)
 
@@ -141,16 +217,20 @@ def pgd(
         eps, step_size, steps, norm, random_start, mode: as of :class:`Attack`.
         loss: of logits and ``y``, summed over the samples; default the cross-entropy.
         early_stop: a sample that is misclassified is left as it is, which is faster; of classes
-            ``[n]`` only.
+            ``[n]``, and in evaluation mode.
         generator: of the random start, on the device of ``x``; None: torch's own.
 
     Returns:
-        As ``x``, with no graph: in the ball around it, and in [0, 1].
+        As ``x``, with no graph: in [0, 1], and in the ball around it, but for the rounding of its
+        dtype. It may be called inside ``torch.no_grad()`` and ``torch.inference_mode()``.
+
+    In float16 small gradients are zero: measure robustness in float32.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor.
+        TypeError: ``x`` is no floating-point tensor, or ``y`` no whole numbers.
         ValueError: ``x`` is not in [0, 1], as where it is normalised already; ``eps`` is more than
-            an image can change; or as :class:`Attack`.
+            an image can change; ``y`` does not fit the logits; ``early_stop`` without what it
+            needs; no gradient reaches the images; or as :class:`Attack`.
         FloatingPointError: a gradient is not finite.
 
     Memory: forward and backward of the model for the gradient of ``x`` alone; no gradient of a
@@ -174,86 +254,78 @@ def trades_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of TRADES: the cross-entropy of the images, and ``beta`` times how far predictions
-    move in the ball, as the Kullback-Leibler divergence.
+    move in the ball, as the Kullback-Leibler divergence; means over all predictions.
 
     Examples are made by ascent on that divergence, beginning 0.001 of normal noise away from the
     images, where its gradient is not zero.
+
+    Args:
+        beta: at least 0.
+        label_smoothing: of the cross-entropy.
+        the others: as of :func:`pgd`.
 
     Returns:
         A scalar, with its graph.
 
     Raises:
-        ValueError: ``beta`` is negative; or as :func:`pgd`, where the other arguments are
-            explained.
+        ValueError: ``beta`` is negative; or as :func:`pgd`.
+
+    Memory: of two forwards of the model, of the images and of their examples.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
     attack = Attack(eps, steps, step_size, norm, False, mode)
+    check_beta(beta)
     check_images(x, attack)
     with torch.no_grad(), _mode(model, attack):
-        target = model(x).log_softmax(1)
+        logits = model(x)
+        y, target = check_labels(logits, y), _log_probabilities(logits)
     start = (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
     adversarial = attack(model, x, target, loss=_divergence, start=start)
     logits, moved = model(x), model(adversarial)
     natural = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    return natural + beta * _divergence(moved, logits.log_softmax(1)) / len(x)
+    predictions = logits.numel() // logits.shape[1]
+    return natural + beta * _divergence(moved, _log_probabilities(logits)) / predictions
+
+
+def check_beta(beta: float) -> None:
+    """Raise unless it is a weight of the divergence."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a number, got {beta!r}")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be at least 0 and finite, got {beta}")
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL(target || prediction), of log-probabilities, summed."""
-    return F.kl_div(logits.log_softmax(1), target, reduction="sum", log_target=True)
+    return F.kl_div(_log_probabilities(logits), target, reduction="sum", log_target=True)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """In float32 at least: sums of many are to come."""
+    return logits.log_softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed over the samples, so that the gradient of one does not depend on the others."""
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.nll_loss(_log_probabilities(logits), labels, reduction="sum")
 
 
-def _ascend(
-    attack: Attack,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    loss: Loss | None = None,
-    early_stop: bool = False,
-    start: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    check_images(x, attack)
-    x = x.detach()
-    if not len(x):
-        return x.clone()
-    if start is None:
-        start = random_in_ball(x, attack, generator) if attack.random_start else x.clone()
-    found = start
-    left = torch.arange(len(x), device=x.device)
-    near, labels, current = x, y, start
-    objective = loss or cross_entropy
-    with _mode(model, attack), constant_parameters(model), torch.enable_grad():
-        for _ in range(attack.steps):
-            current.requires_grad_()
-            logits = model(current)
-            (gradient,) = torch.autograd.grad(objective(logits, labels), current)
-            current = current.detach()
-            if not gradient.isfinite().all():
-                raise FloatingPointError(
-                    "the gradient of an image is not finite: adversarial examples need a model "
-                    "whose logits are"
-                )
-            if early_stop:
-                holds = logits.detach().argmax(1) == labels
-                if not holds.all():
-                    left, near, labels = left[holds], near[holds], labels[holds]
-                    current, gradient = current[holds], gradient[holds]
-                    if not len(left):
-                        break
-            current = project(current + attack.step * _direction(gradient, attack), near, attack)
-            if early_stop:
-                found = found.index_copy(0, left, current)
-            else:
-                found = current
-    return found
+def image_gradient(loss: Tensor, images: Tensor) -> Tensor:
+    """The gradient of ``loss`` with respect to ``images``; raises as :func:`pgd` unless there is
+    one, and it is finite."""
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, images, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "no gradient reaches the images: the model has a part that lets none through (a "
+            "conversion to integers, detach(), or a backbone that runs without gradients)"
+        )
+    if not gradient.isfinite().all():
+        raise FloatingPointError(
+            "the gradient of an image is not finite: adversarial examples need a model whose "
+            "logits are"
+        )
+    return gradient
 
 
 @torch.no_grad()
@@ -283,6 +355,9 @@ def project(moved: Tensor, x: Tensor, attack: Attack) -> Tensor:
 def _direction(gradient: Tensor, attack: Attack) -> Tensor:
     if attack.norm == "linf":
         return gradient.sign()
+    # By the largest first: squares of what is very small or large have no place in the dtype.
+    largest = gradient.flatten(1).abs().amax(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    gradient = gradient / _by_sample(largest, gradient)
     return gradient / _by_sample(_norms(gradient), gradient)
 
 
@@ -300,6 +375,8 @@ def check_images(x: Tensor, attack: Attack) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"images must be a floating-point tensor in [0, 1], got {got}")
+    if x.ndim < 2:
+        raise ValueError(f"images must be [n, ...], got {[*x.shape]}")
     if not x.numel():
         return
     low, high = x.detach().aminmax()
@@ -331,50 +408,3 @@ def constant_parameters(model: nn.Module) -> Iterator[None]:
 
 def _mode(model: nn.Module, attack: Attack) -> contextlib.AbstractContextManager[None]:
     return evaluating(model) if attack.mode == "eval" else contextlib.nullcontext()
-
-
-@dataclasses.dataclass(frozen=True)
-class Adversarial:
-    """An objective of :func:`memtl.training.fit`: the loss of adversarial examples alone."""
-
-    attack: Attack
-
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
-    ) -> Tensor:
-        return loss_of(model, self.attack(model, images, labels), labels, label_smoothing)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trades:
-    """An objective of :func:`memtl.training.fit`: :func:`trades_loss`."""
-
-    attack: Attack
-    beta: float = 6.0
-
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
-    ) -> Tensor:
-        a = self.attack
-        return trades_loss(
-            model, images, labels, a.eps, a.step_size, a.steps, a.norm,
-            beta=self.beta, mode=a.mode, label_smoothing=label_smoothing,
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Noisy:
-    """An objective of :func:`memtl.training.fit`: the loss under normal noise of the deviation
-    ``sigma``, as for randomized smoothing (Cohen, Rosenfeld and Kolter, ICML 2019)."""
-
-    sigma: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma <= 1:
-            raise ValueError(f"sigma must be in (0, 1], in pixel units, got {self.sigma}")
-
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
-    ) -> Tensor:
-        noisy = images + self.sigma * torch.randn_like(images)
-        return loss_of(model, noisy, labels, label_smoothing)

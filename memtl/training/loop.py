@@ -199,7 +199,7 @@ def fit(
         metric: of the evaluation, one of :data:`METRICS`.
         penalty: as in :class:`Step`.
         objective: what is minimised: the cross-entropy, or one of
-            :mod:`memtl.training.attacks`.
+            :mod:`memtl.training.objectives`.
         on_step: is called after every step, with how many there have been.
         device: where to train; the model is moved there. None: where it is.
         progress: as in :func:`track`; ``description`` is what its bar says.

@@ -70,6 +70,22 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: the shapes do not fit, or a label is outside its range.
         FloatingPointError: a logit is NaN.
     """
+    labels, classes = check_labels(logits, labels), logits.shape[1]
+    if logits.isnan().any():  # argmax would call them a class
+        raise FloatingPointError("the logits hold NaN: they tell no class")
+    predicted = logits.argmax(1)
+    found = (labels[predicted == labels], labels, predicted)
+    return torch.stack([classes_.flatten().bincount(minlength=classes) for classes_ in found])
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """``labels`` as int64 on the device of ``logits``, which they fit.
+
+    Raises:
+        TypeError, ValueError: as :func:`count`; ``logits`` is no tensor.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"a model must return a tensor of logits, got {type(logits).__name__}")
     if labels.is_floating_point():
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if logits.ndim < 2 or labels.shape != (wanted := (len(logits), *logits.shape[2:])):
@@ -82,8 +98,4 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels must be in 0 .. {classes - 1}, for there are {classes} logits, but they are "
             f"in {labels.min()} .. {labels.max()}"
         )
-    if logits.isnan().any():  # argmax would call them a class
-        raise FloatingPointError("the logits hold NaN: they tell no class")
-    predicted = logits.argmax(1)
-    found = (labels[predicted == labels], labels, predicted)
-    return torch.stack([classes_.flatten().bincount(minlength=classes) for classes_ in found])
+    return labels

@@ -1,16 +1,25 @@
-"""How robust a model is, measured: by projected gradient descent, by AutoAttack; and whether
-training with one step has stopped to make it so."""
+"""How robust a model is, measured: by projected gradient ascent, and by AutoAttack.
+
+Both go by exact gradients, whatever a converted model keeps (:func:`memtl.nn.exact`): what is kept
+in few bits would make the attack weaker, not the model robust.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..nn import exact
 from ..tasks import Split
-from .attacks import Attack
+from .attacks import Attack, check_images, constant_parameters
 from .loop import evaluating, seeded
+from .metrics import check_labels
+
+VERSIONS = ("standard", "plus", "rand")
 
 
 def robust_accuracy(
@@ -22,83 +31,127 @@ def robust_accuracy(
 
     Args:
         model: takes images in [0, 1] and returns logits ``[n, C]``.
-        seed: of random starts.
+        split: images ``[n, ...]`` in [0, 1], classes ``[n]``.
+        batch_size: images at a time.
+        seed: of random starts; the global random state is left as it was.
 
     Raises:
         TypeError, ValueError, FloatingPointError: as :func:`memtl.training.attacks.pgd`; ``split``
-            is empty.
+            is empty, or the attack's mode is "current".
     """
-    if not len(split):
-        raise ValueError("cannot evaluate on an empty split")
-    device = next(model.parameters()).device
     right = 0
-    batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-    with seeded(seed, device):
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
-            holds = _right(model, images, labels)
+    with measuring(model, seed):
+        for images, labels in _batches(model, split, attack, batch_size):
+            holds = rightly(model, images, labels)
             images, labels = images[holds], labels[holds]
             if len(images):
                 found = attack(model, images, labels, early_stop=True)
-                right += int(_right(model, found, labels).sum())
+                right += int(rightly(model, found, labels).sum())
     return right / len(split)
 
 
-@torch.no_grad()
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with evaluating(model):
-        return model(images).argmax(1) == labels
+def autoattack(
+    model: nn.Module,
+    split: Split,
+    eps: float,
+    norm: str = "linf",
+    *,
+    version: str = "standard",
+    batch_size: int = 250,
+    seed: int = 0,
+) -> float:
+    """The fraction of samples that withstand AutoAttack (Croce and Hein: Reliable Evaluation of
+    Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks, ICML 2020), by the
+    authors' package ``pyautoattack``. Its warnings, of randomised models say, are logged.
 
-
-class CatastrophicOverfitting(RuntimeError):
-    """Training with one-step examples came to resist those, and nothing else."""
-
-
-class Watched:
-    """An objective that is watched for catastrophic overfitting (Wong, Rice and Kolter, ICLR 2020):
-    every so many steps the batch is attacked by ten steps, and the accuracy may not fall.
+    The "standard" version is APGD on the cross-entropy, targeted APGD and targeted FAB on the nine
+    classes next to the right one (of fewer classes all others), and 5000 queries of Square Attack.
 
     Args:
-        objective: of :func:`memtl.training.fit`, whose examples are of one step.
-        attack: what it trains with; the check has its ball, and ten steps.
-        every: steps between two checks.
-        drop: how much less than the best accuracy so far ends the training, a fraction.
+        model: takes images in [0, 1] and returns logits ``[n, C]``.
+        split: images ``[n, C, H, W]`` in [0, 1], classes ``[n]``.
+        eps, norm: as of :class:`memtl.training.Attack`.
+        version: "standard", "plus" (more restarts, and the untargeted attacks), or "rand", for
+            models with random numbers of their own.
+        batch_size: images at a time.
+        seed: of the attacks; the global random state is left as it was.
 
     Raises:
-        CatastrophicOverfitting: when it is called, and the accuracy has fallen.
+        TypeError: images are no floating-point tensor, labels no whole numbers.
+        ValueError: an argument is outside its range, images are not in [0, 1], labels do not fit,
+            or there are fewer than four classes, for which the targeted loss is not defined.
+        ImportError: ``pyautoattack`` is not installed.
     """
+    attack = Attack(eps, norm=norm)
+    if version not in VERSIONS:
+        raise ValueError(f"version must be one of {VERSIONS}, got {version!r}")
+    with measuring(model, seed):
+        batches = list(_batches(model, split, attack, batch_size))
+        with torch.no_grad():
+            for images, labels in batches:
+                logits = model(images)
+                check_labels(logits, labels)
+            classes = logits.shape[1]
+        if classes < 4:
+            raise ValueError(f"AutoAttack needs at least 4 classes, got logits of {classes}")
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        ensemble = _autoattack()(
+            model,
+            eps=eps,
+            norm={"linf": "Linf", "l2": "L2"}[norm],
+            version=version,
+            seed=seed,
+            device=images.device,
+        )
+        for targeted in (ensemble.apgd_targeted, ensemble.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        with constant_parameters(model):
+            _, said = ensemble.run_standard_evaluation(images, labels, batch_size=batch_size)
+    return (said == labels).double().mean().item()
 
-    def __init__(
-        self,
-        objective: Callable[..., Tensor],
-        attack: Attack,
-        *,
-        every: int = 50,
-        drop: float = 0.2,
-    ):
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if not 0 < drop < 1:
-            raise ValueError(f"drop must be in (0, 1), got {drop}")
-        self.objective = objective
-        self.attack = Attack(attack.eps, 10, norm=attack.norm)
-        self.every = every
-        self.drop = drop
-        self.calls = 0
-        self.accuracies: list[float] = []
 
-    def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
-    ) -> Tensor:
-        loss = self.objective(model, images, labels, label_smoothing)
-        self.calls += 1
-        if self.calls % self.every == 0:
-            before = max(self.accuracies, default=0.0)
-            self.accuracies.append(robust_accuracy(model, Split(images, labels), self.attack))
-            if self.accuracies[-1] < before - self.drop:
-                raise CatastrophicOverfitting(
-                    f"at step {self.calls} {self.accuracies[-1]:.1%} of the batch withstand "
-                    f"{self.attack}, after {before:.1%} before: train with more steps, a smaller "
-                    "eps or step size"
-                )
-        return loss
+def _autoattack() -> Any:
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "AutoAttack needs the package pyautoattack: pip install pyautoattack"
+        ) from error
+    return AutoAttack
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module, seed: int) -> Iterator[None]:
+    """Inside, ``model`` is evaluated, its gradients are exact, random numbers are of ``seed``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    with seeded(seed, _device(model)), evaluating(model), exact(model):
+        yield
+
+
+def _batches(
+    model: nn.Module, split: Split, attack: Attack, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels where the model is, checked."""
+    if not len(split):
+        raise ValueError("cannot evaluate on an empty split")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if split.labels.ndim != 1:
+        raise ValueError(f"labels must be one class an image, [n], got {[*split.labels.shape]}")
+    device = _device(model)
+    batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    for images, labels in batches:
+        check_images(images, attack)
+        yield images.to(device), labels.to(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def rightly(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Which images are classified as their labels say, in the mode that the model is in."""
+    logits = model(images)
+    return logits.argmax(1) == check_labels(logits, labels)

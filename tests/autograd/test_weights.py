@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from memtl import functional as M
 from memtl.autograd.share import held, offer, offered
-from memtl.autograd.weights import decoded, encoded, standardized
+from memtl.autograd.weights import chosen, decoded, encoded, standardized
 from memtl.memory import saved_bytes
+from memtl.reference.bits import bits_unpack
 from memtl.storage import Dense, Quantized, pack
 from memtl.storage.rebuilt import rebuilt
 from tests.helpers import assert_same, grad_like
@@ -255,3 +256,103 @@ def test_inside_a_checkpoint_and_compiled():
     for a, b, c in zip(expected, again, traced, strict=True):
         assert_same(b, a)
         torch.testing.assert_close(c, a, rtol=1e-5, atol=1e-5)
+
+
+# what scores choose
+
+
+def scored(shape, dtype=torch.float64):
+    """A frozen weight, scores of either sign (one is 0), and the bits of the larger half."""
+    w, scores = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    scores.view(-1)[0] = 0
+    (bits,) = M.magnitude_masks([scores], scores.numel() // 2)
+    return w, scores.requires_grad_(), bits
+
+
+@SHAPES
+def test_gradients_go_straight_through_the_choice(shape):
+    """They are those of g w |s|, for pruned weights too."""
+    w, scores, bits = scored(shape)
+    kept = bits_unpack(bits, w.numel()).view(shape)
+    out = chosen(w, scores, bits)
+    assert_same(out.detach(), w.masked_fill(~kept, 0))
+    g = torch.randn(shape, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(out, scores, g)
+    step = 1e-6 * torch.ones_like(w)
+    rise = ((scores + step).abs() - (scores - step).abs()).detach() / 2e-6
+    rise.view(-1)[0] = 1  # |s| has a kink at 0, which counts as positive
+    torch.testing.assert_close(ours, g * w * rise, rtol=1e-8, atol=1e-8)
+    assert (ours[~kept] != 0).all()
+
+
+@DTYPES
+def test_scores_of_a_narrow_weight_are_wide(dtype):
+    w, scores, bits = scored((5, 9), torch.float32)
+    w = w.to(dtype)
+    out = chosen(w, scores, bits)
+    assert out.dtype == dtype
+    g = grad_like(out)
+    (ours,) = torch.autograd.grad(out, scores, g)
+    sign = torch.where(scores < 0, -1.0, 1.0)
+    assert_same(ours, w.float() * g.float() * sign)
+
+
+def test_the_weight_has_no_gradient_and_scores_no_second_one():
+    w, scores, bits = scored((5, 9))
+    w.requires_grad_()
+    out = chosen(w, scores, bits)
+    none, grad = torch.autograd.grad(
+        out.square().sum(), (w, scores), allow_unused=True, create_graph=True
+    )
+    assert none is None
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+@SHAPES
+def test_what_is_chosen_is_made_again_in_backward(shape):
+    w, scores, bits = scored(shape, torch.float32)
+    layer, x = layers(w)
+    x.requires_grad_()
+    # Parameters and bits are there anyway; here they are not, and count.
+    kept = saved_bytes(lambda: layer(x, chosen(w, scores, bits)))
+    assert kept == 4 * (x.numel() + w.numel() + scores.numel()) + bits.numel()
+    frozen = scores.detach()
+    assert saved_bytes(lambda: layer(x, chosen(w, frozen, bits))) == 4 * w.numel() + bits.numel()
+    with torch.no_grad():
+        assert saved_bytes(lambda: layer(x, chosen(w, scores, bits))) == 0
+    one, two = layer(x, chosen(w, scores, bits)), layer(x, chosen(w, scores, bits).clone())
+    g = grad_like(one)
+    for a, b in zip(
+        torch.autograd.grad(one, (x, scores), g),
+        torch.autograd.grad(two, (x, scores), g),
+        strict=True,
+    ):
+        assert_same(a, b)
+
+
+def test_chosen_inside_a_checkpoint_and_compiled():
+    w, scores, bits = scored((6, 3, 3, 3), torch.float32)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def run(x, scores):
+        return M.conv2d(x, chosen(w, scores, bits), format=Dense()).square().sum()
+
+    expected = torch.autograd.grad(run(x, scores), (x, scores))
+    again = torch.autograd.grad(checkpoint(run, x, scores, use_reentrant=False), (x, scores))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(x, scores), (x, scores))
+    for a, b, c in zip(expected, again, traced, strict=True):
+        assert_same(b, a)
+        torch.testing.assert_close(c, a, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_and_scattered_weights():
+    for w in (torch.randn(0, 4), torch.randn(6, 4).t(), torch.randn(5, 8)[:, ::2]):
+        scores = torch.randn(w.shape, requires_grad=True)
+        (bits,) = M.magnitude_masks([scores], w.numel() // 2)
+        kept = bits_unpack(bits, w.numel()).view(w.shape)
+        out = chosen(w, scores, bits)
+        assert_same(out.detach(), w.masked_fill(~kept, 0))
+        (grad,) = torch.autograd.grad(out, scores, torch.ones_like(out))
+        assert_same(grad, w * torch.where(scores < 0, -1.0, 1.0))

@@ -10,7 +10,7 @@ from typing import Any
 from .patterns import GROUPED, UNSTRUCTURED, n_of_m
 
 CHOICES = {
-    "scheme": ("magnitude", "iterative", "random"),
+    "scheme": ("magnitude", "iterative", "learned", "random"),
     "level": ("global", "layer"),
     "of": ("original", "remaining"),
     "head": ("kept", "reset"),
@@ -24,8 +24,9 @@ class TicketConfig:
 
     Args:
         scheme: "magnitude", the largest weights of the model as it is; "iterative", of the model
-            trained again and again from the same start, with fewer and fewer weights; "random",
-            any.
+            trained again and again from the same start, with fewer and fewer weights; "learned",
+            those that, unchanged, serve a task best: scores of the weights are trained in their
+            place; "random", any.
         sparsity: how much of the weights in scope is pruned, in [0, 1).
         scope: which weights: None for those of every linear layer and convolution of the backbone;
             or patterns ("encoder.layer.*.weight") over names in the backbone. Embeddings, the

@@ -1,4 +1,4 @@
-"""Drawing tickets: by magnitude at once, by magnitude round after round, at random.
+"""Drawing tickets: by magnitude, at once or in rounds, by scores that are learned, at random.
 
 Chen, Frankle, Chang, Liu, Zhang, Wang and Carbin: The Lottery Ticket Hypothesis for Pre-trained
 BERT Networks, NeurIPS 2020.
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ...nn.masked import is_masked
 from ...training import track
 from .channels import with_vectors
 from .config import TicketConfig
+from .learned import check_scorable, first_scores, learned_scores
 from .masks import digest, random_masks
 from .patterns import UNSTRUCTURED, Layout, check_fit, pattern_masks, random_scores
 from .run import Run
@@ -30,6 +31,9 @@ from .ticket import Source, Ticket
 
 Masks = dict[str, Tensor]
 Train = Callable[[nn.Module, int, Callable[[int], None]], Any]
+
+TRAINED = ("iterative", "learned")
+"""The schemes that train."""
 
 
 def draw_ticket(
@@ -47,15 +51,24 @@ def draw_ticket(
     that are left are pruned, and all weights go back to where they started, or to what they were
     after ``config.rewind_step`` steps; the next round trains the weights that are left.
 
+    With the scheme "learned" the weights stay as they are, and what ``train`` trains is a score of
+    each, which is a parameter of ``model`` as long as it runs: before every forward of ``model``
+    the largest scores choose the weights that are used, and gradients go straight through that
+    choice, to the scores of pruned weights too. Scores are ranked by magnitude, as HYDRA's, and
+    begin as the weights, scaled by layer (by one factor if the level is "global"): untrained they
+    draw the ticket of "magnitude". Beside them trains what trains of the head. The rest of the
+    model is frozen, the affine parameters of norms too; running statistics follow the batches
+    wherever ``train`` has norms in training mode, and are given back with everything else.
+
     Args:
         model: any module to which no ticket is applied.
         config: which weights, how many.
-        train: of an iterative draw: ``train(model, round, on_step)`` trains ``model`` in place,
-            with an optimizer and a schedule of its own, in the rounds 1, 2, ...; if
-            ``config.rewind_step`` is not 0, it has to call ``on_step(steps)`` after every step,
-            with the number of steps done in this round. What it does should depend on the model
-            and the round alone.
-        directory: of an iterative draw: where the ticket of every round is kept,
+        train: of an iterative or learned draw: ``train(model, round, on_step)`` trains ``model`` in
+            place, what of it requires a gradient, with an optimizer and a schedule of its own, in
+            the rounds 1, 2, ... (a learned draw has one); if ``config.rewind_step`` is not 0, an
+            iterative one has to call ``on_step(steps)`` after every step, with the number of steps
+            done in this round. What it does should depend on the model and the round alone.
+        directory: of an iterative or learned draw: where the ticket of every round is kept,
             ``round-01.safetensors`` and so on, with what a later call needs to go on behind the
             last round that is complete. An interrupted draw then gives the ticket that it would
             have given.
@@ -68,16 +81,18 @@ def draw_ticket(
     Raises:
         TypeError: ``model``, ``config`` or ``train`` is no such thing.
         ValueError: nothing is in scope; a weight, which is named, is not finite, on the meta device
-            or made in inference mode; a layer would keep
-            no weight at all; a weight, which is named, has no such pattern; ``model`` has a ticket;
-            ``train`` did not reach ``rewind_step``,
-            or added or took away parameters;
-            ``train`` or ``directory`` without the scheme "iterative"; or what is in ``directory``
-            was drawn with another configuration or from another start, or another draw is at work
-            there.
+            or made in inference mode, or cannot have ``config.pattern``; a layer would keep no
+            weight at all; ``model`` has a ticket; ``train`` did not reach ``rewind_step``, or added
+            or took away parameters; ``train`` or ``directory`` with a scheme that does not train;
+            or what is in ``directory`` was drawn with another configuration or from another start,
+            or another draw is at work there. Of a learned draw also: a weight is in 8 bits or a
+            recurrent layer's; or ``train`` changed frozen parameters, or never called ``model``
+            itself.
 
-    Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a random
-    one four bytes a weight.
+    Memory: at work the masks, and, of an iterative draw, a copy of the model or two, of a learned
+    one such a copy and twice the scores, four bytes a weight (of float64 eight), of a random one
+    four bytes a weight; with a pattern a copy or two of one weight, and four bytes for every group
+    of weights.
     """
     if not isinstance(config, TicketConfig):
         raise TypeError(f"config must be a memtl.TicketConfig, got {config!r}")
@@ -86,15 +101,18 @@ def draw_ticket(
     check_unmasked(model)
     _check_finite(weights, "")
     source = Source(type(model).__name__, digest(weights), task, config.scheme)
-    if config.scheme == "iterative":
+    if config.scheme in TRAINED:
         if not callable(train):
-            raise TypeError(f"an iterative draw needs train, a function, got {train!r}")
+            article = "an" if config.scheme == "iterative" else "a"
+            raise TypeError(
+                f"{article} {config.scheme} draw needs train, a function, got {train!r}"
+            )
+        if config.scheme == "learned":
+            check_scorable(model, weights_in_scope(model, config.scope))
         with contextlib.nullcontext() if directory is None else Run(directory) as run:
-            return _iterative(model, config, transposed, source, train, run, progress)
+            return _trained(model, config, transposed, source, train, run, progress)
     if train is not None or directory is not None:
-        raise ValueError(
-            f"train and directory are of the scheme 'iterative', not {config.scheme!r}"
-        )
+        raise ValueError(f"train and directory are of the schemes {TRAINED}, not {config.scheme!r}")
     masks = _drawn(weights, config, transposed, config.sparsity)
     return _ticket(model, weights, masks, config, transposed, source)
 
@@ -108,7 +126,7 @@ def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
 
 
 def _transposed(model: nn.Module, config: TicketConfig) -> dict[str, int]:
-    """Of the weights that are transposed the groups, where there is a pattern, which all have."""
+    """:attr:`Ticket.transposed`, after a check that every weight can have the pattern."""
     if config.pattern == UNSTRUCTURED:
         return {}
     scope = weights_in_scope(model, config.scope)
@@ -137,17 +155,33 @@ def _drawn(
     sparsity: float,
     masks: Masks | None = None,
 ) -> Masks:
-    """Masks of that sparsity, among the survivors of ``masks``."""
-    if config.pattern == UNSTRUCTURED:
-        drawn = _unstructured(weights, config, sparsity, masks)
-    else:
-        drawn = _patterned(weights, config, transposed, sparsity, masks)
+    """Masks of that sparsity, among the survivors of ``masks``, on the CPU."""
+    found = _chosen(weights, config, transposed, sparsity, masks)
+    drawn = {name: bits.cpu() for name, bits in found.items()}
     if empty := [name for name, bits in drawn.items() if not count_bits(bits)]:
         raise ValueError(
             f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
             "prune less, or level='layer'"
         )
     return drawn
+
+
+def _chosen(
+    weights: dict[str, Tensor],
+    config: TicketConfig,
+    transposed: dict[str, int],
+    sparsity: float,
+    masks: Masks | None = None,
+) -> Masks:
+    """As :func:`_drawn`, where the weights are, and some may lose all."""
+    if config.pattern == UNSTRUCTURED:
+        return _unstructured(weights, config, sparsity, masks)
+    return _patterned(weights, config, transposed, sparsity, masks)
+
+
+def _together(weights: Iterable[str], config: TicketConfig) -> list[list[str]]:
+    """The names of weights that are ranked together."""
+    return [list(weights)] if config.level == "global" else [[name] for name in weights]
 
 
 def _patterned(
@@ -164,17 +198,15 @@ def _patterned(
         scores = random_scores(layouts, config.pattern, generator)
     given = None if masks is None else [masks[n].to(w.device) for n, w in weights.items()]
     found = pattern_masks(scores, layouts, sparsity, config.pattern, config.level, given)
-    return {name: bits.cpu() for name, bits in zip(weights, found, strict=True)}
+    return dict(zip(weights, found, strict=True))
 
 
 def _unstructured(
     weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None
 ) -> Masks:
-    names = list(weights)
-    together = [names] if config.level == "global" else [[name] for name in names]
     generator = torch.Generator().manual_seed(config.seed)
-    drawn: Masks = {}
-    for group in together:
+    chosen: Masks = {}
+    for group in _together(weights, config):
         tensors = [weights[name] for name in group]
         sizes = [t.numel() for t in tensors]
         kept = sum(sizes) - round(sparsity * sum(sizes))
@@ -184,8 +216,8 @@ def _unstructured(
             wide = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
             given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
             found = magnitude_masks([t.to(wide) for t in tensors], kept, given)
-        drawn.update(zip(group, (bits.cpu() for bits in found), strict=True))
-    return drawn
+        chosen.update(zip(group, found, strict=True))
+    return chosen
 
 
 def _ticket(
@@ -201,7 +233,7 @@ def _ticket(
     return with_vectors(ticket, model) if config.pattern == "channel" else ticket
 
 
-def _iterative(
+def _trained(
     model: nn.Module,
     config: TicketConfig,
     transposed: dict[str, int],
@@ -210,9 +242,11 @@ def _iterative(
     run: Run | None,
     progress: bool | None,
 ) -> Ticket:
-    """Train, prune, rewind; ``model`` is given back as it was, whatever happens."""
+    """A draw that trains; ``model`` is given back as it was, whatever happens."""
     before = Snapshot.of(model)
     try:
+        if config.scheme == "learned":
+            return _learned(model, config, transposed, source, train, run, before)
         return _rounds(model, config, transposed, source, train, run, before, progress)
     finally:
         if is_masked(model):
@@ -230,6 +264,7 @@ def _rounds(
     before: Snapshot,
     progress: bool | None,
 ) -> Ticket:
+    """Train, prune, rewind."""
     head_names = head_tensors(model)
     origin = before.state  # copies, which no training changes: what every round goes back to
     ticket: Ticket | None = None
@@ -263,6 +298,44 @@ def _rounds(
         if run is not None:
             run.keep(round, ticket, origin if config.rewind_step else None, head)
     assert ticket is not None
+    return ticket
+
+
+def _learned(
+    model: nn.Module,
+    config: TicketConfig,
+    transposed: dict[str, int],
+    source: Source,
+    train: Train,
+    run: Run | None,
+    before: Snapshot,
+) -> Ticket:
+    """Train scores and the head, and let the scores choose."""
+    head = head_tensors(model)
+    start = before.state
+    if run is not None:
+        start = run.begin(config, start, head)
+        _, ticket = run.last(config)
+        if ticket is not None:
+            return ticket
+        put_state(model, start)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head and parameter.requires_grad)
+    weights = _weights(model, config)
+    scores = learned_scores(
+        model,
+        weights_in_scope(model, config.scope),
+        first_scores(weights, _together(weights, config)),
+        functools.partial(_chosen, config=config, transposed=transposed, sparsity=config.sparsity),
+        lambda scored: train(scored, 1, lambda step: None),
+    )
+    before.check_names(model)
+    before.check_same(model, head)
+    _check_finite(scores, " among its scores after training")
+    masks = _drawn(scores, config, transposed, config.sparsity)
+    ticket = _ticket(model, weights, masks, config, transposed, source)
+    if run is not None:
+        run.keep(1, ticket, None, {})
     return ticket
 
 

@@ -1,4 +1,4 @@
-"""An iterative draw on disk: its rounds, and what it needs to go on."""
+"""A draw that trains, on disk: its rounds, and what it needs to go on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 class Run:
-    """The directory of one iterative draw.
+    """The directory of one draw, iterative or learned.
 
     ``draw.json`` has the configuration and the fingerprint of the backbone at the start;
     ``start.safetensors`` the head then, so that one made at random need not be made again;
@@ -95,17 +95,26 @@ class Run:
         Raises:
             ValueError: a file is damaged.
         """
-        done = 0
-        while done < len(config.rounds()) and self._ticket(done + 1).exists():
-            done += 1
-        if not done:
+        done, ticket = self.last(config)
+        if ticket is None:
             return 0, None, origin, {}
         if config.rewind_step:
             origin = _read(self.directory / ORIGIN, origin)
         kept = {name: origin[name] for name in head} if config.head == "kept" else {}
         if kept:
             kept = _read(self._head(done), kept)
-        return done, Ticket.load(self._ticket(done)), origin, kept
+        return done, ticket, origin, kept
+
+    def last(self, config: TicketConfig) -> tuple[int, Ticket | None]:
+        """The last complete round, 0 if there is none, and its ticket.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        done = 0
+        while done < len(config.rounds()) and self._ticket(done + 1).exists():
+            done += 1
+        return done, Ticket.load(self._ticket(done)) if done else None
 
     def keep(self, round: int, ticket: Ticket, origin: State | None, head: State) -> None:
         """Write what a round gave; ``origin`` if it is not the start."""

@@ -64,6 +64,13 @@ class Snapshot:
         if other := dict(model.named_parameters()).keys() ^ self.trains.keys():
             raise ValueError(f"train may not add or take away parameters, as {min(other)}")
 
+    def check_same(self, model: nn.Module, apart: set[str]) -> None:
+        """Raise ValueError if parameters, but for those of the names ``apart``, have changed."""
+        for name, parameter in model.named_parameters():
+            value = self.state[name]
+            if name not in apart and not torch.equal(parameter.detach().to(value), value):
+                raise ValueError(f"train may not change {name}, which is frozen")
+
     def put(self, model: nn.Module) -> None:
         """Give everything back."""
         self.put_mode(model)

@@ -19,6 +19,7 @@ from tests.methods.tickets.small import bert, convs, vit
         {"sparsity": 0, "scheme": "random", "seed": 3, "level": "layer"},
         {"sparsity": 0.5, "scheme": "iterative", "of": "remaining", "amount": 0.2, "head": "reset"},
         {"sparsity": 0.25, "scope": ("encoder.*", "pooler.*"), "rewind_step": 7},
+        {"sparsity": 0.8, "scheme": "learned", "level": "layer"},
     ],
     ids=str,
 )
