@@ -327,10 +327,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, two tasks, one seed"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--plan", action="store_true", help="instead, what there is to do and how long it takes"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--tune", action="store_true",
         help="instead, the learning rates: every candidate's score on the validation split, up to "
         f"{len(TUNING_SEEDS)} runs each (--seeds)",
