@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import memtl
 
 from ..report import Journal, Table, check_device, environment, mean_std
 from ..report.arguments import count, writable
+from ..report.calling import call
 from ..training import track
 from ..training.pool import Workers
 from . import domain as domains
@@ -45,28 +45,7 @@ DEFAULTS = {
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 where the drawing of a ticket diverged or a
     process died, 2 for a wrong call."""
-    missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        print(
-            f"memtl doublewin needs {', '.join(missing)}: pip install memtl[demo]", file=sys.stderr
-        )
-        return 2
-    options = _parse(argv)
-    try:
-        return _run(options, argv)
-    except FloatingPointError as error:
-        print(f"memtl doublewin: {error}", file=sys.stderr)
-        return 1
-    except BrokenExecutor:
-        print(
-            "memtl doublewin: a process ended before its work did; was there memory enough for "
-            f"--jobs {options.jobs}? Called again, this goes on where it was",
-            file=sys.stderr,
-        )
-        return 1
-    except (ImportError, OSError, ValueError) as error:
-        print(f"memtl doublewin: {error}", file=sys.stderr)
-        return 2
+    return call("memtl doublewin", EXTRAS, "memtl[demo]", lambda: _run(_parse(argv), argv))
 
 
 def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
