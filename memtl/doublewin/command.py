@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ import memtl
 
 from ..report import Journal, Table, check_device, environment, mean_std
 from ..report.arguments import count, writable
+from ..report.calling import call
 from ..training import track
 from ..training.pool import Workers
 from . import domain as domains
 from .domain import DATA, DIGITS, SHIPPED, SUBSETS, Domain
-from .experiments import CANDIDATES, EPS, STEPS, Key, Recipe, Run, Setup
+from .experiments import CANDIDATES, EPS, EPS_PICTURES, STEPS, Key, Recipe, Run, Setup
 from .gap import gaps
 from .page import gap_table, page
 from .plan import DENSE, DRAWINGS, REGIMES, SOURCE, Cell, Draw, Plan, sparsity
@@ -45,28 +45,7 @@ DEFAULTS = {
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 where the drawing of a ticket diverged or a
     process died, 2 for a wrong call."""
-    missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        print(
-            f"memtl doublewin needs {', '.join(missing)}: pip install memtl[demo]", file=sys.stderr
-        )
-        return 2
-    options = _parse(argv)
-    try:
-        return _run(options, argv)
-    except FloatingPointError as error:
-        print(f"memtl doublewin: {error}", file=sys.stderr)
-        return 1
-    except BrokenExecutor:
-        print(
-            "memtl doublewin: a process ended before its work did; was there memory enough for "
-            f"--jobs {options.jobs}? Called again, this goes on where it was",
-            file=sys.stderr,
-        )
-        return 1
-    except (ImportError, OSError, ValueError) as error:
-        print(f"memtl doublewin: {error}", file=sys.stderr)
-        return 2
+    return call("memtl doublewin", EXTRAS, "memtl[demo]", lambda: _run(_parse(argv), argv))
 
 
 def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -84,17 +63,15 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         tuple(options.regimes), tuple(options.percents), options.seeds,
     )  # fmt: skip
     if not domain.has_source:
-        on_source = [name for name in plan.drawings if DRAWINGS[name].data == SOURCE]
-        if on_source:
+        others = [name for name, drawing in DRAWINGS.items() if drawing.data != SOURCE]
+        if on_source := [name for name in plan.drawings if name not in others]:
             raise ValueError(
                 f"--drawings {' '.join(on_source)} ask for the images that networks were "
-                "pre-trained on, which are not here"
+                f"pre-trained on, which are not here; {', '.join(others)} do not"
             )
-    for pretraining in plan.pretrainings:  # before anything is written
-        domains.fingerprint_of_network(domain, pretraining)
-    for percent in plan.percents:
-        domains.part(domain, percent)
-    Results(plan, {}, options.tolerance / 100, options.reference)
+    Results(plan, {}, options.tolerance / 100, options.reference)  # before anything is written
+    draws = {cell: plan.draw(cell) for cell in plan.cells()}
+    cells = {cell: setup.key(cell, what) for cell, what in draws.items()}
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with Workers(options.jobs) as workers, Journal(options.out / "runs.jsonl", Run) as journal:
@@ -102,8 +79,6 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
             print(f"runs.jsonl: ignored a last line cut short, of {journal.ignored} bytes")
         if options.tune:
             return _tune(setup, plan, journal, workers)
-        draws = {cell: plan.draw(cell) for cell in plan.cells()}
-        cells = {cell: setup.key(cell, what) for cell, what in draws.items()}
         left = {cell: key for cell, key in cells.items() if journal.find(key) is None}
         _announce(plan, cells, left, journal, options)
         if options.plan:
@@ -117,14 +92,15 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     record = _record(setup, plan, argv, options) | {
         "run_seconds": sum(run.seconds for run in runs.values()),
         "wall_seconds": time.perf_counter() - started,
+        "missing": len(cells) - len(runs),
         "domain_gap": {
             name: dataclasses.asdict(gap) for name, gap in gaps(domain, plan.pretrainings).items()
         },
         **results.figures(),
     }
     _print(results, record)
-    if missing := len(cells) - len(runs):
-        print(f"{missing} of {len(cells)} runs are not finished: {MISSING} in the tables")
+    if record["missing"]:
+        print(f"{record['missing']} of {len(cells)} runs are not finished: {MISSING} in the tables")
     if options.quick:
         print("a quick run: too short for its figures to mean anything")
     if options.json:
@@ -138,6 +114,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         "steps": options.steps, "learning_rate": options.learning_rate, "eps": options.eps,
         "batch_size": options.batch_size, "round_steps": options.round_steps,
     }  # fmt: skip
+    if options.eps is None and options.data != DIGITS:
+        given["eps"] = EPS_PICTURES
     if options.autoattack:
         if importlib.util.find_spec("pyautoattack") is None:
             raise ValueError("--autoattack needs pyautoattack: pip install memtl[robust]")
@@ -154,11 +132,11 @@ def _do(
     journal: Journal[Run],
     workers: Workers,
 ) -> None:
-    """Whole networks first, then tickets, once they are drawn."""
+    """First what needs no training before it, then tickets, once they are drawn."""
     calls = {cell: (setup, key, draws[cell]) for cell, key in left.items()}
-    _transfer([call for cell, call in calls.items() if cell.level == 0], journal, workers)
+    _transfer([call for cell, call in calls.items() if not draws[cell]], journal, workers)
     _draw(setup, [*dict.fromkeys(draws[cell] for cell in left if draws[cell])], workers)
-    _transfer([call for cell, call in calls.items() if cell.level], journal, workers)
+    _transfer([call for cell, call in calls.items() if draws[cell]], journal, workers)
 
 
 def _announce(
@@ -221,7 +199,8 @@ def _print(results: Results, record: dict[str, Any]) -> None:
             print(f"\n{metric} in %, {regime} transfer, {percent:g} % of the data\n")
             print(results.table(metric, regime, percent))
     if plan.drawings:
-        print(f"\ndouble wins, within {100 * results.tolerance:g} points\n\n{results.wins()}\n")
+        what = "double wins" if results.double else f"matching under {plan.regimes[0]} transfer"
+        print(f"\n{what}, within {100 * results.tolerance:g} points\n\n{results.wins()}\n")
     for line in (*results.verdicts(), "", *results.sentences()):
         print(line)
     if record["domain_gap"]:
@@ -344,7 +323,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--eps", type=float, metavar="E",
-        help=f"radius of attacks, in the maximum norm, of pixels in 0..1 ({EPS})",
+        help="radius of attacks, in the maximum norm, of pixels in 0..1 "
+        f"({EPS}; of pictures 8/255, {EPS_PICTURES:.4f})",
     )  # fmt: skip
     parser.add_argument(
         "--autoattack", action="store_true",
@@ -365,11 +345,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, one level, one seed"
     )
-    parser.add_argument("--plan", action="store_true", help="instead, what there is to do")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="instead, what there is to do")
+    instead.add_argument(
         "--report", action="store_true", help="instead, the report on what is finished"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--tune", action="store_true",
         help="instead, the learning rates: every candidate's score on the validation split",
     )  # fmt: skip

@@ -62,8 +62,8 @@ class Domain:
         if self.subset not in SUBSETS:
             raise ValueError(f"subset must be one of {SUBSETS}, got {self.subset!r}")
         if (self.data == DIGITS) == (self.root is not None):
-            wanted = "no folder" if self.root is not None else "a folder, which has it"
-            raise ValueError(f"{self.data} need {wanted}")
+            wanted = "no root" if self.root is not None else "a root, the folder that has them"
+            raise ValueError(f"{self.data} need {wanted}, got {self.root}")
         if (self.data == DIGITS) == bool(self.networks):
             raise ValueError(
                 "the shipped networks know digits, checkpoints pictures: "
@@ -161,8 +161,13 @@ def outside(domain: Domain) -> dict[str, Split]:
 
 @functools.cache
 def fingerprint_of_network(domain: Domain, pretraining: str) -> str:
-    """What tells a network from others."""
-    return fingerprint(sorted(domain.source_network(pretraining).model.state_dict().items()))
+    """What tells a network from others; of a checkpoint also its architecture and what images it
+    takes, which its weights need not show."""
+    network = domain.source_network(pretraining)
+    parts = sorted(network.model.state_dict().items())
+    if domain.networks:
+        parts += [(f"mean of {domain.arch}", network.mean), ("std", network.std)]
+    return fingerprint(parts)
 
 
 @functools.cache

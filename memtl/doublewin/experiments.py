@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 
 import memtl
@@ -15,7 +16,9 @@ from . import domain as domains
 from .domain import Domain
 from .plan import ADVERSARIAL, DRAWINGS, REGIMES, ROUND, SOURCE, STANDARD, Cell, Draw, sparsity
 
-EPS = 0.1
+EPS, EPS_PICTURES = 0.1, 8 / 255
+"""Of attacks on digits, and on photographs, where much less is seen."""
+
 CLIP_NORM = 1.0
 DRAWING_SEED = 1000
 """Of the order of the data in every round, and of the head; none of the runs has it."""
@@ -145,9 +148,10 @@ class Setup:
         recipe = self.recipe
         images = len(domains.part(self.domain, percent))
         steps = recipe.steps or next(steps for least, steps in STEPS if percent >= least)
+        if rate is None:
+            rate = RATES[regime] if recipe.learning_rate is None else recipe.learning_rate
         return Settings(
-            steps, min(recipe.batch_size, images),
-            rate or recipe.learning_rate or RATES[regime],
+            steps, min(recipe.batch_size, images), rate,
             weight_decay=0.0, clip_norm=CLIP_NORM, seed=seed,
         )  # fmt: skip
 
@@ -198,7 +202,8 @@ class Setup:
         data = domains.fingerprint_of_data(self.domain)
         said = f"{network} {data} {self.domain.subset} {self.drawn(draw)}"
         digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-        return self.out / "tickets" / f"{draw.pretraining}-{draw.drawing}-{digest}"
+        name = re.sub(r"\W+", "-", draw.pretraining)
+        return self.out / "tickets" / f"{name}-{draw.drawing}-{digest}"
 
     def ticket(self, draw: Draw, level: int) -> Path:
         """The file of a level."""

@@ -12,20 +12,21 @@ from .plan import DENSE, Cell, sparsity
 from .results import METRICS, Results
 
 QUALITY = {
-    "autoattack": "Accuracy under AutoAttack",
+    "autoattack": "Accuracy under AutoAttack, in %",
     "nll": "Negative log-likelihood, in nats",
     "ece": "Expected calibration error",
     "auc_noise": "ROC-AUC of confidence, against noise",
     "auc_letters": "ROC-AUC of confidence, against letters of an unseen font",
 }
 NOTES = """\
-Networks are the same one, trained on with different objectives. A ticket says which weights
-survive: of the convolutions and linear layers, not of norms, biases and the head. Level k prunes
-1 - 0.8^k of them. One-shot tickets prune the smallest of the pre-trained weights; iterative ones
-are drawn in rounds: train, prune a fifth of the weights that are left, the smallest of the whole
-network, put all weights back to where pre-training left them. Drawing trains on glyphs, or, where
-it says target, on the part of the data that the transfer has; adversarially where it says so.
-Learned tickets keep the weights with the largest scores, which are trained, the weights frozen.
+Networks are one architecture, pre-trained in several ways. A ticket says which weights survive: of
+the convolutions and linear layers, not of norms, biases and the head. Level k prunes 1 - 0.8^k of
+them. One-shot tickets prune the smallest of the pre-trained weights; iterative ones are drawn in
+rounds: train, prune a fifth of the weights that are left, the smallest of the whole network, put
+all weights back to where pre-training left them. Learned tickets keep the weights with the largest
+scores, which are trained, the weights frozen. Iterative tickets are drawn on images of what the
+networks were pre-trained on, those that say target, and learned ones, on the part of the data that
+the transfer has; adversarially where they say so.
 
 Under a ticket, or whole, the network gets a fresh head and is trained with AdamW without weight
 decay, a linear warm-up over a tenth of the steps, then a cosine: standard transfer on images,
@@ -50,20 +51,24 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
         f"Tickets of {', '.join(plan.pretrainings)} pre-training, transferred to "
         f"{record['data']['name']}; {runs} each.",
     )
-    result.tiles(
-        {
-            f"double-win sparsity, {name}": f"{100 * sparsity(level):.1f} %" if level else "none"
-            for name, (level, _) in results.best().items()
-        }
-    )
+    most = max(plan.percents)
+    if best := results.best():
+        result.tiles(
+            {
+                f"double-win sparsity, {name}, {most:g} % of the data": str(win)
+                for name, (win, _) in best.items()
+            }
+        )
     if record["quick"]:
         result.paragraph("A quick run: too short for its figures to mean anything.")
+    if record["missing"]:
+        result.paragraph(f"Not finished, {record['missing']} runs are missing: - in the tables.")
     if plan.drawings:
-        result.heading("Double wins")
+        result.heading("Double wins" if results.double else "Tickets that match")
         result.table(
             results.wins(),
             f"The highest sparsity within {100 * results.tolerance:g} points of the whole network "
-            "in standard and robust accuracy, under every transfer.",
+            f"in standard and robust accuracy, under {' and '.join(plan.regimes)} transfer.",
         )
         for line in results.verdicts():
             result.paragraph(line)
@@ -89,7 +94,6 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
                     f"{name.capitalize()} of {drawing} tickets; at 0 % the whole network. Bars are "
                     "one standard deviation.",
                 )
-    most = max(plan.percents)
     if plan.drawings:
         result.heading(f"Margins, {most:g} % of the data")
         result.table(results.margins(most), "Accuracy less the whole network's, in points.")

@@ -13,6 +13,7 @@ from .experiments import Run
 from .plan import ADVERSARIAL, DENSE, STANDARD, Cell, Plan, sparsity
 
 MISSING, DIVERGED = "-", "diverged"
+ROUNDING = 1e-9
 METRICS = {"accuracy": "standard accuracy", "robust": "robust accuracy"}
 """What a double win is about: fields of a run, and what they are called."""
 
@@ -22,13 +23,21 @@ class Win:
     """Where the tickets of one drawing are as good as the whole network.
 
     Attributes:
-        level: the highest at which a ticket is in all of ``margins``; 0 if none is.
+        level: the highest at which a ticket is, in all of ``margins``; 0 if none is.
+        open: the highest of which that cannot be told, since runs are missing, or the whole
+            network's diverged; 0 if there is none. A ticket one of whose runs diverged is not.
         margins: level -> (regime, metric) -> mean score less that of the whole network, as a
-            fraction; None where a run diverged.
+            fraction; None where a run is missing or diverged.
     """
 
     level: int
+    open: int
     margins: dict[int, dict[tuple[str, str], float | None]]
+
+    def __str__(self) -> str:
+        if self.open <= self.level:
+            return _sparsity(self.level)
+        return f"at least {_sparsity(self.level)}" if self.level else MISSING
 
 
 class Results:
@@ -62,56 +71,66 @@ class Results:
     def values(self, metric: str, place: Cell) -> tuple[float, ...]:
         """A field of the runs at a place, one a seed, whatever that of ``place``; none where one
         diverged, or has no such figure."""
-        cells = [dataclasses.replace(place, seed=seed) for seed in range(self.plan.seeds)]
-        found = [getattr(self._runs[cell], metric) for cell in cells if cell in self._runs]
-        whole = len(found) == len(cells) and None not in found
+        found = [getattr(run, metric) for run in self._found(place)]
+        whole = len(found) == self.plan.seeds and None not in found
         return tuple(found) if whole else ()
+
+    def _found(self, place: Cell) -> list[Run]:
+        """The finished runs at a place, of any seed."""
+        cells = [dataclasses.replace(place, seed=seed) for seed in range(self.plan.seeds)]
+        return [self._runs[cell] for cell in cells if cell in self._runs]
 
     def mean(self, metric: str, place: Cell) -> float | None:
         """That of :meth:`values`; None where there are none."""
         found = self.values(metric, place)
         return statistics.fmean(found) if found else None
 
+    @property
+    def double(self) -> bool:
+        """Whether there is what a double win is about: tickets, and both regimes."""
+        return bool(self.plan.drawings) and {STANDARD, ADVERSARIAL} <= {*self.plan.regimes}
+
     def win(self, pretraining: str, drawing: str, percent: float) -> Win:
         """Where tickets match in standard and robust accuracy under every regime."""
         margins: dict[int, dict[tuple[str, str], float | None]] = {}
+        won, unknown = [0], [0]
         for level in self.plan.levels:
             margins[level] = {}
+            lost = False
             for regime, metric in itertools.product(self.plan.regimes, METRICS):
                 place = Cell(pretraining, drawing, level, regime, percent, 0)
                 mean = self.mean(metric, place)
                 dense = self.mean(metric, dataclasses.replace(place, drawing=DENSE, level=0))
                 less = None if mean is None or dense is None else mean - dense
                 margins[level][regime, metric] = less
-        won = [
-            level
-            for level, found in margins.items()
-            if all(margin is not None and margin >= -self.tolerance for margin in found.values())
-        ]
-        return Win(max(won, default=0), margins)
+                lost |= any(run.error is not None for run in self._found(place))
+                lost |= less is not None and less < -self.tolerance - ROUNDING
+            if not lost:
+                (unknown if None in margins[level].values() else won).append(level)
+        return Win(max(won), max(unknown), margins)
 
     def wins(self) -> Table:
-        """The double-win sparsity of every pre-training and drawing, a column a part of the
-        data."""
+        """The highest sparsity that matches, of every pre-training and drawing, a column a part of
+        the data."""
         rows = []
         for pretraining, drawing in itertools.product(self.plan.pretrainings, self.plan.drawings):
-            found = [self.win(pretraining, drawing, p).level for p in self.plan.percents]
-            rows.append((f"{pretraining}: {drawing}", *(_sparsity(level) for level in found)))
+            found = [str(self.win(pretraining, drawing, p)) for p in self.plan.percents]
+            rows.append((f"{pretraining}: {drawing}", *found))
         return Table(
             ("tickets of", *(f"{p:g} % of the data" for p in self.plan.percents)), tuple(rows)
         )
 
-    def best(self) -> dict[str, tuple[int, str]]:
-        """Of every pre-training the highest double-win level with all of the data, and the drawing
-        that reaches it."""
+    def best(self) -> dict[str, tuple[Win, str]]:
+        """Of every pre-training the highest double win with the most data, and the drawing that
+        reaches it; nothing where the plan has no double wins."""
         found = {}
-        for pretraining in self.plan.pretrainings:
-            levels = {
-                drawing: self.win(pretraining, drawing, max(self.plan.percents)).level
-                for drawing in self.plan.drawings
+        for pretraining in self.plan.pretrainings if self.double else ():
+            wins = {
+                d: self.win(pretraining, d, max(self.plan.percents)) for d in self.plan.drawings
             }
-            drawing = max(levels, key=levels.__getitem__, default="")
-            found[pretraining] = (levels.get(drawing, 0), drawing)
+            drawing = max(wins, key=lambda name: wins[name].level)
+            unknown = max(win.open for win in wins.values())
+            found[pretraining] = (dataclasses.replace(wins[drawing], open=unknown), drawing)
         return found
 
     def margins(self, percent: float) -> Table:
@@ -144,9 +163,7 @@ class Results:
     def _text(self, metric: str, scale: float, digits: int, place: Cell) -> str:
         if found := self.values(metric, place):
             return mean_std([scale * value for value in found], digits)
-        cells = [dataclasses.replace(place, seed=seed) for seed in range(self.plan.seeds)]
-        runs = [self._runs[cell] for cell in cells if cell in self._runs]
-        return DIVERGED if any(run.error for run in runs) else MISSING
+        return DIVERGED if any(run.error is not None for run in self._found(place)) else MISSING
 
     def gains(self, pretraining: str, drawing: str) -> dict[tuple[str, str, float], list[float]]:
         """Of tickets of one pre-training over those of the reference, at every level:
@@ -197,14 +214,15 @@ class Results:
     def verdicts(self) -> list[str]:
         """The double wins, a sentence a pre-training."""
         lines = []
-        said = f"within {100 * self.tolerance:g} points of the whole network's"
-        missing = {STANDARD, ADVERSARIAL} - set(self.plan.regimes)
-        for pretraining, (level, drawing) in self.best().items():
-            if not self.plan.drawings or missing:
-                continue
-            what = f"double win up to a sparsity of {_sparsity(level)} ({drawing})"
-            found = f"{what}, all four accuracies {said}" if level else f"no double win {said}"
-            lines.append(f"{pretraining}: {found}.")
+        most = f"with {max(self.plan.percents):g} % of the data"
+        said = f"all four accuracies within {100 * self.tolerance:g} points of the whole network's"
+        for pretraining, (win, drawing) in self.best().items():
+            found = "no ticket is a double win"
+            if win.level:
+                found = f"the highest double-win sparsity is {_sparsity(win.level)} ({drawing})"
+            if win.open > win.level:
+                found += f" so far, up to {_sparsity(win.open)} is open"
+            lines.append(f"{pretraining}, {most}: {found}; a double win is {said}.")
         return lines
 
     def figures(self) -> dict[str, Any]:
@@ -220,7 +238,7 @@ class Results:
             "double_win": [
                 {
                     "pretraining": pretraining, "drawing": drawing, "percent": percent,
-                    "level": win.level, "sparsity": sparsity(win.level),
+                    "level": win.level, "sparsity": sparsity(win.level), "open": win.open,
                     "margins": {
                         str(level): {f"{r}, {m}": v for (r, m), v in found.items()}
                         for level, found in win.margins.items()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import memtl
 from .. import assets
 from ..report import Journal, Table, check_device, environment, mean_std
 from ..report.arguments import count, natural, writable
+from ..report.calling import call
 from ..training import track
 from ..training.pool import Workers
 from . import estimate
@@ -59,29 +58,7 @@ TUNING_SEEDS = (100, 101)
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 where a ticket's training diverged or a
     process died, 2 for a wrong call."""
-    missing = [name for module, name in EXTRAS.items() if not importlib.util.find_spec(module)]
-    if missing:
-        print(
-            f"memtl tickets needs {', '.join(missing)}: pip install memtl[models,demo]",
-            file=sys.stderr,
-        )
-        return 2
-    options = _parse(argv)
-    try:
-        return _run(options, argv)
-    except FloatingPointError as error:
-        print(f"memtl tickets: {error}", file=sys.stderr)
-        return 1
-    except BrokenExecutor:
-        print(
-            "memtl tickets: a process ended before its work did; was there memory enough for "
-            f"--jobs {options.jobs}? Called again, this goes on where it was",
-            file=sys.stderr,
-        )
-        return 1
-    except (ImportError, OSError, ValueError) as error:
-        print(f"memtl tickets: {error}", file=sys.stderr)
-        return 2
+    return call("memtl tickets", EXTRAS, "memtl[models,demo]", lambda: _run(_parse(argv), argv))
 
 
 def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -327,10 +304,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, two tasks, one seed"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--plan", action="store_true", help="instead, what there is to do and how long it takes"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--tune", action="store_true",
         help="instead, the learning rates: every candidate's score on the validation split, up to "
         f"{len(TUNING_SEEDS)} runs each (--seeds)",

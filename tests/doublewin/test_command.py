@@ -9,7 +9,8 @@ import torch
 
 from memtl import Ticket
 from memtl.cli import main
-from memtl.doublewin import Cell, Run, domain, work
+from memtl.doublewin import Cell, Run, Setup, domain, work
+from memtl.doublewin.plan import Draw
 from memtl.report import Journal
 from memtl.tasks import Split, Task
 from memtl.tasks.pictures import Pixels
@@ -85,6 +86,8 @@ def test_what_it_leaves(whole):
     page = (whole / "report.html").read_text()
     assert page.count("<svg") == 2 * 2 * 2  # metrics, regimes, drawings
     assert "Whether robust tickets transfer better" in page
+    assert "Not finished" not in page and record["missing"] == 0
+    assert "double-win sparsity, pgd, 2 % of the data" in page
 
 
 def test_tickets_are_those_that_the_cells_say(whole):
@@ -123,6 +126,7 @@ def test_reports_on_what_is_finished(whole, tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text("".join(lines[:-3]))
     assert main(arguments(tmp_path, "--report")) == 0
     assert "3 of 20 runs are not finished: - in the tables" in capsys.readouterr().out
+    assert "Not finished, 3 runs are missing" in (tmp_path / "report.html").read_text()
     assert len(runs(tmp_path)) == 17
     assert main(arguments(tmp_path / "none", "--report")) == 2
     assert "has no finished run of this grid" in capsys.readouterr().err
@@ -156,7 +160,9 @@ def test_tunes(tmp_path, capsys):
         (("--percents", "0.5"), "leaves 5 classes .* empty"),
         (("--tolerance", "-1"), "tolerance must be at least 0"),
         (("--reference", "fast"), "reference must be one of standard, pgd"),
-        (("--data", "cifar10"), "need a folder"),
+        (("--data", "cifar10"), "need a root, the folder that has them, got None"),
+        (("--learning-rate", "0"), "learning_rate must be positive, got 0.0"),
+        (("--round-steps", "2", "--batch-size", "4", "--learning-rate", "-1"), "must be positive"),
         (("--device", "nonsense"), "--device nonsense cannot be used"),
         (("--levels", "2", "1"), "levels must be at least 1 and rise"),
     ],
@@ -201,6 +207,7 @@ def test_checkpoints_have_no_source(tmp_path, capsys):
     assert main([*call, "--pretrainings", f"mine={tmp_path}/x.pt"]) == 2
     text = capsys.readouterr().err
     assert "ask for the images that networks were pre-trained on" in text
+    assert "here; one-shot, random, iterative-target, " in text
     assert "iterative" in text and not (tmp_path / "o").exists()
 
 
@@ -223,20 +230,63 @@ def test_checkpoints_on_pictures(tmp_path, monkeypatch):
     call = [
         *arguments(tmp_path / "out", "--data", "cifar10", "--root", str(tmp_path), "--percents"),
         *("50", "--drawings", "one-shot", "iterative-target", "--levels", "1", "--arch"),
-        *("resnet18", "--size", "32", "--eps", str(8 / 255), "--json", str(tmp_path / "all.json")),
+        *("resnet18", "--size", "32", "--json", str(tmp_path / "all.json")),
         *("--pretrainings", *checkpoints),
     ]
     assert main(call) == 0
     found = runs(tmp_path / "out")
     assert len(found) == 2 * 2 * (1 + 2)
     assert {key.pretraining for key in found} == {"natural", "robust"}
+    assert {key.measured_by for key in found} == {"PGD-20, L-inf 0.0313725"}
     assert {run.auc_letters for run in found.values()} == {None}
     assert {run.error for run in found.values()} == {None}
     record = json.loads((tmp_path / "all.json").read_text())
     assert record["domain_gap"] == {} and record["data"]["name"] == "cifar10"
     assert len({*record["networks"].values()}) == 2
-    model = domain.Domain("cifar10", tmp_path, (("natural", f"{tmp_path}/natural.pt"),), "resnet18")
-    assert model.build("natural", 0).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    here = domain.Domain("cifar10", tmp_path, (("natural", f"{tmp_path}/natural.pt"),), "resnet18")
+    assert here.build("natural", 0).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "one architecture" in page and "glyphs" not in page
+    weights = torch.load(tmp_path / "natural.pt")
+    other = {f"model.{name}": x for name, x in weights.items()}
+    other |= {f"normalizer.new_{kind}": torch.full((3, 1, 1), 0.5) for kind in ("mean", "std")}
+    torch.save(other, tmp_path / "other.pt")  # the same weights, for other images
+    there = dataclasses.replace(here, networks=(("natural", f"{tmp_path}/other.pt"),))
+    assert there.build("natural", 0).mean.flatten().tolist() == [0.5] * 3
+    assert record["networks"]["natural"] == domain.fingerprint_of_network(here, "natural")
+    assert record["networks"]["natural"] != domain.fingerprint_of_network(there, "natural")
+
+
+def test_one_thing_instead_at_a_time(tmp_path, capsys):
+    for pair in (("--tune", "--plan"), ("--tune", "--report"), ("--plan", "--report")):
+        with pytest.raises(SystemExit):
+            main(arguments(tmp_path / "out", *pair))
+        assert "not allowed with argument" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tickets_stay_in_their_folder(tmp_path):
+    setup = Setup(tmp_path)
+    shipped = setup.folder(Draw("pgd", "iterative-adversarial", 2, 0))
+    assert shipped.name.startswith("pgd-iterative-adversarial-")
+    networks = (("../../mine", "x.pt"),)
+    setup = Setup(tmp_path, domain.Domain("cifar10", tmp_path, networks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(domain, "fingerprint_of_network", lambda *_: "of it")
+        folder = setup.folder(Draw("../../mine", "iterative", 2, 0))
+    assert folder.parent == tmp_path / "tickets" and folder.name.startswith("-mine-iterative-")
+
+
+def test_a_drawing_that_diverges_leaves_what_needs_none(whole, tmp_path, monkeypatch, capsys):
+    def diverges(*_):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr("memtl.doublewin.command.draw", diverges)
+    assert main(arguments(tmp_path, "--pretrainings", "pgd", "--regimes", "standard")) == 1
+    assert "the loss is nan" in capsys.readouterr().err
+    found = runs(tmp_path)
+    assert [key.drawing for key in found] == ["dense", "one-shot", "one-shot"]
+    assert found.items() <= runs(whole).items()
 
 
 def test_the_same_part_of_the_data_for_all():

@@ -1,6 +1,7 @@
 """The whole of it, on a BERT that is small enough, and what an interruption leaves."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import re
@@ -239,7 +240,7 @@ def test_options_that_are_none(model, tmp_path, more):
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["tickets"]) == 2
     assert "pip install memtl[models,demo]" in capsys.readouterr().err
 
