@@ -184,16 +184,19 @@ class Setup:
         return TicketConfig(scheme=scheme, sparsity=sparsity(draw.level))
 
     def drawn(self, draw: Draw | None) -> str:
-        """What tickets are due to, in words."""
+        """What tickets are due to, in words; rounds are the same however many follow."""
         if draw is None:
             return ""
         drawing, settings = DRAWINGS[draw.drawing], self.round_settings(draw)
         attack = f" under {self.recipe.trained_with}" if drawing.objective == ADVERSARIAL else ""
         where = "source" if drawing.data == SOURCE else f"{draw.percent:g} % of the target"
+        what = (
+            "rounds" if drawing.scheme == "iterative" else f"{drawing.scheme}, level {draw.level}"
+        )
         return (
-            f"{drawing.scheme} to level {draw.level}, {settings.steps} steps of "
-            f"{settings.batch_size} at {settings.learning_rate:g}{attack} on {where}, seed "
-            f"{settings.seed}, by {memtl.__version__}"
+            f"{what} of {settings.steps} steps of {settings.batch_size} by {settings.optimizer} at "
+            f"{settings.learning_rate:g}{attack} on {where}, seed {settings.seed}, by "
+            f"{memtl.__version__}"
         )
 
     def folder(self, draw: Draw) -> Path:

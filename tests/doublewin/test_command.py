@@ -273,8 +273,24 @@ def test_tickets_stay_in_their_folder(tmp_path):
     setup = Setup(tmp_path, domain.Domain("cifar10", tmp_path, networks))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(domain, "fingerprint_of_network", lambda *_: "of it")
+        patch.setattr(domain, "source", lambda _: domain.task(setup.domain).test)
         folder = setup.folder(Draw("../../mine", "iterative", 2, 0))
     assert folder.parent == tmp_path / "tickets" and folder.name.startswith("-mine-iterative-")
+
+
+def test_a_higher_level_goes_on_from_the_tickets_that_are_there(whole, tmp_path, monkeypatch):
+    """And runs of the lower ones stay what they are."""
+    few = ("--pretrainings", "pgd", "--regimes", "standard", "--drawings", "iterative-adversarial")
+    assert main(arguments(tmp_path, *few, "--levels", "1")) == 0
+    (folder,) = (tmp_path / "tickets").iterdir()
+    first = (folder / "round-01.safetensors").stat().st_mtime_ns
+    assert main(arguments(tmp_path, *few, "--levels", "1", "2")) == 0
+    assert [*(tmp_path / "tickets").iterdir()] == [folder]
+    assert (folder / "round-01.safetensors").stat().st_mtime_ns == first
+    found = runs(tmp_path)
+    assert len(found) == 3 and found.items() <= runs(whole).items()
+    assert main(arguments(tmp_path, *few, "--levels", "1")) == 0
+    assert runs(tmp_path) == found
 
 
 def test_a_drawing_that_diverges_leaves_what_needs_none(whole, tmp_path, monkeypatch, capsys):

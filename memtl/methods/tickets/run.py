@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
 
@@ -56,7 +58,9 @@ class Run:
         os.close(self._lock)
 
     def begin(self, config: TicketConfig, state: State, head: set[str]) -> State:
-        """The state from which the draw started: ``state``, with the head that was there first.
+        """The state from which the draw started: ``state``, with the head that was there first. An
+        iterative draw may be to another sparsity than the one that is there, if that went through
+        the same rounds.
 
         Raises:
             ValueError: the draw that is there has another configuration, or another start.
@@ -71,11 +75,11 @@ class Run:
             return state
         try:
             there = json.loads(path.read_text())
-            config_there = TicketConfig.from_dict(there["config"]).to_dict()
-            start = there["start"]
+            before = TicketConfig.from_dict(there["config"])
+            config_there, start = before.to_dict(), there["start"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        if config_there != wanted:
+        if config_there != wanted and not self._leads(before, config):
             changed = [
                 f"{name} was {config_there.get(name)!r}, is {value!r}"
                 for name, value in wanted.items()
@@ -84,6 +88,9 @@ class Run:
             raise ValueError(f"{self.directory} has a draw that differs: {'; '.join(changed)}")
         if start != fingerprint:
             raise ValueError(f"{self.directory} has a draw from a backbone with other weights")
+        if len(before.rounds()) < len(config.rounds()):
+            text = json.dumps({"config": wanted, "start": fingerprint}, indent=2)
+            write_aside(path, lambda aside: aside.write_text(text))
         return state | _read(self.directory / START, {name: state[name] for name in head})
 
     def resume(
@@ -123,6 +130,14 @@ class Run:
         if head:
             _write(self._head(round), head)
         ticket.save(self._ticket(round))
+
+    def _leads(self, before: TicketConfig, config: TicketConfig) -> bool:
+        """Whether the complete rounds of one configuration are those of the other too."""
+        if dataclasses.replace(before, sparsity=config.sparsity) != config:
+            return False
+        done = sum(self._ticket(n + 1).exists() for n in range(len(before.rounds())))
+        pairs = zip(before.rounds()[:done], config.rounds(), strict=False)
+        return config.scheme == "iterative" and all(math.isclose(a, b) for a, b in pairs)
 
     def _ticket(self, round: int) -> Path:
         return self.directory / f"round-{round:02}.safetensors"

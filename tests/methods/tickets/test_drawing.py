@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -358,6 +359,29 @@ def test_another_draw_in_the_directory(tmp_path):
     (tmp_path / "draw.json").rename(tmp_path / "draw.old")
     with pytest.raises(ValueError, match=r"has rounds of a ticket, but no draw.json"):
         draw_ticket(model, config, train=Training(), directory=tmp_path)
+
+
+def test_an_iterative_draw_goes_further_and_less_far(tmp_path):
+    """As long as the rounds are the same; the model trains no round again."""
+    model = bert().eval()
+    near, far = (
+        TicketConfig(scheme="iterative", sparsity=s, of="remaining") for s in (0.19, 0.271)
+    )
+    expected = draw_ticket(model, far, train=Training())
+    first = draw_ticket(model, near, train=Training(), directory=tmp_path)
+    assert first.source.round == 2
+
+    def rest(model, round, on_step):
+        assert round == 3
+        return Training()(model, round, on_step)
+
+    assert draw_ticket(model, far, train=rest, directory=tmp_path) == expected
+    assert draw_ticket(model, near, train=rest, directory=tmp_path) == first
+    assert draw_ticket(model, far, train=rest, directory=tmp_path) == expected
+    for other in (0.18, 0.26):  # whose last round is none of those
+        config = dataclasses.replace(far, sparsity=other)
+        with pytest.raises(ValueError, match=f"sparsity was 0.271, is {other}"):
+            draw_ticket(model, config, train=rest, directory=tmp_path)
 
 
 def test_one_draw_at_a_time_in_a_directory(tmp_path):
