@@ -107,12 +107,13 @@ class Attack:
         """Adversarial examples of ``images``, as :func:`pgd` makes them; ``start`` is where to
         begin, if not where the attack says."""
         check_model(model)
+        if generator is not None and isinstance(images, Tensor):
+            if generator.device.type != images.device.type:
+                raise ValueError(
+                    f"generator must be on the device of the images, {images.device}, got "
+                    f"{generator.device}"
+                )
         check_images(images, self)
-        if generator is not None and generator.device.type != images.device.type:
-            raise ValueError(
-                f"generator must be on the device of the images, {images.device}, got "
-                f"{generator.device}"
-            )
         if early_stop and self.mode == "current":
             raise ValueError(
                 'early_stop needs mode "eval": in training mode what the model says of an image '
