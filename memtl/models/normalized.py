@@ -20,7 +20,8 @@ class Normalized(nn.Module):
             ``state_dict``.
 
     Raises:
-        TypeError: ``model`` is no module, ``mean`` or ``std`` no numbers.
+        TypeError: ``model`` is no module, ``mean`` or ``std`` no numbers. Of a call: the images
+            are of no floating-point dtype.
         ValueError: a deviation is not positive, the numbers of channels differ, or ``model`` has a
             normalisation already. Of a call: the images are not ``[n, C, H, W]``.
     """
@@ -46,6 +47,8 @@ class Normalized(nn.Module):
             self.register_buffer(name, value.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not x.is_floating_point():  # else the deviation would be rounded to 0
+            raise TypeError(f"images must be of a floating-point dtype in [0, 1], got {x.dtype}")
         channels = self.mean.shape[1]
         if x.ndim != 4 or channels not in (1, x.shape[1]):
             wanted = "C" if channels == 1 else channels

@@ -22,17 +22,18 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loop import evaluating
-from .metrics import check_labels
+from .metrics import check_labels, check_whole
 
 NORMS = ("linf", "l2")
 MODES = ("eval", "current")
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Attack:
     Called, it makes the examples.
 
     Raises:
-        TypeError, ValueError: a value is outside its range; ``eps`` above 1 in the maximum norm is
-            no radius in pixel units.
+        TypeError, ValueError: a value is outside its range; ``eps`` or ``step_size`` above 1 in
+            the maximum norm is not in pixel units.
     """
 
     eps: float
@@ -75,11 +76,11 @@ class Attack:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(
-                f"eps must be in pixel units of [0, 1], got {self.eps}: of 256 levels "
-                f"{self.eps:g} are {self.eps:g}/255"
-            )
+            if self.norm == "linf" and value > 1:
+                raise ValueError(
+                    f"{name} must be in pixel units of [0, 1], got {value}: of 256 levels "
+                    f"{value:g} are {value:g}/255"
+                )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
             raise TypeError(f"steps must be an int, got {self.steps!r}")
         if self.steps < 1:
@@ -105,19 +106,21 @@ class Attack:
     ) -> Tensor:
         """Adversarial examples of ``images``, as :func:`pgd` makes them; ``start`` is where to
         begin, if not where the attack says."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if generator is not None and generator.device.type != images.device.type:
-            raise ValueError(
-                f"generator must be on the device of the images, {images.device}, got "
-                f"{generator.device}"
-            )
+        check_model(model)
+        if generator is not None and isinstance(images, Tensor):
+            if generator.device.type != images.device.type:
+                raise ValueError(
+                    f"generator must be on the device of the images, {images.device}, got "
+                    f"{generator.device}"
+                )
         check_images(images, self)
         if early_stop and self.mode == "current":
             raise ValueError(
                 'early_stop needs mode "eval": in training mode what the model says of an image '
                 "may depend on the others of its batch, which become fewer"
             )
+        if loss is None or early_stop:
+            check_whole(labels)
         if early_stop and labels.shape != images.shape[:1]:
             raise ValueError(
                 f"early_stop needs one class for each image, [{len(images)}], got labels "
@@ -127,7 +130,7 @@ class Attack:
             return images.detach().clone()
         # Tensors of inference mode take no part in autograd: leave it, with copies of them.
         with torch.inference_mode(False):
-            images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
+            images, labels = _usable(images), _usable(labels)
             with _mode(model, self), constant_parameters(model), torch.enable_grad():
                 return self._ascend(
                     model, images.detach(), labels, loss, early_stop, start, generator
@@ -144,7 +147,8 @@ class Attack:
         generator: torch.Generator | None,
     ) -> Tensor:
         # In float32 at least: in bfloat16 a step may be less than the distance of two numbers.
-        near = images.to(torch.promote_types(images.dtype, torch.float32))
+        # A copy, since one that is misclassified already is returned as it is.
+        near = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
         if start is not None:
             current = start.to(near)
         else:
@@ -273,6 +277,7 @@ def trades_loss(
     Memory: of two forwards of the model, of the images and of their examples.
     """
     attack = Attack(eps, steps, step_size, norm, False, mode)
+    check_model(model)
     check_beta(beta)
     check_images(x, attack)
     with torch.no_grad(), _mode(model, attack):
@@ -284,6 +289,24 @@ def trades_loss(
     natural = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     predictions = logits.numel() // logits.shape[1]
     return natural + beta * _divergence(moved, _log_probabilities(logits)) / predictions
+
+
+def _usable(t: Any) -> Any:
+    """A tensor of inference mode as one that autograd takes; a loss of one's own may take others
+    than tensors."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_attack(attack: Attack) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(attack, Attack):
+        raise TypeError(f"attack must be a memtl.training.Attack, got {attack!r}")
 
 
 def check_beta(beta: float) -> None:

@@ -257,6 +257,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # By train(), for modules that do more in it (merging adapters into weights, say); then each
+        # as it was.
+        for module, training in before:
+            if module.training != training:
+                module.train(training)
         for module, training in before:
             module.training = training
 

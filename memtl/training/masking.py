@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..tasks import Split
 from .attacks import (
     Attack,
+    check_attack,
     check_images,
     constant_parameters,
     cross_entropy,
@@ -27,7 +28,7 @@ from .attacks import (
     project,
     random_in_ball,
 )
-from .metrics import check_labels
+from .metrics import check_labels, check_whole
 from .robust import measuring, rightly, robust_accuracy
 
 NOISE = 1e-4
@@ -218,17 +219,19 @@ def check_gradients(
 
 
 def _check(images: Tensor, labels: Tensor, attack: Attack, queries: int, tolerance: float) -> None:
-    if not isinstance(attack, Attack):
-        raise TypeError(f"attack must be a memtl.training.Attack, got {attack!r}")
+    check_attack(attack)
     if attack.steps < 2:
         raise ValueError(f"attack must have several steps, got {attack}")
     check_images(images, attack)
+    check_whole(labels)
     if images.ndim != 4 or not images.numel():
         raise ValueError(f"images must be [n, C, H, W], and some, got {[*images.shape]}")
     if isinstance(queries, bool) or not isinstance(queries, int):
         raise TypeError(f"queries must be an int, got {queries!r}")
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance must be a number, got {tolerance!r}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
 
@@ -247,9 +250,9 @@ def _losses(
     model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, seed: int
 ) -> tuple[tuple[int, float], ...]:
     counts = sorted({1, math.ceil(attack.steps / 4), math.ceil(attack.steps / 2), attack.steps})
-    losses = []
+    losses, step = [], min(attack.step, 1.0) if attack.norm == "linf" else attack.step
     for steps in counts:
-        shorter = dataclasses.replace(attack, steps=steps, step_size=attack.step)
+        shorter = dataclasses.replace(attack, steps=steps, step_size=step)
         with measuring(model, seed):  # the same start
             found = shorter(model, images, labels)
         with torch.no_grad():
@@ -261,9 +264,11 @@ def _by_eps(attack: Attack, images: Tensor) -> list[Attack]:
     """The attack with half its radius, with its own, with twice that, and without a bound."""
     largest = 1.0 if attack.norm == "linf" else math.sqrt(images[0].numel())
     radii = sorted({attack.eps / 2, attack.eps, min(2 * attack.eps, largest), largest})
+    # No step is longer than an image is wide: it would end at the same corner.
+    steps = [min(attack.step * eps / attack.eps, largest) for eps in radii]
     return [
-        dataclasses.replace(attack, eps=eps, step_size=attack.step * eps / attack.eps)
-        for eps in radii
+        dataclasses.replace(attack, eps=eps, step_size=step)
+        for eps, step in zip(radii, steps, strict=True)
     ]
 
 

@@ -86,8 +86,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"a model must return a tensor of logits, got {type(logits).__name__}")
-    if labels.is_floating_point():
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    check_whole(labels)
     if logits.ndim < 2 or labels.shape != (wanted := (len(logits), *logits.shape[2:])):
         needs = f"labels {[*wanted]}" if logits.ndim >= 2 else "to be [n, classes, ...]"
         raise ValueError(f"logits {[*logits.shape]} need {needs}, got labels {[*labels.shape]}")
@@ -99,3 +98,11 @@ def check_labels(logits: Tensor, labels: Tensor) -> Tensor:
             f"in {labels.min()} .. {labels.max()}"
         )
     return labels
+
+
+def check_whole(labels: Tensor) -> None:
+    """Raise TypeError unless ``labels`` is a tensor of whole numbers."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor, got {type(labels).__name__}")
+    if labels.is_floating_point():
+        raise TypeError(f"labels must be int64, got {labels.dtype}")

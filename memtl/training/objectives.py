@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import Split
-from .attacks import Attack, check_beta, trades_loss
+from .attacks import Attack, check_attack, check_beta, trades_loss
 from .loop import Objective, loss_of
 from .robust import robust_accuracy
 
@@ -30,7 +30,7 @@ class Adversarial:
     attack: Attack
 
     def __post_init__(self) -> None:
-        _check_attack(self.attack)
+        check_attack(self.attack)
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0
@@ -54,7 +54,7 @@ class Trades:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
-        _check_attack(self.attack)
+        check_attack(self.attack)
         check_beta(self.beta)
 
     def __call__(
@@ -119,11 +119,13 @@ class Watched:
     def __init__(self, objective: Objective, attack: Attack, *, every: int = 50, gap: float = 0.25):
         if not callable(objective):
             raise TypeError(f"objective must be callable, got {objective!r}")
-        _check_attack(attack)
+        check_attack(attack)
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {every!r}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        if isinstance(gap, bool) or not isinstance(gap, (int, float)):
+            raise TypeError(f"gap must be a number, got {gap!r}")
         if not 0 < gap < 1:
             raise ValueError(f"gap must be in (0, 1), got {gap}")
         self.objective = objective
@@ -150,8 +152,3 @@ class Watched:
                 f"at step {self.calls} {own:.1%} of the batch withstand {self.attack}, but "
                 f"{other:.1%} {ten}: train with more steps, a smaller eps or step size"
             )
-
-
-def _check_attack(attack: Attack) -> None:
-    if not isinstance(attack, Attack):
-        raise TypeError(f"attack must be a memtl.training.Attack, got {attack!r}")

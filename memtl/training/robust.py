@@ -7,6 +7,7 @@ in few bits would make the attack weaker, not the model robust.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from ..nn import exact
 from ..tasks import Split
-from .attacks import Attack, check_images, constant_parameters
+from .attacks import Attack, check_attack, check_images, check_model, constant_parameters
 from .loop import evaluating, seeded
-from .metrics import check_labels
+from .metrics import check_labels, check_whole
 
 VERSIONS = ("standard", "plus", "rand")
 
@@ -39,6 +40,7 @@ def robust_accuracy(
         TypeError, ValueError, FloatingPointError: as :func:`memtl.training.attacks.pgd`; ``split``
             is empty, or the attack's mode is "current".
     """
+    check_attack(attack)
     right = 0
     with measuring(model, seed):
         for images, labels in _batches(model, split, attack, batch_size):
@@ -123,8 +125,7 @@ def _autoattack() -> Any:
 @contextlib.contextmanager
 def measuring(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, ``model`` is evaluated, its gradients are exact, random numbers are of ``seed``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     with seeded(seed, _device(model)), evaluating(model), exact(model):
         yield
 
@@ -135,8 +136,11 @@ def _batches(
     """Images and labels where the model is, checked."""
     if not len(split):
         raise ValueError("cannot evaluate on an empty split")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an int, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole(split.labels)
     if split.labels.ndim != 1:
         raise ValueError(f"labels must be one class an image, [n], got {[*split.labels.shape]}")
     device = _device(model)
@@ -147,7 +151,9 @@ def _batches(
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Of its first parameter or buffer; what has neither takes what is on the CPU."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next((t.device for t in held), torch.device("cpu"))
 
 
 @torch.no_grad()

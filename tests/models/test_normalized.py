@@ -81,5 +81,7 @@ def test_refuses():
     whole = Normalized(model, [0.5] * 3, [0.5] * 3)
     with pytest.raises(ValueError, match=r"\[n, 3, H, W\], got \[2, 1, 4, 4\]"):
         whole(torch.rand(2, 1, 4, 4))
+    with pytest.raises(TypeError, match=r"floating-point dtype in \[0, 1\], got torch.uint8"):
+        whole(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[n, C, H, W\], got \[3, 4, 4\]"):
         Normalized(model, 0.5, 0.5)(torch.rand(3, 4, 4))

@@ -191,6 +191,44 @@ def test_a_loss_of_ones_own():
     assert_within(found, (x + 0.02 * leaf.grad.sign()).clamp(0, 1), 1e-15)
 
 
+def test_a_loss_of_ones_own_may_take_no_labels():
+    model, (x, _) = network(), images()
+    found = pgd(
+        model, x, None, 0.1, 0.1, 1, random_start=False, loss=lambda logits, _: logits.sum()
+    )
+    assert 0 < (found - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_what_is_misclassified_already_is_copied():
+    model, (x, _) = network(), images()
+    with torch.no_grad():
+        wrong = (model.eval()(x).argmax(1) + 1) % CLASSES
+    before = x.clone()
+    found = Attack(0.1, 2, random_start=False)(model, x, wrong, early_stop=True)
+    assert_same(found, x)
+    found.zero_()
+    assert_same(x, before)
+
+
+class Merges(nn.Linear):
+    """Evaluates with a product merged into the weight, and takes it out again, as LoRA may."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            with torch.no_grad():
+                self.weight.mul_(0.5 if mode else 2.0)
+        return super().train(mode)
+
+
+def test_what_evaluation_merges_is_taken_out_again():
+    model, (x, y) = nn.Sequential(nn.Flatten(), Merges(70, CLASSES), nn.Dropout()), images()
+    model[2].eval()
+    before = model[1].weight.clone()
+    pgd(model, x, y, 0.1, steps=1)
+    assert_same(model[1].weight.detach(), before.detach())
+    assert [m.training for m in model] == [True, True, False]
+
+
 def test_trades_is_written_out():
     model, (x, y) = network().double(), images(dtype=torch.float64)
     model[4].p = 0.0  # two passes of a dropout differ
@@ -334,24 +372,30 @@ def test_refuses():
     model, (x, y) = network(), images()
     for bad, error, said in (
         (x.long(), TypeError, "floating-point tensor in .0, 1., got torch.int64"),
-        (x.tolist(), TypeError, "got list"),
+        (x.tolist(), TypeError, "in .0, 1., got list"),
         (x[0, 0, 0], ValueError, r"images must be \[n, ...\], got \[7\]"),
         (x * 2 - 0.5, ValueError, "are they normalised already"),
         (x + math.nan, ValueError, r"must be in \[0, 1\], got nan"),
     ):
         with pytest.raises(error, match=said):
-            pgd(model, bad, y, 0.1)
+            pgd(model, bad, y, 0.1, generator=torch.Generator())
     for bad, error, said in (
         (y.float(), TypeError, "labels must be int64, got torch.float32"),
+        (y.tolist(), TypeError, "labels must be an int64 tensor, got list"),
         (y[:3], ValueError, r"need labels \[6\], got labels \[3\]"),
         (y + CLASSES, ValueError, r"labels must be in 0 .. 4"),
     ):
-        with pytest.raises(error, match=said):
-            pgd(model, x, bad, 0.1)
+        for early_stop in (False, True):
+            if early_stop and error is ValueError:
+                continue
+            with pytest.raises(error, match=said):
+                pgd(model, x, bad, 0.1, early_stop=early_stop)
     with pytest.raises(ValueError, match="one class for each image"):
         pgd(model, x, y[:3], 0.1, early_stop=True)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got method"):
         pgd(model.forward, x, y, 0.1)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got method"):
+        trades_loss(model.forward, x, y, 0.1)
     with pytest.raises(TypeError, match="a tensor of logits, got tuple"):
         pgd(nn.LSTM(7, 3), x[:, 0], y, 0.1)
     with pytest.raises(ValueError, match="generator must be on the device of the images, meta"):
@@ -371,6 +415,7 @@ def test_refuses_attacks_and_weights_outside_their_range():
         ({"eps": math.nan}, ValueError, "eps must be positive and finite"),
         ({"eps": "8/255"}, TypeError, "eps must be a number"),
         ({"eps": True}, TypeError, "eps must be a number"),
+        ({"eps": 0.1, "step_size": 2}, ValueError, "step_size must be in pixel units of .0, 1."),
         ({"eps": 0.1, "steps": 0}, ValueError, "steps must be at least 1"),
         ({"eps": 0.1, "steps": 2.0}, TypeError, "steps must be an int"),
         ({"eps": 0.1, "step_size": -1.0}, ValueError, "step_size must be positive"),

@@ -185,6 +185,13 @@ def test_a_little_is_tolerated():
     assert dataclasses.replace(GOOD, **measured).ok
 
 
+@pytest.mark.parametrize("eps", [0.1, 1.0])
+def test_an_attack_of_two_long_steps(eps):
+    model, x, y = trained()
+    check = check_gradients(model, x, y, Attack(eps, 2), queries=2)
+    assert check.by_eps[-1][0] == 1 and check.by_eps[-1][1] <= check.iterative <= check.accuracy
+
+
 def test_leaves_the_model_and_the_random_state_alone():
     model, x, y = trained()
     model.train()
@@ -208,6 +215,8 @@ def test_refuses():
         ((x * 2, y, ATTACK), {}, ValueError, "normalised already"),
         ((x[:, 0], y, ATTACK), {}, ValueError, r"\[n, C, H, W\], and some, got \[6, 5, 7\]"),
         ((x[:0], y[:0], ATTACK), {}, ValueError, "and some, got"),
+        ((x, y.tolist(), ATTACK), {}, TypeError, "labels must be an int64 tensor, got list"),
+        ((x, y, ATTACK), {"tolerance": "a"}, TypeError, "tolerance must be a number, got 'a'"),
         ((x, y + 9, ATTACK), {}, ValueError, "labels must be in"),
         ((x, y, ATTACK), {"queries": 0}, ValueError, "queries must be at least 1"),
         ((x, y, ATTACK), {"queries": 2.5}, TypeError, "queries must be an int"),

@@ -163,6 +163,7 @@ def test_refuses():
         (lambda: Watched(None, ATTACK), TypeError, "objective must be callable"),
         (lambda: Watched(loss_of, ATTACK, every=0), ValueError, "every must be at least 1"),
         (lambda: Watched(loss_of, ATTACK, every=1.5), TypeError, "every must be an int"),
+        (lambda: Watched(loss_of, ATTACK, gap="a"), TypeError, "gap must be a number"),
         (lambda: Watched(loss_of, ATTACK, gap=1), ValueError, r"gap must be in \(0, 1\)"),
     ):
         with pytest.raises(error, match=said):

@@ -103,9 +103,21 @@ def test_gradients_of_a_converted_transformer_are_exact(config):
     assert not torch.equal(spy.gradients[0], stock[0])  # in training, as what is stored gives it
 
 
+def test_a_model_without_parameters():
+    x = torch.rand(6, 3, 4, 4)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class of the largest mean
+    y = model(x).argmax(1)
+    assert robust_accuracy(model, Split(x, y), Attack(1e-6, 2)) == 1
+    assert robust_accuracy(model, Split(x, y), Attack(0.9, 2)) == 0
+
+
 def test_refuses():
     model, (x, y) = network(), images()
     attack = Attack(0.1, 2)
+    with pytest.raises(TypeError, match="attack must be a memtl.training.Attack, got 0.1"):
+        robust_accuracy(model, Split(x, y), 0.1)
+    with pytest.raises(TypeError, match="batch_size must be an int, got '8'"):
+        robust_accuracy(model, Split(x, y), attack, batch_size="8")
     for split, error, said in (
         (Split(x[:0], y[:0]), ValueError, "empty split"),
         (Split(x * 3, y), ValueError, "normalised already"),
