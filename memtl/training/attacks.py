@@ -154,6 +154,7 @@ class Attack:
         else:
             current = random_in_ball(near, self, generator) if self.random_start else near
         found, left = current, torch.arange(len(near), device=near.device)
+        model = own(model)
         for step in range(self.steps):
             current = current.detach().requires_grad_()
             logits = model(current.to(images.dtype))
@@ -295,6 +296,12 @@ def _usable(t: Any) -> Any:
     """A tensor of inference mode as one that autograd takes; a loss of one's own may take others
     than tensors."""
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def own(model: nn.Module) -> nn.Module:
+    """This process's copy of a model of DistributedDataParallel: processes take different numbers
+    of steps where misclassified samples are left out, and would wait for each other's buffers."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def check_model(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import exact
 from ..tasks import Split
-from .attacks import Attack, check_attack, check_images, check_model, constant_parameters
+from .attacks import Attack, check_attack, check_images, check_model, constant_parameters, own
 from .loop import evaluating, seeded
 from .metrics import check_labels, check_whole
 
@@ -41,7 +41,7 @@ def robust_accuracy(
             is empty, or the attack's mode is "current".
     """
     check_attack(attack)
-    right = 0
+    model, right = own(model), 0
     with measuring(model, seed):
         for images, labels in _batches(model, split, attack, batch_size):
             holds = rightly(model, images, labels)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from memtl.memory import SavedTensors
-from memtl.training import Attack
+from memtl.tasks import Split
+from memtl.training import Adversarial, Attack, robust_accuracy
 from memtl.training.attacks import fgsm, pgd, random_in_ball, trades_loss
 from tests.helpers import assert_same, assert_within
 from tests.training.small import CLASSES, images, network
@@ -435,3 +436,27 @@ def test_refuses_attacks_and_weights_outside_their_range():
 def test_is_named():
     assert str(Attack(0.1, 20)) == "PGD-20, L-inf 0.1"
     assert str(Attack(0.5, 1, norm="l2")) == "FGSM, L2 0.5"
+
+
+def test_data_parallel_models(tmp_path):
+    """Examples are made, and robustness is measured, by each process on its own."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model, (x, y) = network(), images()
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+        calls = []
+        parallel.register_forward_hook(lambda *_: calls.append(1))
+        attack = Attack(0.1, 3, random_start=False)
+        assert_same(attack(parallel, x, y), attack(model, x, y))
+        split = Split(x, y)
+        assert robust_accuracy(parallel, split, attack) == robust_accuracy(model, split, attack)
+        assert not calls
+        for trained in (parallel, model):
+            torch.manual_seed(7)  # of dropout
+            Adversarial(attack)(trained, x, y).backward()
+        assert len(calls) == 1
+        for theirs, ours in zip(parallel.parameters(), model.parameters(), strict=True):
+            assert_same(theirs.grad, ours.grad)
+    finally:
+        torch.distributed.destroy_process_group()
