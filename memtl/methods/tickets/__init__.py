@@ -6,19 +6,24 @@ BERT Networks, NeurIPS 2020.
 """
 
 from ...nn.masked import parameter_masks
+from .channels import channel_vectors
 from .config import TicketConfig
 from .controls import permute_layers
 from .drawing import draw_ticket
+from .materialise import Materialised, MaterialisedLayer
 from .optimizer import CompactOptimizer, state_bytes
 from .ticket import AppliedTicket, Source, Ticket, TicketLayer
 
 __all__ = [
     "AppliedTicket",
     "CompactOptimizer",
+    "Materialised",
+    "MaterialisedLayer",
     "Source",
     "Ticket",
     "TicketConfig",
     "TicketLayer",
+    "channel_vectors",
     "draw_ticket",
     "parameter_masks",
     "permute_layers",

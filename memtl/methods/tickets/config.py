@@ -33,7 +33,9 @@ class TicketConfig:
             head, and whatever has one dimension (biases, norms) are never pruned.
         pattern: "unstructured": every weight for itself. Or what survives or falls together, by
             the mean magnitude of its weights: "row", those of a kernel's row, weight[o, i, h, :];
-            "kernel", weight[o, i]; "channel", weight[o], all of an output channel. A linear layer
+            "kernel", weight[o, i]; "channel", weight[o], all of an output channel, and with it its
+            bias and its entries in the batch norms behind (:func:`channel_vectors`; in a model
+            that torch.fx cannot trace its bias alone). A linear layer
             is a convolution of size 1, so that its rows and kernels are single weights. As many
             of the smallest are pruned as have together no more weights than an unstructured ticket
             prunes: less than one group is missing to ``sparsity``, and :attr:`Ticket.sparsity` is

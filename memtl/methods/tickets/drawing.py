@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...functional import count_bits, magnitude_masks
 from ...nn.masked import is_masked
 from ...training import track
+from .channels import with_vectors
 from .config import TicketConfig
 from .learned import check_scorable, first_scores, learned_scores
 from .masks import digest, random_masks
@@ -113,7 +114,7 @@ def draw_ticket(
     if train is not None or directory is not None:
         raise ValueError(f"train and directory are of the schemes {TRAINED}, not {config.scheme!r}")
     masks = _drawn(weights, config, transposed, config.sparsity)
-    return _ticket(weights, masks, config, transposed, source)
+    return _ticket(model, weights, masks, config, transposed, source)
 
 
 def _weights(model: nn.Module, config: TicketConfig) -> dict[str, Tensor]:
@@ -220,6 +221,7 @@ def _unstructured(
 
 
 def _ticket(
+    model: nn.Module,
     weights: dict[str, Tensor],
     masks: Masks,
     config: TicketConfig,
@@ -227,7 +229,8 @@ def _ticket(
     source: Source,
 ) -> Ticket:
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    return Ticket(masks, shapes, config, source, transposed=transposed)
+    ticket = Ticket(masks, shapes, config, source, transposed=transposed)
+    return with_vectors(ticket, model) if config.pattern == "channel" else ticket
 
 
 def _trained(
@@ -289,7 +292,7 @@ def _rounds(
             given = ticket.masks
         masks = _drawn(weights, config, transposed, sparsities[round - 1], given)
         after = dataclasses.replace(source, round=round)
-        ticket = _ticket(weights, masks, config, transposed, after)
+        ticket = _ticket(model, weights, masks, config, transposed, after)
         if config.head == "kept":
             head = {name: t for name, t in state_of(model).items() if name in head_names}
         if run is not None:
@@ -330,7 +333,7 @@ def _learned(
     before.check_same(model, head)
     _check_finite(scores, " among its scores after training")
     masks = _drawn(scores, config, transposed, config.sparsity)
-    ticket = _ticket(weights, masks, config, transposed, source)
+    ticket = _ticket(model, weights, masks, config, transposed, source)
     if run is not None:
         run.keep(1, ticket, None, {})
     return ticket

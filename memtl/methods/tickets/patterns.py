@@ -129,7 +129,7 @@ def random_scores(
 
 def shuffled_mask(bits: Tensor, layout: Layout, pattern: str, generator: torch.Generator) -> Tensor:
     """The bits of as many groups of that pattern, but any; of N:M as many in every M."""
-    mask = _unpacked(bits, layout.shape)
+    mask = unpacked(bits, layout.shape)
     if counts := n_of_m(pattern):
         dim = layout.inputs
         mask = mask.unflatten(dim, (-1, counts[1]))
@@ -141,7 +141,13 @@ def shuffled_mask(bits: Tensor, layout: Layout, pattern: str, generator: torch.G
     return torch.ops.memtl.bits_pack(groups.expand(layout.shape))
 
 
-def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+def surviving_channels(bits: Tensor, layout: Layout) -> Tensor:
+    """Which output channels have a weight left, bool [outputs]."""
+    return unpacked(bits, layout.shape).amax(layout.grouped("channel")).flatten()
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask, bool of that shape."""
     return torch.ops.memtl.bits_apply(torch.ones(shape, device=bits.device), bits, 1.0) != 0
 
 
@@ -153,7 +159,7 @@ def _worth(
     grouped = layout.grouped(pattern)  # none: mean would be over all dimensions
     worth = worth.mean(grouped, keepdim=True, dtype=dtype) if grouped else worth.to(dtype)
     if given is not None:
-        there = _unpacked(given, layout.shape)
+        there = unpacked(given, layout.shape)
         there = there.amax(grouped, keepdim=True) if grouped else there
         worth = torch.where(there, worth, -1)
     return worth.contiguous()

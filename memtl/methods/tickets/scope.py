@@ -135,8 +135,8 @@ def head_tensors(model: nn.Module) -> set[str]:
 
 def named_weights(model: nn.Module) -> dict[str, Weight]:
     """Every weight of the backbone, by its name in there (the first one, if it is shared), but for
-    those of the head, and for what is empty, has fewer than two dimensions or no floating-point
-    numbers.
+    those of the head, and for what is empty, is a single number or has no floating-point numbers.
+    Vectors are among them, which are never drawn by themselves.
 
     Raises:
         ValueError: peft has put adapters into it, or parameters are not initialised yet.
@@ -155,7 +155,7 @@ def named_weights(model: nn.Module) -> dict[str, Weight]:
     return {
         plain_name(name): Weight(p, tuple(holders[id(p)]))
         for name, p in backbone_of(model).named_parameters()
-        if p.dim() >= 2 and p.numel() and p.is_floating_point() and id(p) not in apart
+        if p.dim() and p.numel() and p.is_floating_point() and id(p) not in apart
     }
 
 
@@ -165,7 +165,7 @@ def weights_in_scope(model: nn.Module, scope: tuple[str, ...] | None) -> dict[st
     Raises:
         ValueError: there are none, a pattern matches none, or one matches an embedding's alone.
     """
-    every = named_weights(model)
+    every = {n: w for n, w in named_weights(model).items() if w.parameter.dim() > 1}
     kind = type(model).__name__
     prunable = {name: weight for name, weight in every.items() if not weight.embedding}
     if scope is None:

@@ -16,8 +16,10 @@ from ...functional import count_bits
 from ...nn.masked import is_masked, mask_weights, masked_weights, unmask_weights
 from ...nn.report import plain_name
 from ...nn.sparse import SparseLinear, can_be_sparse
+from .channels import with_vectors
 from .config import TicketConfig
 from .masks import check_mask, random_masks
+from .materialise import Materialised, materialise
 from .patterns import UNSTRUCTURED, Layout, shuffled_mask
 from .saved import read, write
 from .scope import (
@@ -113,6 +115,9 @@ class Ticket:
     """Which weights of a network survive. Made by :func:`memtl.draw_ticket`, :meth:`load` and
     :meth:`of`; two are equal if their masks are.
 
+    Where whole channels are pruned, the masks are also of the biases and the norms' vectors that
+    go with them. Those are not counted as weights.
+
     Attributes:
         masks: by the name of the weight in the backbone, uint8 [ceil(numel / 8)], row by row, least
             significant bit first, on the CPU.
@@ -146,6 +151,15 @@ class Ticket:
     @property
     def layers(self) -> tuple[TicketLayer, ...]:
         """Every weight with its shape and what of it survives."""
+        return tuple(layer for layer in self._every if len(layer.shape) > 1)
+
+    @property
+    def vectors(self) -> tuple[TicketLayer, ...]:
+        """Every bias, and scale or shift of a norm, that pruned channels have a part of."""
+        return tuple(layer for layer in self._every if len(layer.shape) == 1)
+
+    @property
+    def _every(self) -> tuple[TicketLayer, ...]:
         return tuple(
             TicketLayer(name, self.shapes[name], count_bits(bits))
             for name, bits in self.masks.items()
@@ -237,14 +251,11 @@ class Ticket:
         running: list[str] = []
         for module, names in inside.items():
             masks = {key: bits[name] for key, name in names.items()}
-            density = None if sparse else layers[next(iter(names.values()))].density
-            if (
-                sparse is not False
-                and names.keys() == {"weight"}
-                and can_be_sparse(module, density)
-            ):
+            layer = layers.get(names.get("weight", ""))
+            density = None if sparse or layer is None else layer.density
+            if sparse is not False and layer is not None and can_be_sparse(module, density):
                 mask_weights(module, masks, SparseLinear, memtl_density=density)
-                running += names.values()
+                running.append(layer.name)
             else:
                 mask_weights(module, masks)
         model.__dict__[RECORD] = (self.config, self.source)
@@ -282,6 +293,35 @@ class Ticket:
             unmask_weights(module)
         del model.__dict__[RECORD]
 
+    def materialise(self, model: nn.Module) -> Materialised:
+        """A smaller copy of ``model`` without the channels that the ticket prunes: the same class,
+        modules and names, smaller tensors, and in evaluation mode the outputs of the model under
+        this ticket, up to rounding.
+
+        A channel goes where every layer behind it can do without: where it is zero, or a constant
+        that goes into the bias of an unpadded convolution or a linear layer. In a residual sum it
+        is pruned in all summands then, and in a convolution with groups all of a group are. What
+        cannot go stays, pruned, and is reported. Channels are followed through convolutions,
+        linear layers, batch norms, activations, pooling, sums, products, concatenation and
+        flattening; where anything else reads them they stay.
+
+        The copy has no ticket; :attr:`Materialised.ticket` is what is left of this one. Attributes
+        of a model that repeat its layers' sizes are as they were (timm's ``num_features``, by which
+        a new head is made), so give the model its head first, and its optimizer afterwards.
+
+        Args:
+            model: any that has the ticket's weights, whether or not the ticket is applied. It stays
+                as it is.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: no whole channel is pruned; the model cannot be traced by torch.fx; it has
+                another ticket; or as :meth:`apply`.
+
+        Memory: the copy, of the whole model at first.
+        """
+        return materialise(self, model)
+
     @staticmethod
     def of(model: nn.Module) -> Ticket:
         """The ticket that was applied to ``model``.
@@ -305,13 +345,15 @@ class Ticket:
                 continue
             masks[name] = bits.to("cpu", copy=True)
             shapes[name] = tuple(getattr(module, key).shape)
-            if config.pattern != UNSTRUCTURED and (count := transposed(module)):
+            vector = len(shapes[name]) == 1
+            if config.pattern != UNSTRUCTURED and not vector and (count := transposed(module)):
                 groups[name] = count
         return Ticket(masks, shapes, config, source, transposed=groups)
 
     def shuffled(self, seed: int) -> Ticket:
         """A control: as many survivors in every weight, but any: any groups, if the ticket has a
-        pattern; of "N:M" any N of each M."""
+        pattern; of "N:M" any N of each M. Vectors of channels are whole in it, and pruned by
+        :meth:`with_vectors` again."""
         generator = torch.Generator().manual_seed(seed)
         masks = {}
         for layer in self.layers:
@@ -323,9 +365,20 @@ class Ticket:
                 masks[name] = shuffled_mask(self.masks[name], layout, pattern, generator)
         scheme = f"{self.source.scheme}, shuffled by {seed}"
         source = dataclasses.replace(self.source, scheme=scheme)
-        return Ticket(
-            masks, dict(self.shapes), self.config, source, transposed=dict(self.transposed)
-        )
+        shapes = {layer.name: layer.shape for layer in self.layers}
+        return Ticket(masks, shapes, self.config, source, transposed=dict(self.transposed))
+
+    def with_vectors(self, model: nn.Module) -> Ticket:
+        """This ticket, but what it prunes of biases and norms is what goes with the channels of
+        ``model`` that it prunes as a whole (:func:`channel_vectors`). Drawn tickets of the pattern
+        "channel" have it. Saved weights are not in it.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: as :meth:`apply`, of a model that does not fit.
+        """
+        self._weights(inner_model(model))
+        return with_vectors(self, model)
 
     def overlap(self, other: Ticket) -> float:
         """Survivors of both, relative to those of either, in the weights that both tickets have.
@@ -333,7 +386,7 @@ class Ticket:
         Raises:
             ValueError: there are none, or they have other shapes.
         """
-        common = [name for name in self.masks if name in other.masks]
+        common = [layer.name for layer in self.layers if layer.name in other.masks]
         if not common:
             raise ValueError("the tickets have no weight in common")
         for name in common:
@@ -367,7 +420,7 @@ class Ticket:
                     self.masks[layer.name].to(w.device),
                     layer.kept,
                 ).cpu()
-                for layer in self.layers
+                for layer in self._every
             }
         path = Path(path)
         about = {
@@ -375,7 +428,7 @@ class Ticket:
             "source": dataclasses.asdict(self.source),
             "transposed": self.transposed,
         }
-        kept = {layer.name: (layer.shape, layer.kept) for layer in self.layers}
+        kept = {layer.name: (layer.shape, layer.kept) for layer in self._every}
         write(path, about, kept, self.masks, values)
         return path
 
