@@ -176,11 +176,11 @@ class ChosenFunction(Function):
         return None, torch.where(scores < 0, -slope, slope), None, None
 
 
-def chosen(weight: Tensor, scores: Tensor, bits: Tensor) -> Tensor:
+def chosen(weight: Tensor, scores: Tensor | None, bits: Tensor) -> Tensor:
     """``weight`` where its bit, uint8 [ceil(numel / 8)], is set, else 0; ``scores``, of its shape,
-    have the gradient.
+    have the gradient, if there are any.
 
     Memory: none; a layer's backward makes it again from ``weight`` and ``bits``.
     """
-    needed = torch.is_grad_enabled() and scores.requires_grad
+    needed = scores is not None and torch.is_grad_enabled() and scores.requires_grad
     return ChosenFunction.apply(weight, scores, bits, needed)

@@ -1,8 +1,8 @@
-"""Frozen weights of which those with the largest scores are used: score_weights()."""
+"""Frozen weights of which scores choose what is used: score_weights()."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,7 @@ class ScoredWeight:
 
     The weight itself stays the parameter it was. The scores are a parameter of its shape,
     ``memtl_<weight>_scores``, what they choose is a buffer of one bit an element outside
-    ``state_dict()``.
+    ``state_dict()``. A weight without scores goes with the choice of others.
     """
 
     memtl_scored: tuple[str, ...]
@@ -55,7 +55,7 @@ class ScoredWeight:
 
     def __getattr__(self, name: str) -> Any:  # parameters are no attributes: torch looks them up so
         if name in self.__dict__.get("memtl_scored", ()):
-            scores = self._parameters[_scores(name)]
+            scores = self._parameters.get(_scores(name))
             return chosen(self._parameters[name], scores, self._buffers[_bits(name)])
         return super().__getattr__(name)  # type: ignore[misc]
 
@@ -81,18 +81,22 @@ class Scores:
 
     handle: Any
 
-    def __init__(self, holders: Mapping[str, Holders], choose: Callable[[Tensors], Tensors]):
+    def __init__(
+        self,
+        holders: Mapping[str, Holders],
+        scored: Iterable[str],
+        choose: Callable[[Tensors], Tensors],
+    ):
         self.holders = dict(holders)
+        self.scored = tuple(scored)
         self.choose = choose
         self.chose = False
         """Whether there was a forward of the model yet."""
 
     def values(self) -> Tensors:
         """The scores as they are now."""
-        return {
-            name: getattr(module, _scores(key)).detach()
-            for name, ((module, key), *_) in self.holders.items()
-        }
+        first = {name: self.holders[name][0] for name in self.scored}
+        return {n: getattr(module, _scores(key)).detach() for n, (module, key) in first.items()}
 
     def __call__(self, *_: Any) -> None:
         self.chose = True
@@ -109,7 +113,8 @@ class Scores:
         self.handle.remove()
         for holders in self.holders.values():
             for module, key in holders:
-                del module._parameters[_scores(key)], module._buffers[_bits(key)]
+                module._parameters.pop(_scores(key), None)
+                del module._buffers[_bits(key)]
                 module._non_persistent_buffers_set.discard(_bits(key))
         for module in self._modules():
             mixin = next(c for c in swapped_in(module) if issubclass(c, ScoredWeight))
@@ -124,10 +129,11 @@ class Scores:
 
     def _add(self, model: nn.Module, scores: Tensors) -> None:
         first = self.choose(scores)  # what may fail comes before any change
+        parameters = {name: nn.Parameter(scores[name].clone()) for name in self.scored}
         for name, holders in self.holders.items():
-            parameter = nn.Parameter(scores[name].clone())
             for module, key in holders:
-                module.register_parameter(_scores(key), parameter)
+                if name in parameters:
+                    module.register_parameter(_scores(key), parameters[name])
                 module.register_buffer(_bits(key), first[name], persistent=False)
         for module, keys in self._modules().items():
             mixin = ScoredLayer if isinstance(module, _LAYERS) else ScoredWeight
@@ -145,8 +151,10 @@ def score_weights(
 
     Args:
         holders: by name, every module inside ``model`` that has the weight.
-        scores: by name, of the weight's shape, on its device: where training starts.
-        choose: of the scores the bits of what is used, uint8 [ceil(numel / 8)], on their device.
+        scores: by name, of the weight's shape, on its device: where training starts. Of some of
+            the weights at least.
+        choose: of the scores the bits of what is used of every weight, uint8 [ceil(numel / 8)], on
+            its device.
 
     Returns:
         The scores; their ``remove()`` undoes this.
@@ -154,6 +162,6 @@ def score_weights(
     Memory: the scores and their gradients; one bit a weight. For backward nothing, where a linear
     layer or convolution multiplies; elsewhere what is chosen of the weight.
     """
-    made = Scores(holders, choose)
+    made = Scores(holders, scores, choose)
     made._add(model, scores)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,13 +49,17 @@ def channel_vectors(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, weight in named.items():
         if not weight.linear or weight.embedding:
             continue
-        vectors = []
+        vectors: list[nn.Parameter | None] = []
+        modules: set[nn.Module] = set()
         for module, key in weight.holders:
             vectors.append(module._parameters.get(key.replace("weight", "bias")))
-            for follower in followers.get(names[module], ()):
-                norm = model.get_submodule(follower)
+            behind = [model.get_submodule(f) for f in followers.get(names[module], ())]
+            for norm in behind:
                 vectors += [p for p in norm._parameters.values() if p is not None and p.dim() == 1]
-        own = dict.fromkeys(known[id(v)] for v in vectors if id(v) in known)
+            modules |= {module, *behind}
+        every = dict.fromkeys(known[id(v)] for v in vectors if id(v) in known)
+        # What others hold too is not this layer's alone.
+        own = [v for v in every if all(h.module in modules for h in named[v].holders)]
         if own:
             found[name] = tuple(own)
     return found
@@ -63,14 +68,24 @@ def channel_vectors(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def with_vectors(ticket: Ticket, model: nn.Module) -> Ticket:
     """:meth:`Ticket.with_vectors`."""
     shapes = {layer.name: layer.shape for layer in ticket.layers}
-    survivors: dict[str, Tensor] = {}
-    for name, vectors in channel_vectors(model).items():
-        if name in shapes:
-            layout = Layout.of(shapes[name], ticket.transposed.get(name, 0))
-            kept = surviving_channels(ticket.masks[name], layout)
-            for vector in () if kept.all() else vectors:
-                survivors[vector] = survivors.get(vector, torch.ones_like(kept)) & kept
     masks = {name: ticket.masks[name] for name in shapes}
-    masks |= {name: torch.ops.memtl.bits_pack(kept) for name, kept in survivors.items()}
-    shapes |= {name: tuple(kept.shape) for name, kept in survivors.items()}
+    layouts = {n: Layout.of(shape, ticket.transposed.get(n, 0)) for n, shape in shapes.items()}
+    for name, kept in surviving_entries(channel_vectors(model), masks, layouts).items():
+        if not kept.all():
+            masks[name], shapes[name] = torch.ops.memtl.bits_pack(kept), tuple(kept.shape)
     return dataclasses.replace(ticket, masks=masks, shapes=shapes, values=None)
+
+
+def surviving_entries(
+    vectors: Mapping[str, tuple[str, ...]],
+    masks: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+) -> dict[str, Tensor]:
+    """Of the ``vectors`` of every layer (:func:`channel_vectors`) that has a mask, bool [outputs]:
+    what survives under the masks. Of a vector of several layers that is what all of them keep."""
+    survivors: dict[str, Tensor] = {}
+    for name in (n for n in vectors if n in masks):
+        kept = surviving_channels(masks[name], layouts[name])
+        for vector in vectors[name]:
+            survivors[vector] = survivors.get(vector, torch.ones_like(kept)) & kept
+    return survivors

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...functional import count_bits, magnitude_masks
 from ...nn.masked import is_masked
 from ...training import track
-from .channels import with_vectors
+from .channels import channel_vectors, surviving_entries, with_vectors
+from .choosing import Masks, choose_masks, draw_masks, ranked_together
 from .config import TicketConfig
 from .learned import check_scorable, first_scores, learned_scores
-from .masks import digest, random_masks
-from .patterns import UNSTRUCTURED, Layout, check_fit, pattern_masks, random_scores
+from .masks import digest
+from .patterns import UNSTRUCTURED, Layout, check_fit
 from .run import Run
-from .scope import check_unmasked, head_tensors, inner_model, weights_in_scope
+from .scope import (
+    check_unmasked,
+    head_tensors,
+    inner_model,
+    named_weights,
+    weights_in_scope,
+)
 from .snapshot import Snapshot, put_state, state_of
 from .ticket import Source, Ticket
 
-Masks = dict[str, Tensor]
 Train = Callable[[nn.Module, int, Callable[[int], None]], Any]
 
 TRAINED = ("iterative", "learned")
@@ -54,7 +58,8 @@ def draw_ticket(
     With the scheme "learned" the weights stay as they are, and what ``train`` trains is a score of
     each, which is a parameter of ``model`` as long as it runs: before every forward of ``model``
     the largest scores choose the weights that are used, and gradients go straight through that
-    choice, to the scores of pruned weights too. Scores are ranked by magnitude, as HYDRA's, and
+    choice, to the scores of pruned weights too. (With the pattern "channel" the biases and norms of
+    pruned channels are pruned meanwhile too.) Scores are ranked by magnitude, as HYDRA's, and
     begin as the weights, scaled by layer (by one factor if the level is "global"): untrained they
     draw the ticket of "magnitude". Beside them trains what trains of the head. The rest of the
     model is frozen, the affine parameters of norms too; running statistics follow the batches
@@ -113,7 +118,7 @@ def draw_ticket(
             return _trained(model, config, transposed, source, train, run, progress)
     if train is not None or directory is not None:
         raise ValueError(f"train and directory are of the schemes {TRAINED}, not {config.scheme!r}")
-    masks = _drawn(weights, config, transposed, config.sparsity)
+    masks = draw_masks(weights, config, transposed, config.sparsity)
     return _ticket(model, weights, masks, config, transposed, source)
 
 
@@ -146,78 +151,6 @@ def _check_finite(weights: dict[str, Tensor], when: str) -> None:
     for name, weight in weights.items():
         if not torch.stack(weight.aminmax()).isfinite().all():  # with a NaN, both are
             raise ValueError(f"{name} holds a value that is not finite{when}")
-
-
-def _drawn(
-    weights: dict[str, Tensor],
-    config: TicketConfig,
-    transposed: dict[str, int],
-    sparsity: float,
-    masks: Masks | None = None,
-) -> Masks:
-    """Masks of that sparsity, among the survivors of ``masks``, on the CPU."""
-    found = _chosen(weights, config, transposed, sparsity, masks)
-    drawn = {name: bits.cpu() for name, bits in found.items()}
-    if empty := [name for name, bits in drawn.items() if not count_bits(bits)]:
-        raise ValueError(
-            f"at a sparsity of {sparsity:g} no weight at all survives in {', '.join(empty)}: "
-            "prune less, or level='layer'"
-        )
-    return drawn
-
-
-def _chosen(
-    weights: dict[str, Tensor],
-    config: TicketConfig,
-    transposed: dict[str, int],
-    sparsity: float,
-    masks: Masks | None = None,
-) -> Masks:
-    """As :func:`_drawn`, where the weights are, and some may lose all."""
-    if config.pattern == UNSTRUCTURED:
-        return _unstructured(weights, config, sparsity, masks)
-    return _patterned(weights, config, transposed, sparsity, masks)
-
-
-def _together(weights: Iterable[str], config: TicketConfig) -> list[list[str]]:
-    """The names of weights that are ranked together."""
-    return [list(weights)] if config.level == "global" else [[name] for name in weights]
-
-
-def _patterned(
-    weights: dict[str, Tensor],
-    config: TicketConfig,
-    transposed: dict[str, int],
-    sparsity: float,
-    masks: Masks | None,
-) -> Masks:
-    layouts = [Layout.of(w.shape, transposed.get(name, 0)) for name, w in weights.items()]
-    scores = list(weights.values())
-    if config.scheme == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        scores = random_scores(layouts, config.pattern, generator)
-    given = None if masks is None else [masks[n].to(w.device) for n, w in weights.items()]
-    found = pattern_masks(scores, layouts, sparsity, config.pattern, config.level, given)
-    return dict(zip(weights, found, strict=True))
-
-
-def _unstructured(
-    weights: dict[str, Tensor], config: TicketConfig, sparsity: float, masks: Masks | None
-) -> Masks:
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen: Masks = {}
-    for group in _together(weights, config):
-        tensors = [weights[name] for name in group]
-        sizes = [t.numel() for t in tensors]
-        kept = sum(sizes) - round(sparsity * sum(sizes))
-        if config.scheme == "random":
-            found = random_masks(sizes, kept, generator)
-        else:
-            wide = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
-            given = None if masks is None else [masks[n].to(weights[n].device) for n in group]
-            found = magnitude_masks([t.to(wide) for t in tensors], kept, given)
-        chosen.update(zip(group, found, strict=True))
-    return chosen
 
 
 def _ticket(
@@ -290,7 +223,7 @@ def _rounds(
         if ticket is not None:
             ticket.remove(model)
             given = ticket.masks
-        masks = _drawn(weights, config, transposed, sparsities[round - 1], given)
+        masks = draw_masks(weights, config, transposed, sparsities[round - 1], given)
         after = dataclasses.replace(source, round=round)
         ticket = _ticket(model, weights, masks, config, transposed, after)
         if config.head == "kept":
@@ -321,18 +254,28 @@ def _learned(
         put_state(model, start)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head and parameter.requires_grad)
-    weights = _weights(model, config)
+    weights, scope = _weights(model, config), weights_in_scope(model, config.scope)
+    layouts = {n: Layout.of(w.shape, transposed.get(n, 0)) for n, w in weights.items()}
+    vectors = channel_vectors(model) if config.pattern == "channel" else {}
+    named = named_weights(model)
+    followers = {v: named[v] for name in scope for v in vectors.get(name, ())}
+
+    def choose(scores: dict[str, Tensor]) -> Masks:
+        masks = choose_masks(scores, config, transposed, config.sparsity)
+        kept = surviving_entries(vectors, masks, layouts)
+        return masks | {name: torch.ops.memtl.bits_pack(entries) for name, entries in kept.items()}
+
     scores = learned_scores(
         model,
-        weights_in_scope(model, config.scope),
-        first_scores(weights, _together(weights, config)),
-        functools.partial(_chosen, config=config, transposed=transposed, sparsity=config.sparsity),
+        scope | followers,
+        first_scores(weights, ranked_together(weights, config)),
+        choose,
         lambda scored: train(scored, 1, lambda step: None),
     )
     before.check_names(model)
     before.check_same(model, head)
     _check_finite(scores, " among its scores after training")
-    masks = _drawn(scores, config, transposed, config.sparsity)
+    masks = draw_masks(scores, config, transposed, config.sparsity)
     ticket = _ticket(model, weights, masks, config, transposed, source)
     if run is not None:
         run.keep(1, ticket, None, {})

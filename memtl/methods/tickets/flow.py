@@ -219,7 +219,8 @@ class Flow:
         elif x is not None:
             # A constant that is not zero goes into the bias, where there is one for it alone.
             fixed = torch.ones(outputs, dtype=torch.bool)
-            if bias is not None and self._calls[name] == 1:
+            alone = bias is not None and self._calls[name] == 1 and id(bias) not in self._shared
+            if alone:
                 fixed = ~self._alive(f"{name}.bias", bias)
             needed = alive[0] & (varies | (fixed[:, None] & (value != 0)))
             self._numbers.keep(x.ids[needed.any(0)])
@@ -284,7 +285,10 @@ class Flow:
         after = module(value.to(like).view(-1, *[1] * (-1 - second)).expand(apart))
         after = after.reshape(2, len(like), -1)[0, :, 0].double().cpu()
         act = getattr(module, "act", None)
-        leaves_zero = act is None or not act(torch.zeros(1)).any()
+        # Of zeros it makes its shift, which is pruned only if it is a parameter.
+        leaves_zero = module._parameters.get("bias") is not None and (
+            act is None or not act(torch.zeros(1)).any()
+        )
         sources = x.sources if leaves_zero else frozenset()
         return dataclasses.replace(x, value=after.where(~value.isnan(), NAN), sources=sources)
 

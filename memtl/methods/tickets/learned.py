@@ -66,7 +66,8 @@ def learned_scores(
     choose: Callable[[Tensors], Tensors],
     train: Callable[[nn.Module], Any],
 ) -> Tensors:
-    """What ``train`` makes of the scores, which ``model`` has only meanwhile.
+    """What ``train`` makes of the scores, which ``model`` has only meanwhile. Those of ``weights``
+    that have none (the vectors of channels) go with the choice of others.
 
     Raises:
         ValueError: ``train`` changed scores without a forward of the whole model, before which

@@ -25,13 +25,18 @@ class MaterialisedLayer:
     Attributes:
         name: of the module.
         before, after: shapes of its weight.
-        left: filters that are pruned and still there, since something needs their channels: a
-            residual sum, say, with a channel that lives.
+        channels: output channels before.
+        removed: how many of them are gone.
+        left: filters that are pruned and still there, since something needs their channels (a
+            residual sum, say, with a channel that lives), or since channels are not followed
+            through this layer.
     """
 
     name: str
     before: tuple[int, ...]
     after: tuple[int, ...]
+    channels: int
+    removed: int
     left: int
 
 
@@ -56,12 +61,12 @@ class Materialised:
     @property
     def channels(self) -> int:
         """Output channels of all layers before."""
-        return sum(layer.before[0] for layer in self.layers)
+        return sum(layer.channels for layer in self.layers)
 
     @property
     def removed(self) -> int:
         """How many of them are gone."""
-        return self.channels - sum(layer.after[0] for layer in self.layers)
+        return sum(layer.removed for layer in self.layers)
 
     @property
     def left(self) -> int:
@@ -112,9 +117,17 @@ def materialise(ticket: Ticket, model: nn.Module) -> Materialised:
     layers = []
     for name, shape in shapes.items():
         there = flow.kept(flow.tied[name, "weight", 0])
+        gone = len(there) - int(there.sum())
         left = int((there & ~kept.get((name, "weight"), there)).sum())
         small = tuple(modules[name]._parameters["weight"].shape)
-        layers.append(MaterialisedLayer(name, shape, small, left))
+        layers.append(MaterialisedLayer(name, shape, small, shape[0], gone, left))
+    for layer in ticket.layers:  # those that nothing is known of
+        name, key = places[layer.name]
+        if name not in shapes:
+            shape, rows = layer.shape, kept[name, key]
+            name = name if key == "weight" else _joined(name, key)
+            left = int((~rows).sum())
+            layers.append(MaterialisedLayer(name, shape, shape, len(rows), 0, left))
     rest = _rest(ticket, flow, places, surviving)
     after = sum(p.numel() for p in model.parameters())
     return Materialised(model, rest, tuple(layers), before, after)

@@ -58,6 +58,21 @@ def test_a_norm_that_is_called_twice_belongs_to_nobody():
     assert channel_vectors(model) == {"0.weight": ("0.bias",)}
 
 
+def test_what_others_hold_too_belongs_to_nobody():
+    layers = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*layers)
+    model[3].weight, model[2].bias = model[1].weight, model[0].bias
+    assert channel_vectors(model) == {"0.weight": ("1.bias",), "2.weight": ("3.bias",)}
+    model[2].weight = model[0].weight  # now one filter has both biases, and both norms behind it
+    assert channel_vectors(model) == {"0.weight": ("0.bias", "1.weight", "1.bias", "3.bias")}
+
+
+def test_behind_a_norm_without_a_shift_nothing_is_zero():
+    depth = nn.Conv2d(5, 5, 3, groups=5)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False), depth)
+    assert channel_vectors(model) == {"0.weight": ("0.bias",), "2.weight": ("2.bias",)}
+
+
 def test_a_model_that_cannot_be_traced_has_its_biases():
     found = channel_vectors(bert())
     assert found["encoder.layer.0.intermediate.dense.weight"] == (
@@ -173,6 +188,46 @@ def test_iterative_draws_have_them_and_prune_among_what_is_left(tmp_path):
     first = Ticket.load(tmp_path / "round-01.safetensors")
     for name in ticket.masks:
         assert not (rows(ticket, name) & ~rows(first, name)).any()
+
+
+def test_learned_masks_train_with_the_channels_of_the_ticket():
+    model, x, seen = Net(), torch.randn(2, 3, 9, 9), []
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.normal_()
+
+    def train(net, round, on_step):
+        scores = [p for n, p in net.named_parameters() if n.endswith("_scores")]
+        assert len(scores) == 5  # one a layer: vectors have none
+        for p in scores:
+            p.data.normal_()
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 5.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net.train()(x).square().mean().backward()
+            optimizer.step()
+        seen.append(net.eval()(x).detach())
+
+    config = TicketConfig(scheme="learned", sparsity=0.5, pattern="channel", level="layer")
+    state = copy.deepcopy(model.state_dict())
+    copied = copy.deepcopy(model)
+
+    def keep(net, round, on_step):
+        train(net, round, on_step)
+        buffers = dict(net.named_buffers())
+        copied.load_state_dict({k: v for k, v in net.state_dict().items() if k in state})
+        assert buffers["stem_norm.memtl_bias_bits"].dtype == torch.uint8
+
+    ticket = draw_ticket(model, config, train=keep)
+    assert ticket != drawn(model)
+    assert ticket.vectors
+    ticket.apply(copied)
+    torch.testing.assert_close(copied.eval()(x), seen[0])
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+    assert not any("memtl" in name for name, _ in model.named_buffers())
 
 
 def test_shuffled_tickets_get_theirs_again():

@@ -197,6 +197,55 @@ def test_a_bias_that_is_pruned_takes_no_constants():
     assert_same(masked(made.ticket, made.model), masked(ticket, model), torch.randn(2, 3, 10, 10))
 
 
+def test_a_bias_of_two_layers_takes_no_constants():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(3, 4, 1)
+            self.c.bias = self.b.bias
+
+        def forward(self, x):
+            return torch.cat([self.b(self.a(x).sigmoid()), self.c(x)], 1)
+
+    model = Shared()
+    ticket = without(model, {"a.weight": [0, 1]})
+    made = ticket.materialise(model)
+    assert made.model.c.bias is made.model.b.bias
+    assert_same(masked(ticket, model), made.model, torch.randn(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "filters", "left"),
+    [
+        (lambda: nn.Linear(4, 6), "", (6,), (3,)),
+        (
+            lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2), nn.ConvTranspose2d(6, 3, 2)),
+            "0",
+            (6, 3),
+            (3, 1),
+        ),
+        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "0.in_proj_weight", (12, 4), (6, 2)),
+    ],
+)
+def test_layers_that_nothing_is_known_of_are_reported(make, name, filters, left):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = make()
+
+        def forward(self, x):
+            return x
+
+    model = make() if name == "" else Reading()
+    made = channels(model, 0.5).materialise(model)
+    where = name if name == "" else f"inside.{name}"
+    assert made.layers[0].name == where
+    assert tuple(layer.channels for layer in made.layers) == filters
+    assert tuple(layer.left for layer in made.layers) == left
+    assert (made.channels, made.removed, made.left) == (sum(filters), 0, sum(left))
+    assert str(made).startswith(f"0 of {sum(filters)} channels removed (0.0%), {sum(left)} pruned")
+
+
 class Reads(nn.Module):
     """Two convolutions, and what is done with their outputs."""
 

@@ -120,9 +120,10 @@ def masks_of(ticket: Ticket) -> dict[str, Tensor]:
 
 
 def assert_masks(ticket: Ticket, expected: dict[str, Tensor]) -> None:
-    assert ticket.masks.keys() == expected.keys()
-    for name, bits in ticket.masks.items():
-        assert torch.equal(bits, bits_pack(expected[name])), name
+    """Of weights; what goes with a pruned channel besides has tests of its own."""
+    assert [layer.name for layer in ticket.layers] == list(expected)
+    for name, mask in expected.items():
+        assert torch.equal(ticket.masks[name], bits_pack(mask)), name
 
 
 def assert_whole(ticket: Ticket, model: nn.Module, pattern: str) -> None:
