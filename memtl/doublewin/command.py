@@ -18,7 +18,7 @@ from typing import Any
 import memtl
 
 from ..report import Journal, Table, check_device, environment, mean_std
-from ..report.arguments import count, writable
+from ..report.arguments import add_running, count
 from ..report.calling import call
 from ..training import track
 from ..training.pool import Workers
@@ -200,7 +200,7 @@ def _print(results: Results, record: dict[str, Any]) -> None:
             print(results.table(metric, regime, percent))
     if plan.drawings:
         what = "double wins" if results.double else f"matching under {plan.regimes[0]} transfer"
-        print(f"\n{what}, within {100 * results.tolerance:g} points\n\n{results.wins()}\n")
+        print(f"\n{what}, within {results.within}\n\n{results.wins()}\n")
     for line in (*results.verdicts(), "", *results.sentences()):
         print(line)
     if record["domain_gap"]:
@@ -330,18 +330,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--autoattack", action="store_true",
         help="measure by AutoAttack too, which takes many times as long (pyautoattack)",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument(
-        "--jobs", type=count, default=1, metavar="N",
-        help="processes at once, of one thread each (1: this one, with torch's threads)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("doublewin-runs"), metavar="DIR",
-        help="folder of runs, tickets and the report (doublewin-runs)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", type=writable, metavar="PATH", help="write every figure there too"
-    )
+    add_running(parser, "doublewin-runs")
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, one level, one seed"
     )

@@ -34,7 +34,7 @@ adversarial transfer on adversarial examples ({trained}). Standard accuracy is o
 robust accuracy of those of which nothing on the way of {measured} is misclassified.
 
 A ticket is a double win if its mean standard and robust accuracy, under both transfers, are not
-more than {tolerance:g} points below those of the whole network of the same pre-training.
+more than {tolerance} below those of the whole network of the same pre-training.
 """
 
 
@@ -67,7 +67,7 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
         result.heading("Double wins" if results.double else "Tickets that match")
         result.table(
             results.wins(),
-            f"The highest sparsity within {100 * results.tolerance:g} points of the whole network "
+            f"The highest sparsity within {results.within} of the whole network "
             f"in standard and robust accuracy, under {' and '.join(plan.regimes)} transfer.",
         )
         for line in results.verdicts():
@@ -113,7 +113,7 @@ def page(results: Results, record: Mapping[str, Any]) -> Page:
     result.heading("How this was done")
     texts = NOTES.format(
         trained=record["attacks"]["trained with"], measured=record["attacks"]["measured by"],
-        tolerance=100 * results.tolerance,
+        tolerance=results.within,
     )  # fmt: skip
     for text in texts.strip().split("\n\n"):
         result.paragraph(text)

@@ -68,6 +68,12 @@ class Results:
         self.reference = reference
         self._runs = runs
 
+    @property
+    def within(self) -> str:
+        """The tolerance, in words."""
+        points = 100 * self.tolerance
+        return f"{points:g} point{'s' * (points != 1)}"
+
     def values(self, metric: str, place: Cell) -> tuple[float, ...]:
         """A field of the runs at a place, one a seed, whatever that of ``place``; none where one
         diverged, or has no such figure."""
@@ -215,7 +221,7 @@ class Results:
         """The double wins, a sentence a pre-training."""
         lines = []
         most = f"with {max(self.plan.percents):g} % of the data"
-        said = f"all four accuracies within {100 * self.tolerance:g} points of the whole network's"
+        said = f"all four accuracies within {self.within} of the whole network's"
         for pretraining, (win, drawing) in self.best().items():
             found = "no ticket is a double win"
             if win.level:

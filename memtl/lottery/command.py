@@ -16,7 +16,7 @@ import memtl
 
 from .. import assets
 from ..report import Journal, Table, check_device, environment, mean_std
-from ..report.arguments import count, natural, writable
+from ..report.arguments import add_running, count, natural
 from ..report.calling import call
 from ..training import track
 from ..training.pool import Workers
@@ -289,18 +289,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"of a round of the universal ticket; 0: there is none ({UNIVERSAL.steps})",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=count, metavar="N", help="of a fine-tuning (32)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument(
-        "--jobs", type=count, default=1, metavar="N",
-        help="processes at once, of one thread each (1: this one, with torch's threads)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("tickets-runs"), metavar="DIR",
-        help="folder of runs, tickets and the report (tickets-runs)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", type=writable, metavar="PATH", help="write every figure there too"
-    )
+    add_running(parser, "tickets-runs")
     parser.add_argument(
         "--quick", action="store_true", help="see it work: a few steps, two tasks, one seed"
     )
