@@ -10,11 +10,12 @@ from pathlib import Path
 import memtl
 
 from ..methods.tickets import TicketConfig
+from ..tasks import Split
 from ..training import Adversarial, Attack, Settings, loss_of
 from ..training.loop import Objective
 from . import domain as domains
 from .domain import Domain
-from .plan import ADVERSARIAL, DRAWINGS, REGIMES, ROUND, SOURCE, STANDARD, Cell, Draw, sparsity
+from .plan import ADVERSARIAL, DRAWINGS, ROUND, SOURCE, STANDARD, Cell, Draw, sparsity
 
 EPS, EPS_PICTURES = 0.1, 8 / 255
 """Of attacks on digits, and on photographs, where much less is seen."""
@@ -72,6 +73,12 @@ STEPS = ((100, 120), (10, 80), (0, 60))
 
 CANDIDATES = (1e-3, 2e-3, 4e-3)
 RATES = {STANDARD: 2e-3, ADVERSARIAL: 2e-3}
+"""Learning rates of a transfer, alike for every network and ticket.
+
+Standard transfer's is from ``--tune --seeds 1 --pretrainings standard pgd``: on the validation
+split, in %, the mean of both networks in the order of the candidates: with all of the data 99.7
+99.8 99.7, with 10 % 94.2 94.8 94.8, with 1 % 73.0 74.5 74.0. Adversarial transfer's was not tuned.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +150,9 @@ class Setup:
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     device: str = "cpu"
 
-    def settings(self, regime: str, percent: float, seed: int, rate: float | None = None):
+    def settings(
+        self, regime: str, percent: float, seed: int, rate: float | None = None
+    ) -> Settings:
         """Of a transfer. No weight decay: it would take weights to where tickets are drawn from."""
         recipe = self.recipe
         images = len(domains.part(self.domain, percent))
@@ -168,7 +177,7 @@ class Setup:
             weight_decay=0.0, clip_norm=CLIP_NORM, seed=DRAWING_SEED,
         )  # fmt: skip
 
-    def drawing_data(self, draw: Draw):
+    def drawing_data(self, draw: Draw) -> Split:
         """What tickets are drawn on."""
         if DRAWINGS[draw.drawing].data == SOURCE:
             return domains.source(self.domain)
@@ -233,5 +242,3 @@ class Setup:
             memtl=memtl.__version__,
         )
 
-
-assert set(RATES) == set(REGIMES)

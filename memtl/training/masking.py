@@ -195,7 +195,7 @@ def check_gradients(
     def accuracy(attack: Attack) -> float:
         return robust_accuracy(model, split, attack, batch_size=len(images), seed=seed)
 
-    with measuring(model, seed), constant_parameters(model):
+    with measuring(model, seed) as model, constant_parameters(model):
         with torch.no_grad():
             logits, again = model(images), model(images)
             labels = check_labels(logits, labels)
@@ -253,7 +253,7 @@ def _losses(
     losses, step = [], min(attack.step, 1.0) if attack.norm == "linf" else attack.step
     for steps in counts:
         shorter = dataclasses.replace(attack, steps=steps, step_size=step)
-        with measuring(model, seed):  # the same start
+        with measuring(model, seed) as model:  # the same start
             found = shorter(model, images, labels)
         with torch.no_grad():
             losses.append(cross_entropy(model(found), labels).item() / len(images))

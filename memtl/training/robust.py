@@ -41,8 +41,8 @@ def robust_accuracy(
             is empty, or the attack's mode is "current".
     """
     check_attack(attack)
-    model, right = own(model), 0
-    with measuring(model, seed):
+    right = 0
+    with measuring(model, seed) as model:
         for images, labels in _batches(model, split, attack, batch_size):
             holds = rightly(model, images, labels)
             images, labels = images[holds], labels[holds]
@@ -87,7 +87,7 @@ def autoattack(
     attack = Attack(eps, norm=norm)
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {VERSIONS}, got {version!r}")
-    with measuring(model, seed):
+    with measuring(model, seed) as model:
         batches = list(_batches(model, split, attack, batch_size))
         with torch.no_grad():
             for images, labels in batches:
@@ -123,11 +123,12 @@ def _autoattack() -> Any:
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module, seed: int) -> Iterator[None]:
-    """Inside, ``model`` is evaluated, its gradients are exact, random numbers are of ``seed``."""
+def measuring(model: nn.Module, seed: int) -> Iterator[nn.Module]:
+    """Inside, ``model`` is evaluated, its gradients are exact, random numbers are of ``seed``;
+    gives the model to measure, this process's own of a data-parallel one."""
     check_model(model)
     with seeded(seed, _device(model)), evaluating(model), exact(model):
-        yield
+        yield own(model)
 
 
 def _batches(
