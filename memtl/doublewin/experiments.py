@@ -241,4 +241,3 @@ class Setup:
             split=split,
             memtl=memtl.__version__,
         )
-
