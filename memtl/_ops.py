@@ -311,6 +311,22 @@ def _(grad_out, codes, params, bits, activation):
 
 
 @_define(
+    "quant_pack_derivative",
+    "(Tensor x, int bits, str activation, float lo, float hi, int seed) -> Tensor",
+)
+def _(x, bits, activation, lo, hi, seed):
+    """x, any shape -> what quant_pack_range gives of f'(x), but for the dither, which is that of x:
+    codes uint8 [groups, 8 * bits] on 2**bits - 1 even levels from lo to hi."""
+    _check_floating("quant_pack_derivative", x)
+    _check_bits("quant_pack_derivative", bits)
+    _check_activation("quant_pack_derivative", activation)
+    torch._check_value(
+        lo < hi, lambda: f"quant_pack_derivative: expected lo < hi, got {lo} and {hi}"
+    )
+    return x.new_empty((ceil_div(x.numel(), GROUP), 8 * bits), dtype=torch.uint8)
+
+
+@_define(
     "quant_apply_range", "(Tensor grad_out, Tensor codes, int bits, float lo, float hi) -> Tensor"
 )
 def _(grad_out, codes, bits, lo, hi):

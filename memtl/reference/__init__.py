@@ -11,6 +11,7 @@ from .fused import (
     quant_apply_range,
     quant_channel_norm_grad,
     quant_norm_grad,
+    quant_pack_derivative,
     quant_unpack_activation,
     quant_unpack_affine,
 )
@@ -48,6 +49,7 @@ OPS = {
         quant_unpack_affine,
         quant_unpack_activation,
         quant_activation_grad,
+        quant_pack_derivative,
         quant_apply_range,
         quant_norm_grad,
         quant_channel_norm_grad,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import bits_unpack
-from .quant import quant_unpack, quant_unpack_range
+from .quant import dither, in_groups, quant_unpack, quant_unpack_range, range_codes
 
 aten = torch.ops.aten
 
@@ -78,6 +78,16 @@ def quant_activation_grad(
     _, derivative = ACTIVATIONS[activation]
     x = quant_unpack(codes, params, bits, list(grad_out.shape), torch.float32)
     return derivative(x).mul_(grad_out.float()).to(grad_out.dtype)
+
+
+def quant_pack_derivative(
+    x: Tensor, bits: int, activation: str, lo: float, hi: float, seed: int
+) -> Tensor:
+    """f'(x) on a fixed range; rounded by the dither of x, which is the same however exactly a
+    kernel computes f'."""
+    _, derivative = ACTIVATIONS[activation]
+    groups = in_groups(x)
+    return range_codes(derivative(groups), bits, lo, hi, dither(groups, seed))
 
 
 def quant_apply_range(grad_out: Tensor, codes: Tensor, bits: int, lo: float, hi: float) -> Tensor:

@@ -50,7 +50,7 @@ def dither(groups: Tensor, seed: int) -> Tensor:
     return (torch.cat((h & 0xFFFF, h >> 16), dim=1).float() + 0.5) * 2.0**-16
 
 
-def _groups(x: Tensor) -> Tensor:
+def in_groups(x: Tensor) -> Tensor:
     """[G, 64] float32; the last group is padded with its own last element."""
     flat = x.reshape(-1).float()
     flat = flat.masked_fill(flat.isnan(), math.nan)  # one bit pattern for all, for the dither
@@ -82,7 +82,7 @@ def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
 
 def quant_pack(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor]:
     """codes, params: floor((x - offset) * (1 / scale) + dither), clamped to 0 .. 2**bits - 1."""
-    groups = _groups(x)
+    groups = in_groups(x)
     levels = 2**bits - 1
     finite = groups.isfinite().all(-1, keepdim=True)
     safe = torch.where(finite, groups, 0.0)
@@ -120,11 +120,16 @@ def quant_unpack(
 
 def quant_pack_range(x: Tensor, bits: int, lo: float, hi: float, seed: int) -> Tensor:
     """Codes 0 .. 2**bits - 2 on even levels over [lo, hi]; the last code stands for NaN."""
-    groups = _groups(x)
+    groups = in_groups(x)
+    return range_codes(groups, bits, lo, hi, dither(groups, seed))
+
+
+def range_codes(groups: Tensor, bits: int, lo: float, hi: float, dither: Tensor) -> Tensor:
+    """quant_pack_range of groups [G, 64] float32, with a dither given."""
     step = _range_step(bits, lo, hi, groups)
     low = groups.new_tensor(lo)
     clamped = groups.clamp(low, groups.new_tensor(hi)).nan_to_num(0.0)
-    codes = ((clamped - low) * step.reciprocal() + dither(groups, seed)).floor()
+    codes = ((clamped - low) * step.reciprocal() + dither).floor()
     codes = codes.clamp(0, 2**bits - 2)
     return _pack_codes(codes.masked_fill(groups.isnan(), 2**bits - 1), bits)
 
