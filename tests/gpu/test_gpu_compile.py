@@ -36,9 +36,9 @@ def images(batch=16):
     return x, torch.arange(batch, device="cuda") % 5
 
 
-def gradients(model, run, batch=16):
+def gradients(model, run, batch=16, autocast=False):
     x, labels = images(batch)
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         loss = F.cross_entropy(run(x), labels)
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -52,7 +52,7 @@ def test_compiled(name):
     model = network(CONFIGS[name])
     loss, expected = gradients(model, model)
     compiled_loss, found = gradients(model, torch.compile(model, fullgraph=True))
-    torch.testing.assert_close(compiled_loss, loss, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-3, atol=1e-3)
     # Two ways to round what is kept to 4 bits, or of whose magnitudes the largest are.
     assert F.cosine_similarity(found, expected, 0) > (0.95 if name != "VQT" else 0.999)
 
@@ -64,8 +64,8 @@ def test_compiled_it_still_needs_less():
         model = network(config)
         compiled = torch.compile(model, fullgraph=True)
         for _ in range(2):
-            gradients(model, compiled, 64)
-        peaks[name] = peak_bytes(lambda m=model, c=compiled: gradients(m, c, 64), "cuda")
+            gradients(model, compiled, 64, autocast=True)
+        peaks[name] = peak_bytes(lambda m=model, c=compiled: gradients(m, c, 64, True), "cuda")
     assert peaks["back razor"] < peaks["stock"] / 2
 
 
