@@ -56,6 +56,19 @@ __device__ inline void copy16_async(void* to_shared, const void* from, bool ther
 
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Two numbers, each the nearest to a float; any NaN becomes some NaN.
+__device__ inline uint32_t rounded_pair(BFloat16, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ inline uint32_t rounded_pair(Half, float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace memtl::cuda
 
 #endif

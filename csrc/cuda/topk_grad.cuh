@@ -31,11 +31,11 @@ struct PackedTokens {
   int k, k_tail;
 };
 
-// The values and positions of one block of features.
+// The values and positions of one block of features, from some token on.
 template <class Value>
 struct PackedBlock {
-  const Value* values;       // of token 0
-  const uint8_t* positions;  // of token 0
+  const Value* values;
+  const uint8_t* positions;
   const uint16_t* scale;
   int64_t kept, position_stride, scale_stride;  // from a token to the next
   int count;                                    // values a token
@@ -44,18 +44,19 @@ struct PackedBlock {
 
 template <class Value>
 __device__ inline PackedBlock<Value> block_of(const PackedTokens<Value>& x, int64_t block,
-                                              bool bitmap) {
-  const int64_t left = x.features - block * kBlock;
-  const int64_t start = block * x.k;
-  const int64_t row_bytes = ceil_div(x.features, 8);
-  return {x.values + start,
-          x.positions + (bitmap ? block * (kBlock / 8) : start),
-          x.scale + block,
+                                              int64_t token, bool bitmap) {
+  const int64_t before = block * kBlock, start = block * x.k;
+  const int size = static_cast<int>(x.features - before < kBlock ? x.features - before : kBlock);
+  const int64_t blocks = ceil_div(x.features, kBlock);
+  const int64_t position_stride = bitmap ? ceil_div(x.features, 8) : x.kept;
+  return {x.values + token * x.kept + start,
+          x.positions + token * position_stride + (bitmap ? before / 8 : start),
+          sizeof(Value) == 1 ? x.scale + token * blocks + block : nullptr,
           x.kept,
-          bitmap ? row_bytes : x.kept,
-          ceil_div(x.features, kBlock),
-          left < kBlock ? x.k_tail : x.k,
-          static_cast<int>(ceil_div(left < kBlock ? left : kBlock, 8))};
+          position_stride,
+          blocks,
+          size < kBlock ? x.k_tail : x.k,
+          (size + 7) / 8};
 }
 
 // A value as it is in float32; scale is that of an int8 value's block.
@@ -66,11 +67,13 @@ __device__ inline float decoded(Value value, float) {
 template <>
 __device__ inline float decoded<int8_t>(int8_t code, float scale) {
   float x = static_cast<float>(code);
-  if (code == 127 || code == -127) x *= __uint_as_float(0x7f800000);
-  if (code == -128) x = __uint_as_float(0x7fc00000);
+  if (code > 126 || code < -126) {
+    x = __uint_as_float(code == 127 ? 0x7f800000 : code == -127 ? 0xff800000 : 0x7fc00000);
+  }
   return x * scale;
 }
 
+// That scale, of the token so many after the first one of `block`.
 template <class Value>
 __device__ inline float scale_of(const PackedBlock<Value>& block, int64_t token) {
   if constexpr (sizeof(Value) == 1) {
@@ -79,18 +82,20 @@ __device__ inline float scale_of(const PackedBlock<Value>& block, int64_t token)
   return 1;
 }
 
+template <class T>
+__device__ inline T rounded(float x) {
+  return {static_cast<uint16_t>(rounded_pair(T{}, x, 0))};
+}
+
 // 32 rows, of tokens, in shared memory. The 16-byte pieces of a row are exchanged so that the same
 // one of eight rows is in different banks.
 template <class T, int kColumns>
-struct Tile {
+struct alignas(128) Tile {
   T numbers[kGradTokens][kColumns];
 
-  __device__ T* piece(int row, int piece) {
-    return numbers[row] + (piece ^ row % 8) * kVector<T>;
-  }
-  __device__ T& at(int row, int column) {
-    return piece(row, column / kVector<T>)[column % kVector<T>];
-  }
+  __device__ T& at(int row, int column) { return numbers[row][column ^ row % 8 * kVector<T>]; }
+  // The 16 bytes from a column on, a multiple of 8.
+  __device__ T* piece(int row, int column) { return &at(row, column); }
 };
 
 template <class T>
@@ -98,167 +103,215 @@ using GradTile = Tile<T, kGradOutputs>;
 template <class T>
 using FeatureTile = Tile<T, kBlock>;
 
-template <class T>
-__device__ inline Vector<T, kVector<T>> zeros16() {
-  Vector<T, kVector<T>> zeros;
-  for (T& each : zeros.at) each = T{};
-  return zeros;
-}
+// Both readers decode the entries of a block, 32 tokens after the other, a half of them at a time,
+// of which a warp has two. fetch() starts reading what is needed first, of tokens after those that
+// are placed next; fetch_values() what is left of those; place() puts them to their rows.
 
-// Decodes entries that have a byte for their position. All that is needed of a token is read long
-// before it is placed, up to 32 entries; of more, the others are read where they are placed.
-// As many tokens are read at once as have room in a warp.
+// Entries that have a byte for their position. As many tokens are read at once as have room in a
+// warp. Of more than 32 entries a token those beyond are read only where they are placed.
 template <class T, class Value>
 class ByteReader {
  public:
   static constexpr bool kBitmap = false;
 
-  __device__ ByteReader(const PackedBlock<Value>& block, int64_t end) : block_(block), end_(end) {
+  __device__ ByteReader(const PackedBlock<Value>& block, int64_t tokens)
+      : block_(block), left_(tokens) {
     const int lane = static_cast<int>(lane_of_thread());
     lanes_ = block.count <= 8 ? 8 : block.count <= 16 ? 16 : 32;
     rows_ = static_cast<int>(kWarp) / lanes_;
     row_ = static_cast<int>(warp_of_thread()) * kWarpTokens + lane / lanes_;
     entry_ = lane % lanes_;
+    advance(row_, entry_);
   }
 
-  // Starts reading a half of the tokens from `first` on.
-  __device__ void fetch(int64_t first, int half) {
+  __device__ void fetch(int half) {
 #pragma unroll
     for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
+      const int row = i * rows_;
       position_[i] = -1;
-      const int64_t token = first + row_ + i * rows_;
-      if (i * rows_ >= kWarpTokens || token >= end_ || entry_ >= block_.count) continue;
-      position_[i] = block_.positions[token * block_.position_stride + entry_];
-      value_[i] = block_.values[token * block_.kept + entry_];
-      scale_[i] = scale_of(block_, token);
+      if (row >= kWarpTokens || row_ + row >= left_ || entry_ >= block_.count) continue;
+      position_[i] = block_.positions[row * block_.kept];
+      value_[i] = block_.values[row * block_.kept];
+      scale_[i] = scale_of(block_, row);
+    }
+    if (half == kHalves - 1) {
+      left_ -= kGradTokens;
+      advance(kGradTokens, 0);
     }
   }
 
-  __device__ void fetch_values(int64_t, int) {}
+  __device__ void fetch_values(int) {}
 
-  // Puts the half to its rows.
-  __device__ void place(int64_t first, int half, FeatureTile<T>& tile) {
+  __device__ void place(int half, FeatureTile<T>& tile) {
     if (half == 0) {
+      const int lane = static_cast<int>(lane_of_thread());
       const int row = static_cast<int>(warp_of_thread()) * kWarpTokens;
+#pragma unroll
       for (int i = 0; i < kWarpTokens; ++i) {
-        store16(tile.piece(row + i, static_cast<int>(lane_of_thread())), zeros16<T>());
+        store16(tile.piece(row + i, lane * kVector<T>), Vector<T, kVector<T>>{});
       }
       __syncwarp();
     }
 #pragma unroll
     for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
       if (position_[i] >= 0) {
-        tile.at(row_ + i * rows_, position_[i]) = from_math<T>(decoded(value_[i], scale_[i]));
-      }
-      const int64_t token = first + row_ + i;
-      if (block_.count <= lanes_ || token >= end_) continue;
-      for (int entry = entry_ + lanes_; entry < block_.count; entry += lanes_) {
-        const int position = block_.positions[token * block_.position_stride + entry];
-        const Value value = block_.values[token * block_.kept + entry];
-        tile.at(row_ + i, position) = from_math<T>(decoded(value, scale_of(block_, token)));
+        tile.at(row_ + i * rows_, position_[i]) = rounded<T>(decoded(value_[i], scale_[i]));
       }
     }
+    if (block_.count > static_cast<int>(kWarp)) place_others(half, tile);
   }
 
  private:
   static constexpr int kHalf = kWarpTokens / kHalves;
 
-  PackedBlock<Value> block_;
-  int64_t end_;
-  int lanes_, rows_;  // of a token; tokens at once
+  __device__ void advance(int tokens, int entries) {
+    block_.values += tokens * block_.kept + entries;
+    block_.positions += tokens * block_.kept + entries;
+    if constexpr (sizeof(Value) == 1) block_.scale += tokens * block_.scale_stride;
+  }
+
+  __device__ void place_others(int half, FeatureTile<T>& tile) {
+    for (int row = half * kHalf; row < (half + 1) * kHalf; ++row) {
+      const int64_t back = row - kGradTokens;  // fetch() is that far ahead
+      if (row_ + back >= left_) return;
+      const float scale = scale_of(block_, back);
+      for (int i = lanes_; entry_ + i < block_.count; i += lanes_) {
+        const int64_t at = back * block_.kept + i;
+        tile.at(row_ + row, block_.positions[at]) = rounded<T>(decoded(block_.values[at], scale));
+      }
+    }
+  }
+
+  PackedBlock<Value> block_;  // from this lane's first entry on
+  int64_t left_;              // tokens
+  int lanes_, rows_;          // of a token; tokens at once
   int row_, entry_;
   int position_[kWarpTokens];  // -1: there is no entry
   Value value_[kWarpTokens];
   float scale_[kWarpTokens];
 };
 
-// Decodes entries whose positions are bits: a lane has a byte of them, and 8 features.
+// Entries whose positions are bits: a lane has a byte of them, and 8 features.
 template <class T, class Value>
 class BitReader {
  public:
   static constexpr bool kBitmap = true;
 
-  __device__ BitReader(const PackedBlock<Value>& block, int64_t end)
-      : block_(block), end_(end), row_(static_cast<int>(warp_of_thread()) * kWarpTokens) {}
+  __device__ BitReader(const PackedBlock<Value>& block, int64_t tokens)
+      : block_(block),
+        left_(tokens),
+        row_(static_cast<int>(warp_of_thread()) * kWarpTokens),
+        byte_(static_cast<int>(lane_of_thread())) {
+    block_.values += row_ * block.kept;
+    block_.positions += row_ * block.position_stride + byte_;
+    if constexpr (sizeof(Value) == 1) block_.scale += row_ * block.scale_stride;
+  }
 
-  __device__ void fetch(int64_t first, int half) {
-    const int lane = static_cast<int>(lane_of_thread());
+  __device__ void fetch(int half) {
 #pragma unroll
     for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
-      const int64_t token = first + row_ + i;
-      const bool there = token < end_ && lane < block_.bytes;
-      bits_[i] = there ? block_.positions[token * block_.position_stride + lane] : 0;
+      const bool there = row_ + i < left_;
+      bits_[i] = there && byte_ < block_.bytes ? block_.positions[i * block_.position_stride] : 0;
+      scale_[i] = there ? scale_of(block_, i) : 0;
+    }
+    if (half == kHalves - 1) {
+      left_ -= kGradTokens;
+      block_.positions += kGradTokens * block_.position_stride;
+      if constexpr (sizeof(Value) == 1) block_.scale += kGradTokens * block_.scale_stride;
     }
   }
 
-  // The bits are there: starts reading the values.
-  __device__ void fetch_values(int64_t first, int half) {
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      unsigned& bits = bits_[half * kHalf + i];
-      const int own = __popc(bits);
-      int rank = warp_prefix(own) - own;
-      const int64_t token = first + row_ + half * kHalf + i;
-      const Value* values = block_.values + token * block_.kept;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (!(bits >> j & 1)) continue;
-        if (rank < block_.count) value_[i][j] = values[rank];
-        if (rank >= block_.count) bits ^= 1u << j;
-        ++rank;
-      }
-      scale_[i] = token < end_ ? scale_of(block_, token) : 0;
-    }
-  }
-
-  __device__ void place(int64_t, int half, FeatureTile<T>& tile) {
+  __device__ void fetch_values(int half) {
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const int row = half * kHalf + i;
-      Vector<T, 8> numbers;
+      unsigned bits = bits_[row];
+      const int own = __popc(bits), through = warp_prefix(own);
+      if (through > block_.count) {  // more bits than values: the last ones have none
+        for (int more = through - block_.count; bits != 0 && more > 0; --more) {
+          bits &= ~(0x80000000u >> __clz(static_cast<int>(bits)));
+        }
+      }
+      const Value* values = block_.values + row * block_.kept + (through - own);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const bool kept = bits_[row] >> j & 1;
-        numbers.at[j] = kept ? from_math<T>(decoded(value_[i][j], scale_[i])) : T{};
+        value_[i][j] = Value{};
+        if (bits >> j & 1) value_[i][j] = *values++;
       }
-      store16(tile.piece(row_ + row, static_cast<int>(lane_of_thread())), numbers);
+    }
+    if (half == kHalves - 1) block_.values += kGradTokens * block_.kept;
+  }
+
+  __device__ void place(int half, FeatureTile<T>& tile) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int row = half * kHalf + i;
+      Vector<uint32_t, 4> pairs;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs.at[j] = rounded_pair(T{}, decoded(value_[i][2 * j], scale_[row]),
+                                   decoded(value_[i][2 * j + 1], scale_[row]));
+      }
+      T* to = tile.piece(row_ + row, byte_ * 8);
+      *reinterpret_cast<Vector<uint32_t, 4>*>(to) = pairs;
     }
   }
 
  private:
   static constexpr int kHalf = kWarpTokens / kHalves;
 
-  PackedBlock<Value> block_;
-  int64_t end_;
-  int row_;
+  PackedBlock<Value> block_;  // from this warp's first token on
+  int64_t left_;              // tokens
+  int row_, byte_;
   unsigned bits_[kWarpTokens];
+  float scale_[kWarpTokens];
   Value value_[kHalf][8];
-  float scale_[kHalf];
 };
 
-// Copies grad_out[first..first + 32, output..output + 128] to a tile, with zeros where it ends.
-// `aligned`: rows begin at 16 bytes.
+// Copies grad_out, 32 tokens after the other, to tiles, with zeros where it ends.
 template <class T>
-__device__ inline void copy_grad(const T* grad_out, int64_t outputs, bool aligned, int64_t first,
-                                 int64_t end, int64_t output, GradTile<T>& tile) {
-  constexpr int kPieces = kGradOutputs / kVector<T>;
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kGradTokens * kPieces; i += kGradThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const int64_t token = first + row, column = output + piece * kVector<T>;
-    const bool there = token < end && column < outputs;
-    const T* from = there ? grad_out + token * outputs + column : grad_out;
-    if (aligned) {
-      copy16_async(tile.piece(row, piece), from, there);
-    } else {
-      auto numbers = zeros16<T>();
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (there && column + j < outputs) numbers.at[j] = from[j];
-      }
-      store16(tile.piece(row, piece), numbers);
-    }
+class GradReader {
+ public:
+  // `from`: the first token; `aligned`: rows begin at 16 bytes.
+  __device__ GradReader(const T* from, int64_t tokens, int64_t outputs, int64_t output,
+                        bool aligned)
+      : outputs_(outputs), left_(tokens), aligned_(aligned) {
+    row_ = static_cast<int>(threadIdx.x) / kPieces;
+    column_ = static_cast<int>(threadIdx.x) % kPieces * kVector<T>;
+    from_ = from + row_ * outputs + output + column_;
+    const int64_t columns = outputs - output - column_;
+    columns_ = static_cast<int>(columns < 0 ? 0 : columns < kVector<T> ? columns : kVector<T>);
   }
-}
+
+  __device__ void copy(GradTile<T>& tile) {
+#pragma unroll
+    for (int row = 0; row < kGradTokens; row += kRows) {
+      const T* from = from_ + row * outputs_;
+      T* to = tile.piece(row_ + row, column_);
+      const int columns = row_ + row < left_ ? columns_ : 0;
+      if (aligned_) {
+        copy16_async(to, from, columns > 0);
+      } else {
+        Vector<T, kVector<T>> numbers = {};
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) {
+          if (i < columns) numbers.at[i] = from[i];
+        }
+        store16(to, numbers);
+      }
+    }
+    from_ += kGradTokens * outputs_;
+    left_ -= kGradTokens;
+  }
+
+ private:
+  static constexpr int kPieces = kGradOutputs / kVector<T>, kRows = kGradThreads / kPieces;
+
+  const T* from_;
+  int64_t outputs_, left_;
+  int row_, column_, columns_;
+  bool aligned_;
+};
 
 constexpr int kTileRows = 4, kTileColumns = 8;  // instructions a warp's 64 x 64 sums are made of
 using GradSums = float[kTileRows][kTileColumns][4];
@@ -272,12 +325,12 @@ __device__ inline void multiply(GradTile<T>& grad, FeatureTile<T>& x, int token,
 #pragma unroll
   for (int i = 0; i < kTileRows; ++i) {
     const int row = token + lane / 16 * 8 + lane % 8;
-    load_transposed(a[i], grad.piece(row, output / 8 + 2 * i + lane / 8 % 2));
+    load_transposed(a[i], grad.piece(row, output + 16 * i + lane / 8 % 2 * 8));
   }
 #pragma unroll
   for (int j = 0; j < kTileColumns; j += 2) {
     uint32_t b[4];
-    load_transposed(b, x.piece(token + lane % 16, feature / 8 + j + lane / 16));
+    load_transposed(b, x.piece(token + lane % 16, feature + 8 * j + lane / 16 * 8));
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) {
       mma_16x8x16(T{}, sums[i][j], a[i], b[0], b[1]);
@@ -307,32 +360,32 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int warp_output = warp % 2 * 64, warp_feature = warp / 2 * 64;
 
   using Source = Reader<T, Value>;
-  Source reader(block_of(x, block, Source::kBitmap), end);
+  Source reader(block_of(x, block, begin, Source::kBitmap), end - begin);
+  GradReader<T> grad_reader(grad_out + begin * outputs, end - begin, outputs, output, aligned);
   GradSums sums = {};
-  copy_grad(grad_out, outputs, aligned, begin, end, output, grad[0]);
+  grad_reader.copy(grad[0]);
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) reader.fetch(begin, half);
+  for (int half = 0; half < kHalves; ++half) reader.fetch(half);
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
-    reader.fetch_values(begin, half);
-    reader.place(begin, half, rows[0]);
-    reader.fetch(begin + kGradTokens, half);
+    reader.fetch_values(half);
+    reader.place(half, rows[0]);
+    reader.fetch(half);
   }
   int now = 0;
   for (int64_t first = begin; first < end; first += kGradTokens, now ^= 1) {
     // This tile is there, and the other one is no longer read.
     await_copies();
     __syncthreads();
-    const int64_t next = first + kGradTokens;
-    copy_grad(grad_out, outputs, aligned, next, end, output, grad[now ^ 1]);
+    grad_reader.copy(grad[now ^ 1]);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      reader.fetch_values(next, half);
+      reader.fetch_values(half);
       multiply(grad[now], rows[now], half * 16, warp_output, warp_feature, sums);
-      reader.place(next, half, rows[now ^ 1]);
-      reader.fetch(next + kGradTokens, half);
+      reader.place(half, rows[now ^ 1]);
+      reader.fetch(half);
     }
-  }
+    }
   await_copies();
 
   float* to = split == 0 ? out : parts + (split - 1) * outputs * x.features;

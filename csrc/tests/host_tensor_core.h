@@ -94,4 +94,9 @@ inline void await_copies() {
   tests::copies[tests::running.thread()].clear();
 }
 
+template <class T>
+uint32_t rounded_pair(T, float low, float high) {
+  return from_math<T>(low).bits | static_cast<uint32_t>(from_math<T>(high).bits) << 16;
+}
+
 }  // namespace memtl::cuda
