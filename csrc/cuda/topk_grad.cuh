@@ -37,9 +37,9 @@ struct PackedBlock {
   const Value* values;
   const uint8_t* positions;
   const uint16_t* scale;
-  int64_t kept, position_stride, scale_stride;  // from a token to the next
-  int count;                                    // values a token
-  int bytes;                                    // of bits
+  int kept, position_stride, scale_stride;  // from a token to the next: less than 2^24
+  int count;                                // values a token
+  int bytes;                                // of bits
 };
 
 template <class Value>
@@ -52,9 +52,9 @@ __device__ inline PackedBlock<Value> block_of(const PackedTokens<Value>& x, int6
   return {x.values + token * x.kept + start,
           x.positions + token * position_stride + (bitmap ? before / 8 : start),
           sizeof(Value) == 1 ? x.scale + token * blocks + block : nullptr,
-          x.kept,
-          position_stride,
-          blocks,
+          static_cast<int>(x.kept),
+          static_cast<int>(position_stride),
+          static_cast<int>(blocks),
           size < kBlock ? x.k_tail : x.k,
           (size + 7) / 8};
 }
@@ -75,7 +75,7 @@ __device__ inline float decoded<int8_t>(int8_t code, float scale) {
 
 // That scale, of the token so many after the first one of `block`.
 template <class Value>
-__device__ inline float scale_of(const PackedBlock<Value>& block, int64_t token) {
+__device__ inline float scale_of(const PackedBlock<Value>& block, int token) {
   if constexpr (sizeof(Value) == 1) {
     return to_math(BFloat16{block.scale[token * block.scale_stride]});
   }
@@ -105,7 +105,8 @@ using FeatureTile = Tile<T, kBlock>;
 
 // Both readers decode the entries of a block, 32 tokens after the other, a half of them at a time,
 // of which a warp has two. fetch() starts reading what is needed first, of tokens after those that
-// are placed next; fetch_values() what is left of those; place() puts them to their rows.
+// are placed next; fetch_values() what is left of those; place() puts them to their rows. `left` is
+// the number of tokens, of the 32 in question and after them.
 
 // Entries that have a byte for their position. As many tokens are read at once as have room in a
 // warp. Of more than 32 entries a token those beyond are read only where they are placed.
@@ -114,8 +115,7 @@ class ByteReader {
  public:
   static constexpr bool kBitmap = false;
 
-  __device__ ByteReader(const PackedBlock<Value>& block, int64_t tokens)
-      : block_(block), left_(tokens) {
+  __device__ explicit ByteReader(const PackedBlock<Value>& block) : block_(block) {
     const int lane = static_cast<int>(lane_of_thread());
     lanes_ = block.count <= 8 ? 8 : block.count <= 16 ? 16 : 32;
     rows_ = static_cast<int>(kWarp) / lanes_;
@@ -124,25 +124,22 @@ class ByteReader {
     advance(row_, entry_);
   }
 
-  __device__ void fetch(int half) {
+  __device__ void fetch(int half, int64_t left) {
 #pragma unroll
     for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
       const int row = i * rows_;
       position_[i] = -1;
-      if (row >= kWarpTokens || row_ + row >= left_ || entry_ >= block_.count) continue;
+      if (row >= kWarpTokens || row_ + row >= left || entry_ >= block_.count) continue;
       position_[i] = block_.positions[row * block_.kept];
       value_[i] = block_.values[row * block_.kept];
       scale_[i] = scale_of(block_, row);
     }
-    if (half == kHalves - 1) {
-      left_ -= kGradTokens;
-      advance(kGradTokens, 0);
-    }
+    if (half == kHalves - 1) advance(kGradTokens, 0);
   }
 
   __device__ void fetch_values(int) {}
 
-  __device__ void place(int half, FeatureTile<T>& tile) {
+  __device__ void place(int half, int64_t left, FeatureTile<T>& tile) {
     if (half == 0) {
       const int lane = static_cast<int>(lane_of_thread());
       const int row = static_cast<int>(warp_of_thread()) * kWarpTokens;
@@ -158,7 +155,7 @@ class ByteReader {
         tile.at(row_ + i * rows_, position_[i]) = rounded<T>(decoded(value_[i], scale_[i]));
       }
     }
-    if (block_.count > static_cast<int>(kWarp)) place_others(half, tile);
+    if (block_.count > static_cast<int>(kWarp)) place_others(half, left, tile);
   }
 
  private:
@@ -170,20 +167,19 @@ class ByteReader {
     if constexpr (sizeof(Value) == 1) block_.scale += tokens * block_.scale_stride;
   }
 
-  __device__ void place_others(int half, FeatureTile<T>& tile) {
+  __device__ void place_others(int half, int64_t left, FeatureTile<T>& tile) {
     for (int row = half * kHalf; row < (half + 1) * kHalf; ++row) {
-      const int64_t back = row - kGradTokens;  // fetch() is that far ahead
-      if (row_ + back >= left_) return;
+      if (row_ + row >= left) return;
+      const int back = row - kGradTokens;  // fetch() is that far ahead
       const float scale = scale_of(block_, back);
       for (int i = lanes_; entry_ + i < block_.count; i += lanes_) {
-        const int64_t at = back * block_.kept + i;
+        const int at = back * block_.kept + i;
         tile.at(row_ + row, block_.positions[at]) = rounded<T>(decoded(block_.values[at], scale));
       }
     }
   }
 
   PackedBlock<Value> block_;  // from this lane's first entry on
-  int64_t left_;              // tokens
   int lanes_, rows_;          // of a token; tokens at once
   int row_, entry_;
   int position_[kWarpTokens];  // -1: there is no entry
@@ -197,9 +193,8 @@ class BitReader {
  public:
   static constexpr bool kBitmap = true;
 
-  __device__ BitReader(const PackedBlock<Value>& block, int64_t tokens)
+  __device__ explicit BitReader(const PackedBlock<Value>& block)
       : block_(block),
-        left_(tokens),
         row_(static_cast<int>(warp_of_thread()) * kWarpTokens),
         byte_(static_cast<int>(lane_of_thread())) {
     block_.values += row_ * block.kept;
@@ -207,15 +202,14 @@ class BitReader {
     if constexpr (sizeof(Value) == 1) block_.scale += row_ * block.scale_stride;
   }
 
-  __device__ void fetch(int half) {
+  __device__ void fetch(int half, int64_t left) {
 #pragma unroll
     for (int i = half * kHalf; i < (half + 1) * kHalf; ++i) {
-      const bool there = row_ + i < left_;
+      const bool there = row_ + i < left;
       bits_[i] = there && byte_ < block_.bytes ? block_.positions[i * block_.position_stride] : 0;
       scale_[i] = there ? scale_of(block_, i) : 0;
     }
     if (half == kHalves - 1) {
-      left_ -= kGradTokens;
       block_.positions += kGradTokens * block_.position_stride;
       if constexpr (sizeof(Value) == 1) block_.scale += kGradTokens * block_.scale_stride;
     }
@@ -242,7 +236,7 @@ class BitReader {
     if (half == kHalves - 1) block_.values += kGradTokens * block_.kept;
   }
 
-  __device__ void place(int half, FeatureTile<T>& tile) {
+  __device__ void place(int half, int64_t, FeatureTile<T>& tile) {
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const int row = half * kHalf + i;
@@ -261,7 +255,6 @@ class BitReader {
   static constexpr int kHalf = kWarpTokens / kHalves;
 
   PackedBlock<Value> block_;  // from this warp's first token on
-  int64_t left_;              // tokens
   int row_, byte_;
   unsigned bits_[kWarpTokens];
   float scale_[kWarpTokens];
@@ -273,9 +266,8 @@ template <class T>
 class GradReader {
  public:
   // `from`: the first token; `aligned`: rows begin at 16 bytes.
-  __device__ GradReader(const T* from, int64_t tokens, int64_t outputs, int64_t output,
-                        bool aligned)
-      : outputs_(outputs), left_(tokens), aligned_(aligned) {
+  __device__ GradReader(const T* from, int64_t outputs, int64_t output, bool aligned)
+      : outputs_(outputs), aligned_(aligned) {
     row_ = static_cast<int>(threadIdx.x) / kPieces;
     column_ = static_cast<int>(threadIdx.x) % kPieces * kVector<T>;
     from_ = from + row_ * outputs + output + column_;
@@ -283,12 +275,12 @@ class GradReader {
     columns_ = static_cast<int>(columns < 0 ? 0 : columns < kVector<T> ? columns : kVector<T>);
   }
 
-  __device__ void copy(GradTile<T>& tile) {
+  __device__ void copy(int64_t left, GradTile<T>& tile) {
 #pragma unroll
     for (int row = 0; row < kGradTokens; row += kRows) {
       const T* from = from_ + row * outputs_;
       T* to = tile.piece(row_ + row, column_);
-      const int columns = row_ + row < left_ ? columns_ : 0;
+      const int columns = row_ + row < left ? columns_ : 0;
       if (aligned_) {
         copy16_async(to, from, columns > 0);
       } else {
@@ -301,14 +293,13 @@ class GradReader {
       }
     }
     from_ += kGradTokens * outputs_;
-    left_ -= kGradTokens;
   }
 
  private:
   static constexpr int kPieces = kGradOutputs / kVector<T>, kRows = kGradThreads / kPieces;
 
   const T* from_;
-  int64_t outputs_, left_;
+  int64_t outputs_;
   int row_, column_, columns_;
   bool aligned_;
 };
@@ -355,37 +346,37 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int64_t block = blockIdx.x / output_tiles % blocks;
   const int64_t split = blockIdx.x / output_tiles / blocks;
   const int64_t begin = split * split_tokens;
-  const int64_t end = begin + split_tokens < tokens ? begin + split_tokens : tokens;
   const int warp = static_cast<int>(warp_of_thread()), lane = static_cast<int>(lane_of_thread());
   const int warp_output = warp % 2 * 64, warp_feature = warp / 2 * 64;
 
   using Source = Reader<T, Value>;
-  Source reader(block_of(x, block, begin, Source::kBitmap), end - begin);
-  GradReader<T> grad_reader(grad_out + begin * outputs, end - begin, outputs, output, aligned);
+  Source reader(block_of(x, block, begin, Source::kBitmap));
+  GradReader<T> grad_reader(grad_out + begin * outputs, outputs, output, aligned);
   GradSums sums = {};
-  grad_reader.copy(grad[0]);
+  int64_t left = split_tokens < tokens - begin ? split_tokens : tokens - begin;
+  grad_reader.copy(left, grad[0]);
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) reader.fetch(half);
+  for (int half = 0; half < kHalves; ++half) reader.fetch(half, left);
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
     reader.fetch_values(half);
-    reader.place(half, rows[0]);
-    reader.fetch(half);
+    reader.place(half, left, rows[0]);
+    reader.fetch(half, left - kGradTokens);
   }
-  int now = 0;
-  for (int64_t first = begin; first < end; first += kGradTokens, now ^= 1) {
-    // This tile is there, and the other one is no longer read.
+  for (int now = 0; left > 0; now ^= 1) {
+    // These tiles are there, and the others are no longer read.
     await_copies();
     __syncthreads();
-    grad_reader.copy(grad[now ^ 1]);
+    left -= kGradTokens;
+    grad_reader.copy(left, grad[now ^ 1]);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       reader.fetch_values(half);
       multiply(grad[now], rows[now], half * 16, warp_output, warp_feature, sums);
-      reader.place(half, rows[now ^ 1]);
-      reader.fetch(half);
+      reader.place(half, left, rows[now ^ 1]);
+      reader.fetch(half, left - kGradTokens);
     }
-    }
+  }
   await_copies();
 
   float* to = split == 0 ? out : parts + (split - 1) * outputs * x.features;
