@@ -228,9 +228,10 @@ class BitReader {
       }
       const Value* values = block_.values + row * block_.kept + (through - own);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        value_[i][j] = Value{};
-        if (bits >> j & 1) value_[i][j] = *values++;
+      for (unsigned j = 0, rank = 0; j < 8; ++j) {
+        const unsigned kept = bits >> j & 1;
+        value_[i][j] = kept ? values[rank] : Value{};
+        rank += kept;
       }
     }
     if (half == kHalves - 1) block_.values += kGradTokens * block_.kept;
