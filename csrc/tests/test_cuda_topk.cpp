@@ -132,21 +132,20 @@ void test_pack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t
         int(n), int(kind), int(value), int(k), bitmap, int(shift));
 }
 
+// One of `among` cases is tested, drawn anew in every order.
+bool drawn(unsigned among, Random& random) { return random() % among == 0; }
+
+size_t shift_drawn(Random& random) { return drawn(3, random) ? random() % 7 : 0; }
+
 void test_packs(Random& random) {
-  unsigned turn = 0;
   for (const int64_t n : {1, 7, 255, 256, 257, 600, 768, 1032}) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {0, 1, 8, 26, 128, 255, 256}) {
-        const DType value = kValues[turn % 4];
-        const bool bitmap = turn / 4 % 2;
-        const size_t shift = turn % 3 == 0 ? turn % 7 : 0;
         for_types([&]<class T>() {
-          if (turn % (order == Order::forward ? 2 : 7) == 0) {
-            test_pack<T>(n, kind, value, k, bitmap, shift, {1 + turn % 2}, random);
-          }
-          turn += 3;
+          if (!drawn(4, random)) return;
+          test_pack<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
+                       {unsigned(1 + random() % 2)}, random);
         });
-        ++turn;
       }
     }
   }
@@ -235,19 +234,15 @@ void test_sample(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size
 }
 
 void test_samples(Random& random) {
-  unsigned turn = 0;
   for (const int64_t n : {1, 33, 256, 600, 9999, 10240}) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {int64_t{0}, (n + 9) / 10, n}) {
         for_types([&]<class T>() {
-          const int64_t parts = n < 1000 ? 1 : 1 + turn % 3;
-          if (turn % (order == Order::forward ? 2 : 5) == 0) {
-            test_sample<T>(n, kind, kValues[turn % 4], k, turn / 4 % 2, turn % 3 == 0 ? turn % 7 : 0,
-                           parts, random);
-          }
-          turn += 5;
+          if (!drawn(n < 1000 ? 2 : 4, random)) return;
+          const int64_t parts = n < 1000 ? 1 : 1 + random() % 3;
+          test_sample<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random), parts,
+                         random);
         });
-        ++turn;
       }
     }
   }
@@ -346,14 +341,13 @@ void test_unpack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, bool
 }
 
 void test_unpacks(Random& random) {
-  unsigned turn = 0;
   for (const int64_t n : {1, 7, 255, 256, 600, 1032, 10240}) {
     for (const DType value : kValues) {
       for (const int64_t k : {0, 26, 256}) {
         for_types([&]<class Out>() {
-          test_unpack<Out>(n, turn % 3 ? Kind::special : Kind::ties, value, k, turn % 2,
-                           turn / 2 % 2, turn % 5 == 0 ? turn % 7 : 0, random);
-          ++turn;
+          if (!drawn(2, random)) return;
+          test_unpack<Out>(n, random() % 3 ? Kind::special : Kind::ties, value, k, random() % 2,
+                           random() % 2, shift_drawn(random), random);
         });
       }
     }
@@ -366,8 +360,11 @@ void test_malformed(DType value, bool bitmap, bool counted, Random& random) {
   const int64_t rows = 3, n = 8504, k = 30, k_tail = 9, kept = n / kBlock * k + k_tail;
   Packed packed(rows, n, kept, value, bitmap);
   for (int64_t i = 0; i < rows * kept; ++i) {
-    packed.values.data()[i] = 1;  // of int8 values, else overwritten
-    if (value != DType::i8) store_float(value, packed.values.data(), i, 1);
+    if (value == DType::i8) {
+      packed.values.data()[i] = 1;
+    } else {
+      store_float(value, packed.values.data(), i, 1);
+    }
   }
   const auto noise = random_bits<uint8_t>(rows * (bitmap ? ceil_div(n, 8) : kept), random);
   std::copy(noise.begin(), noise.end(), packed.positions.data());
