@@ -22,7 +22,8 @@ __device__ inline uint32_t shared_address(const void* at) {
 }
 
 // Four matrices [8, 8] of numbers of 16 bits. Lane i says where row i % 8 of matrix i / 8 begins,
-// and gets of each one the numbers at column i / 4 of rows 2 (i % 4), in the low half, and the next.
+// and gets of each one the numbers at column i / 4 of rows 2 (i % 4), in the low half, and the
+// next.
 __device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -25,11 +25,11 @@ struct Operands {
 void add_parts(const float* parts, int64_t count, int64_t numel, float* out, const OnDevice& on) {
   constexpr int kThreads = 256;
   if (numel % 4 == 0) {
-    add_parts_kernel<4><<<blocks_of(numel / 4, kThreads), kThreads, 0, on.stream()>>>(parts, count,
-                                                                                    numel, out);
+    add_parts_kernel<4>
+        <<<blocks_of(numel / 4, kThreads), kThreads, 0, on.stream()>>>(parts, count, numel, out);
   } else {
-    add_parts_kernel<1><<<blocks_of(numel, kThreads), kThreads, 0, on.stream()>>>(parts, count,
-                                                                                numel, out);
+    add_parts_kernel<1>
+        <<<blocks_of(numel, kThreads), kThreads, 0, on.stream()>>>(parts, count, numel, out);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -52,14 +52,13 @@ void launch_fused(const Operands& x, Tensor& out, const OnDevice& on) {
                   x.features, "] is too large");
   const int64_t size[] = {splits - 1, outputs, x.features};
   const Tensor parts = torch::stable::new_empty(out, size);
-  const PackedTokens<Value> packed = {
-      static_cast<const Value*>(x.values.const_data_ptr()),
-      static_cast<const uint8_t*>(x.positions.const_data_ptr()),
-      static_cast<const uint16_t*>(x.scale.const_data_ptr()),
-      x.features,
-      kept_of(x.features, x.k, x.k_tail),
-      static_cast<int>(x.k),
-      static_cast<int>(x.k_tail)};
+  const PackedTokens<Value> packed = {static_cast<const Value*>(x.values.const_data_ptr()),
+                                      static_cast<const uint8_t*>(x.positions.const_data_ptr()),
+                                      static_cast<const uint16_t*>(x.scale.const_data_ptr()),
+                                      x.features,
+                                      kept_of(x.features, x.k, x.k_tail),
+                                      static_cast<int>(x.k),
+                                      static_cast<int>(x.k_tail)};
   const bool aligned = aligned16(x.grad_out) && outputs % kVector<T> == 0;
   const auto kernel = x.bitmap ? &topk_weight_grad_kernel<T, Value, BitReader>
                                : &topk_weight_grad_kernel<T, Value, ByteReader>;
@@ -70,7 +69,8 @@ void launch_fused(const Operands& x, Tensor& out, const OnDevice& on) {
   if (splits > 1) add_parts(data<float>(parts), splits - 1, numel, data<float>(out), on);
 }
 
-// Whether a block of 256 features of a token is a packed block. The rows may then as well be tokens.
+// Whether a block of 256 features of a token is a packed block. The rows may then as well be
+// tokens.
 bool blocks_are_of_tokens(const Operands& x) {
   if (x.counts.numel() > 0) return false;
   return x.n == x.features || (x.n % kBlock == 0 && x.features % kBlock == 0);
@@ -117,10 +117,9 @@ Tensor decoded_weight_grad(const Operands& x, const OnDevice& on) {
   for (int64_t row = 0; row < rows; row += each) {
     const int64_t count = std::min(each, rows - row);
     const int64_t token = row * x.n / x.features, tokens = count * x.n / x.features;
-    const Tensor decoded =
-        call("memtl::topk_unpack", "", rows_of(x.values, row, count),
-             rows_of(x.positions, row, count), rows_of(x.scale, row, count),
-             rows_of(x.counts, row, count), x.n, x.k, x.k_tail, x.bitmap, dtype);
+    const Tensor decoded = call("memtl::topk_unpack", "", rows_of(x.values, row, count),
+                                rows_of(x.positions, row, count), rows_of(x.scale, row, count),
+                                rows_of(x.counts, row, count), x.n, x.k, x.k_tail, x.bitmap, dtype);
     const int64_t size[] = {tokens, x.features};
     const Tensor grad = torch::stable::to(rows_of(x.grad_out, token, tokens), dtype);
     const Tensor part = call("aten::mm", "dtype", torch::stable::transpose(grad, 0, 1),

@@ -1,9 +1,9 @@
 // Device code of topk_weight_grad: grad_out^T x, x [T, D] being read as it is packed.
 //
 // A block of threads sums a tile of 128 outputs and one block of 256 features over some tokens, 32
-// at a time: grad_out's numbers are copied to shared memory, x's are decoded there, and tensor cores
-// multiply them while the next 32 tokens are copied and decoded. Sums of different tokens, where
-// there are too few tiles to fill a GPU, are added up by a second kernel, in a fixed order.
+// at a time: grad_out's numbers are copied to shared memory, x's are decoded there, and tensor
+// cores multiply them while the next 32 tokens are copied and decoded. Sums of different tokens,
+// where there are too few tiles to fill a GPU, are added up by a second kernel, in a fixed order.
 //
 // Nothing is read or written outside whatever the packed data says: a position is a byte and a tile
 // has 256 columns; bits beyond the number of kept values have none.

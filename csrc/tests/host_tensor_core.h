@@ -1,8 +1,8 @@
 // What cuda/tensor_core.cuh has of instructions, for the host shim. Include it behind host_shim.h
 // and before the .cuh.
 //
-// Products are exact and summed in the order of k. Copies are made when they are waited for, so that
-// who does not wait reads what was there before.
+// Products are exact and summed in the order of k. Copies are made when they are waited for, so
+// that who does not wait reads what was there before.
 #pragma once
 
 #include <array>
@@ -54,7 +54,8 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) {
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     to[matrix] = 0;
     for (unsigned half = 0; half < 2; ++half) {
-      const auto* numbers = tests::unpacked<const unsigned char*>(rows[8 * matrix + 2 * (lane % 4) + half]);
+      const auto* numbers =
+          tests::unpacked<const unsigned char*>(rows[8 * matrix + 2 * (lane % 4) + half]);
       uint16_t bits;
       std::memcpy(&bits, numbers + 2 * (lane / 4), sizeof bits);
       to[matrix] |= static_cast<uint32_t>(bits) << (16 * half);
