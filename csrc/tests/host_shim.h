@@ -1,8 +1,9 @@
 // Compiles a .cuh file as C++ and runs its kernels on the CPU. Include it before the .cuh.
 //
 // The threads of a block are fibers; each runs until it waits for others, at a barrier or where a
-// warp exchanges something. Whoever comes next is chosen by the order in force: forward, backward,
-// or by chance. A result that depends on it is a race, so a test runs in every order (in_orders).
+// warp exchanges something. Whoever comes next is chosen by the order in force: forward or
+// backward, a warp going on until it waits for another one, or by chance, warps taking turns at
+// every wait. A result that depends on it is a race, so a test runs in every order (in_orders).
 // Blocks run one after the other, in that order too; no block may wait for another.
 //
 // What CUDA leaves undefined ends the program and says why: a warp's lanes that meet in different
@@ -112,20 +113,17 @@ class Block {
     for (unsigned i = 0; i < threads_; ++i) {
       fibers_[i]->start([](void* block) { (*static_cast<Block*>(block)->body_)(); }, this);
     }
+    const unsigned warps = (threads_ + kWarp - 1) / kWarp;
     while (live_ > 0) {
-      moved_ = false;
-      for (unsigned i : turns(threads_)) {
-        if (fibers_[i]->ended()) continue;
-        thread_ = i;
-        threadIdx = size.at(i);
-        fibers_[i]->resume();
-        if (fibers_[i]->ended()) {
-          --live_;
-          moved_ = true;
-          open_barrier();
-        }
+      bool moved = false;
+      for (unsigned warp : turns(warps)) {
+        do {
+          moved_ = false;
+          for (unsigned lane : turns(kWarp)) resume(warp * kWarp + lane, size);
+          moved |= moved_;
+        } while (moved_ && order != Order::random);
       }
-      if (!moved_) undefined("it and all others wait for a thread that has ended, or for ever");
+      if (!moved) undefined("it and all others wait for a thread that has ended, or for ever");
     }
   }
 
@@ -173,6 +171,17 @@ class Block {
   }
 
  private:
+  void resume(unsigned thread, Dim3 size) {
+    if (thread >= threads_ || fibers_[thread]->ended()) return;
+    thread_ = thread;
+    threadIdx = size.at(thread);
+    fibers_[thread]->resume();
+    if (!fibers_[thread]->ended()) return;
+    --live_;
+    moved_ = true;
+    open_barrier();
+  }
+
   struct Barrier {
     unsigned arrived = 0, counted = 0, result = 0, round = 0;
   };

@@ -273,6 +273,19 @@ void test_parts(int64_t numel, int64_t count, Dim3 grid, Random& random) {
         static_cast<long>(numel));
 }
 
+// What one instruction reads of eight rows is in different banks.
+template <int kColumns>
+void test_banks() {
+  auto tile = std::make_unique<cuda::Tile<cuda::Half, kColumns>>();
+  for (int column = 0; column < kColumns; column += 8) {
+    unsigned banks = 0;
+    for (int row = 8; row < 16; ++row) {
+      banks |= 1u << (tile->piece(row, column) - tile->piece(0, 0)) / 8 % 8;
+    }
+    CHECK(banks == 0xff, "column %d of %d: %x", column, kColumns, banks);
+  }
+}
+
 // Every token is in one split, splits have work, and parts stay small.
 void test_splits() {
   for (int64_t tokens : {1, 31, 33, 1000, 12608, 100000}) {
@@ -305,5 +318,7 @@ int main() {
   });
   test_large_offsets(random);
   test_splits();
+  test_banks<cuda::kGradOutputs>();
+  test_banks<kBlock>();
   return finish("test_cuda_topk_grad");
 }
