@@ -317,7 +317,8 @@ def _(grad_out, codes, params, bits, activation):
 )
 def _(x, bits, activation, lo, hi, seed):
     """x, any shape -> what quant_pack_range gives of f'(x), but for the dither, which is that of x:
-    codes uint8 [groups, 8 * bits] on 2**bits - 1 even levels from lo to hi."""
+    codes uint8 [groups, 8 * bits] on 2**bits - 1 even levels from lo to hi; the last code stands
+    for NaN, which f' is at the infinities too, except hardswish's."""
     _check_floating("quant_pack_derivative", x)
     _check_bits("quant_pack_derivative", bits)
     _check_activation("quant_pack_derivative", activation)

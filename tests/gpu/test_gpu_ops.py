@@ -266,7 +266,6 @@ def test_activations_are_those_of_the_cpu(activation):
 def test_codes_of_a_derivative_are_those_of_float64(activation):
     """But where f' is that near to a boundary."""
     for x, bits, lo, hi, seed in quant_pack_range_cases():
-        x = x.masked_fill(x.isinf(), 1.5)  # where torch has NaN, a kernel the limit
         arguments = x, bits, activation, lo, hi, seed
         codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
         assert_derivative_codes(codes, *arguments, 4e-6)
