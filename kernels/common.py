@@ -22,10 +22,8 @@ def check_devices(name: str, **tensors: Tensor | None) -> None:
 def check_floating(name: str, **tensors: Tensor | None) -> None:
     """TypeError unless every tensor given is of a dtype that operators take."""
     for argument, t in tensors.items():
-        torch._check_type(
-            t is None or t.dtype in FLOATING,
-            lambda argument=argument, t=t: (
+        if t is not None and t.dtype not in FLOATING:
+            raise TypeError(
                 f"{name}: expected {argument} in float32, float64, bfloat16 or float16, "
                 f"got {t.dtype}"
-            ),
-        )
+            )
