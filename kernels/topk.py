@@ -8,9 +8,10 @@ The bits of |x|, read as a number, are in the order of the magnitudes: that is a
 bits for a 16-bit x, of 31 else. A program is one warp and works on one block, eight elements a thread:
 all it counts and ranks is in registers, no two warps wait for each other, and a processor has 32.
 
-``topk_pack`` finds the k-th largest key of a block bit by bit, from the top: a bit is set if k keys
-are as large. It stops as soon as exactly k are; else ties are cut by position. x is read once, and
-what is kept is written: 1 byte a value (or 2, or 4), 1 a position or 1 bit an element, 2 a scale.
+``topk_pack`` finds the k-th largest key of a block by halving the range in which it is, first the
+four binades below the largest key: some ten counts. It stops as soon as exactly k keys reach the
+middle; else ties are cut by position. x is read once, and what is kept is written: 1 byte a value
+(or 2, or 4), 1 a position or 1 bit an element, 2 a scale.
 
 ``topk_pack_sample`` finds the k-th largest key of a row digit by digit, 8 bits each: a kernel
 counts, with many programs a row, the next digit of those keys that begin with the digits found, and
@@ -39,6 +40,12 @@ its row."""
 ENTRIES = 32
 """Positions of a block that are turned into bits at once."""
 WARP = {"num_warps": 1}
+INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+INFINITE |= dict.fromkeys((torch.float32, torch.float64), 0x7F800000)
+"""Infinity's key, by the dtype of x."""
+NEAR = {torch.bfloat16: 4 << 7, torch.float16: 4 << 10}
+NEAR |= dict.fromkeys((torch.float32, torch.float64), 4 << 23)
+"""How far below the largest key the k-th is sought first."""
 
 
 @triton.jit
@@ -102,27 +109,48 @@ def write(
     ranks = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)  # two in one
     ranked = tl.minimum(ranks >> 16, ties)
     kept = above | (equal & ((ranks >> 16) == ranked))
-    place = (ranks & 0xFFFF) + ranked - 1
-    x = x.to(tl.float32)
+    place = columns((ranks & 0xFFFF) + ranked - 1, x.dtype)
     if scale_ptr is not None:
-        finite = key < INFINITE
-        step = step_of(tl.max(tl.where(kept & finite, tl.abs(x), 0.0), axis=0))
+        largest = tl.max(tl.where(kept & (key < INFINITE), key, 0), axis=0)
+        step = step_of(magnitude_of(largest, x.dtype))
         # bfloat16 is the upper half of float32, so no rounding is left to be done.
         bits = (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
         tl.store(scale_ptr + row * blocks + block, bits)
-        code = rounded(tl.div_rn(tl.where(finite, x, 0.0), step))
-        sign = tl.where(x > 0, 1.0, -1.0)
-        x = tl.where(finite, code, tl.where(key == INFINITE, sign * 127, -128.0))
-    tl.store(values_ptr + start + place, x.to(values_ptr.dtype.element_ty), mask=kept)
+        value = tl.where(key > INFINITE, -128, code_of(x.to(tl.float32), step))
+    else:
+        value = x.to(tl.float32)
+    value, mask = columns(value, x.dtype), columns(kept, x.dtype)
+    tl.store(values_ptr + start + place, value.to(values_ptr.dtype.element_ty), mask=mask)
     if BITMAP:
         bits = tl.reshape(kept.to(tl.int32), (32, 8)) << tl.arange(0, 8)[None, :]
         byte = tl.arange(0, 32)
         positions_ptr += row * tl.cdiv(n, 8) + block * 32
         tl.store(positions_ptr + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte * 8 < size)
     else:
-        lane = tl.arange(0, 256).to(tl.uint8)
-        tl.store(positions_ptr + start + place, lane, mask=kept)
+        lane = columns(tl.arange(0, 256), x.dtype).to(tl.uint8)
+        tl.store(positions_ptr + start + place, lane, mask=mask)
     return total(kept)
+
+
+@triton.jit
+def columns(x, dtype: tl.constexpr):
+    """[256] -> [8, 32], a column being what a thread has of a block of ``dtype``, read 16 bytes at
+    a time. Stores of such go where they go without an exchange between threads."""
+    EACH: tl.constexpr = 128 // dtype.primitive_bitwidth
+    x = tl.permute(tl.reshape(x, (8 // EACH, 32, EACH)), (0, 2, 1))
+    return tl.reshape(x, (8, 32))
+
+
+@triton.jit
+def magnitude_of(key, dtype: tl.constexpr):
+    """The float32 |x| of a key of x of ``dtype``."""
+    if dtype == tl.bfloat16:
+        x = (key << 16).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        x = key.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        x = key.to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -134,13 +162,15 @@ def step_of(largest):
 
 
 @triton.jit
-def rounded(x):
-    """To the nearest integer, halves to even, of |x| < 2**22: float32 has no bits left for less."""
-    return (x + 12582912.0) - 12582912.0
+def code_of(x, step):
+    """x / step rounded to an integer, halves to even, in [-127, 127]. float32 numbers from 2**23 to
+    2**24 are the integers, so that the sum with one in the middle is rounded to such."""
+    x = tl.minimum(tl.maximum(tl.div_rn(x, step), -127.0), 127.0) + 12582912.0
+    return x.to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
-def _pack_kernel(
+def _topk_pack_kernel(
     x_ptr,
     values_ptr,
     positions_ptr,
@@ -151,24 +181,25 @@ def _pack_kernel(
     k,
     k_tail,
     INFINITE: tl.constexpr,
-    KEY_BITS: tl.constexpr,
+    NEAR: tl.constexpr,
     BITMAP: tl.constexpr,
 ):
     row, block, size = place_of(n, blocks)
     x, key = load_block(x_ptr, row, block, size, n)
     quota = tl.where(size < 256, k_tail, k)
-    threshold, reached, bit = 0, size, 1 << (KEY_BITS - 1)
-    while (bit > 0) & (reached > quota):
-        higher = threshold | bit
-        count = 256 - tl.sum((key - higher).to(tl.uint32, bitcast=True) >> 31, axis=0).to(tl.int32)
-        threshold = tl.where(count >= quota, higher, threshold)
-        reached = tl.where(count >= quota, count, reached)
-        bit >>= 1
-    ties = quota - total(key > threshold)
+    low, high, reached = 0, tl.max(key, axis=0), size
+    middle = high - tl.minimum(high, NEAR)
+    while (low < high) & (reached > quota):
+        count = total(key >= middle)
+        enough = count >= quota
+        reached = tl.where(enough, count, reached)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+        middle = high - ((high - low) >> 1)
+    ties = quota - total(key > low)
     write(
         x,
         key,
-        threshold,
+        low,
         ties,
         row * kept + block * k,
         row,
@@ -185,7 +216,7 @@ def _pack_kernel(
 
 
 @triton.jit
-def _row_digit_kernel(
+def _topk_digit_kernel(
     x_ptr,
     found_ptr,
     counts_ptr,
@@ -216,7 +247,7 @@ def _row_digit_kernel(
 
 
 @triton.jit
-def _row_choose_kernel(found_ptr, counts_ptr, BITS: tl.constexpr, BINS: tl.constexpr):
+def _topk_choose_kernel(found_ptr, counts_ptr, BITS: tl.constexpr, BINS: tl.constexpr):
     """found[row]: the digits so far, and which of the keys that begin with them is sought, from the
     largest (none: the largest key there may be); both go on by a digit, and counts are 0 again."""
     row = tl.program_id(0).to(tl.int64)
@@ -233,7 +264,7 @@ def _row_choose_kernel(found_ptr, counts_ptr, BITS: tl.constexpr, BINS: tl.const
 
 
 @triton.jit
-def _row_count_kernel(x_ptr, found_ptr, above_ptr, equal_ptr, n, blocks):
+def _topk_count_kernel(x_ptr, found_ptr, above_ptr, equal_ptr, n, blocks):
     """above[row, block], equal[row, block]: keys above the row's, and equal to it."""
     row, block, size = place_of(n, blocks)
     _, key = load_block(x_ptr, row, block, size, n)
@@ -244,7 +275,7 @@ def _row_count_kernel(x_ptr, found_ptr, above_ptr, equal_ptr, n, blocks):
 
 
 @triton.jit
-def _row_pack_kernel(
+def _topk_sample_kernel(
     x_ptr,
     found_ptr,
     above_ptr,
@@ -259,7 +290,7 @@ def _row_pack_kernel(
     INFINITE: tl.constexpr,
     BITMAP: tl.constexpr,
 ):
-    """above, equal: _row_count_kernel's, summed up to a block and with it."""
+    """above, equal: _topk_count_kernel's, summed up to a block and with it."""
     row, block, size = place_of(n, blocks)
     x, key = load_block(x_ptr, row, block, size, n)
     threshold = tl.load(found_ptr + row * 2).to(tl.int32)
@@ -288,7 +319,7 @@ def _row_pack_kernel(
 
 
 @triton.jit
-def _unpack_kernel(
+def _topk_unpack_kernel(
     values_ptr,
     positions_ptr,
     scale_ptr,
@@ -359,7 +390,7 @@ def topk_pack(
             rows, n, kept = rows * (n // BLOCK), BLOCK, k
         blocks = ceil_div(n, BLOCK)
         with torch.cuda.device_of(x):
-            _pack_kernel[(rows * blocks,)](
+            _topk_pack_kernel[(rows * blocks,)](
                 x.contiguous(),
                 values,
                 positions,
@@ -369,7 +400,8 @@ def topk_pack(
                 kept,
                 k,
                 k_tail,
-                **_options(x.dtype),
+                INFINITE=INFINITE[x.dtype],
+                NEAR=NEAR[x.dtype],
                 BITMAP=bitmap,
                 **WARP,
             )
@@ -391,14 +423,12 @@ def topk_pack_sample(
     counts = x.new_empty((rows, blocks), dtype=torch.int16)
     if x.numel():
         x = x.contiguous()
-        options = _options(x.dtype)
-        bits = options.pop("KEY_BITS")
         grid = (rows * blocks,)
         with torch.cuda.device_of(x):
-            found = _find(x, k, bits)
+            found = _find(x, k)
             numbers = x.new_empty((2, rows, blocks), dtype=torch.int64)
-            _row_count_kernel[grid](x, found, *numbers, n, blocks, **WARP)
-            _row_pack_kernel[grid](
+            _topk_count_kernel[grid](x, found, *numbers, n, blocks, **WARP)
+            _topk_sample_kernel[grid](
                 x,
                 found,
                 *numbers.cumsum(-1),
@@ -409,25 +439,25 @@ def topk_pack_sample(
                 n,
                 blocks,
                 k,
-                **options,
+                INFINITE=INFINITE[x.dtype],
                 BITMAP=bitmap,
                 **WARP,
             )
     return values, positions, scale, counts
 
 
-def _find(x: Tensor, k: int, bits: int) -> Tensor:
+def _find(x: Tensor, k: int) -> Tensor:
     """int64 [R, 2]: the key of every row's k-th largest, and how many of that key are kept."""
     rows, n = x.shape
     found = x.new_zeros((rows, 2), dtype=torch.int64)
     found[:, 1] = k
     counts = x.new_zeros((rows, 2**DIGIT), dtype=torch.int64)
     parts = ceil_div(n, TILE * TILES)
-    for shift, width in _digits(bits):
+    for shift, width in _digits(x.dtype):
         digit = {"BITS": width, "BINS": 2**DIGIT}
         tiles = {"SHIFT": shift, "TILE": TILE, "TILES": TILES}
-        _row_digit_kernel[(rows * parts,)](x, found, counts, n, parts, **digit, **tiles)
-        _row_choose_kernel[(rows,)](found, counts, **digit, **WARP)
+        _topk_digit_kernel[(rows * parts,)](x, found, counts, n, parts, **digit, **tiles)
+        _topk_choose_kernel[(rows,)](found, counts, **digit, **WARP)
     return found
 
 
@@ -453,7 +483,7 @@ def topk_unpack(
             rows, n, kept = rows * (n // BLOCK), BLOCK, k
         blocks = ceil_div(n, BLOCK)
         with torch.cuda.device_of(x):
-            _unpack_kernel[(rows * blocks,)](
+            _topk_unpack_kernel[(rows * blocks,)](
                 values.contiguous(),
                 positions.contiguous(),
                 scale.contiguous() if values.dtype == torch.int8 else None,
@@ -472,16 +502,10 @@ def topk_unpack(
     return x
 
 
-def _digits(bits: int) -> list[tuple[int, int]]:
+def _digits(dtype: torch.dtype) -> list[tuple[int, int]]:
     """(bits below it, bits of it) of every digit of a key, from the top."""
-    ends = [*range(bits, 0, -DIGIT), 0]
+    ends = [*range(15 if dtype.itemsize == 2 else 31, 0, -DIGIT), 0]
     return [(low, high - low) for high, low in zip(ends, ends[1:], strict=False)]
-
-
-def _options(dtype: torch.dtype) -> dict[str, int]:
-    """Of keys: how many bits they have, and infinity's."""
-    infinite = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}.get(dtype, 0x7F800000)
-    return {"KEY_BITS": 15 if dtype.itemsize == 2 else 31, "INFINITE": infinite}
 
 
 def _new(x: Tensor, kept: int, value_dtype: torch.dtype, bitmap: bool) -> tuple[Tensor, ...]:
@@ -535,7 +559,9 @@ def check_packed(
     check_devices(name, values=values, positions=positions, scale=scale, counts=counts)
     torch._check_type(
         values.dtype in VALUE_DTYPES,
-        lambda: f"{name}: expected values in float32, bfloat16, float16 or int8, got {values.dtype}",
+        lambda: (
+            f"{name}: expected values in float32, bfloat16, float16 or int8, got {values.dtype}"
+        ),
     )
     torch._check(
         values.dim() == 2, lambda: f"{name}: expected values [R, K], got {tuple(values.shape)}"
