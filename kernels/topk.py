@@ -4,24 +4,26 @@
 ``topk_pack_sample``  the k largest of every row, and how many of them a block has.
 ``topk_unpack``       the dense rows, zero where nothing was kept.
 
-The bits of |x|, read as a number, are in the order of the magnitudes: that is an element's key, of 15
-bits for a 16-bit x, of 31 else. A program is one warp and works on one block, eight elements a thread:
-all it counts and ranks is in registers, no two warps wait for each other, and a processor has 32.
+The bits of |x|, read as a number, are in the order of the magnitudes: that is an element's key, of
+15 bits for a 16-bit x, of 31 else. A program is one warp and works on one block, eight elements a
+thread, so that what it counts and ranks is in registers, and no warp waits for another.
 
 ``topk_pack`` finds the k-th largest key of a block by halving the range in which it is, first the
-four binades below the largest key: some ten counts. It stops as soon as exactly k keys reach the
-middle; else ties are cut by position. x is read once, and what is kept is written: 1 byte a value
-(or 2, or 4), 1 a position or 1 bit an element, 2 a scale.
+four binades below the largest key. It stops as soon as exactly k keys reach the middle; else ties
+are cut by position. x is read once, and what is kept is written once. It is bound by counting: some
+ten times all keys, in float32 some more, which is several times the work of reading them.
 
 ``topk_pack_sample`` finds the k-th largest key of a row digit by digit, 8 bits each: a kernel
-counts, with many programs a row, the next digit of those keys that begin with the digits found, and
-a program a row chooses. Another counts what is above the threshold and what is equal in every block,
-torch.cumsum adds that up, and then a block is written as above. x is read once a digit (2 for 16
-bits, else 4) and twice more. Nothing waits for the host.
+counts, with many programs a row, the next digit of those keys that begin with the digits found,
+and a program a row chooses. Another counts what is above the threshold and what is equal in every
+block, torch.cumsum adds that up, and then a block is written as above. x is read once a digit (2
+for 16 bits, else 4) and twice more. Nothing waits for the host.
 
 ``topk_unpack`` turns positions into bits, 8 words a block, and bits into ranks, by which an element
-finds its value. It reads what was kept and writes the dense rows once.
+finds its value. It reads what was kept and writes the dense rows, once.
 """
+
+import itertools
 
 import torch
 import triton
@@ -33,7 +35,7 @@ from memtl._ops import BLOCK, VALUE_DTYPES, ceil_div
 from .common import check_devices, check_floating
 
 DIGIT = 8
-"""Bits: more would make a histogram's counts cost more than reading again."""
+"""Bits: 256 counts; those of a longer digit would be as many as the elements of a few blocks."""
 TILE, TILES = 2048, 8
 """Elements that a program counts at once, and how often it does, for one addition to the counts of
 its row."""
@@ -505,7 +507,7 @@ def topk_unpack(
 def _digits(dtype: torch.dtype) -> list[tuple[int, int]]:
     """(bits below it, bits of it) of every digit of a key, from the top."""
     ends = [*range(15 if dtype.itemsize == 2 else 31, 0, -DIGIT), 0]
-    return [(low, high - low) for high, low in zip(ends, ends[1:], strict=False)]
+    return [(low, high - low) for high, low in itertools.pairwise(ends)]
 
 
 def _new(x: Tensor, kept: int, value_dtype: torch.dtype, bitmap: bool) -> tuple[Tensor, ...]:

@@ -3,17 +3,16 @@
 ``topk_weight_grad``       grad_out^T x of a linear layer.
 ``topk_conv_weight_grad``  that of a convolution.
 
-The dense x never exists: some rows of it are decoded at a time (topk.py), at most 16 MiB where a row
-is not larger, multiplied by torch's own product while they are in the L2 cache, and their sums are
-added up in float32. There is no kernel here that decodes as it multiplies, since it would have to
-decode a block again for every tile of outputs, of which a layer has dozens, and decoding takes more
-instructions than a tile's share of the product leaves room for; decoded once, x is a small part of
-what the product reads.
+The dense x never exists. Some rows of it are decoded at a time (topk.py), 16 MiB, or one row if
+that is more; torch's own product reads them from the L2 cache, and what it gives is added up in
+float32. No kernel here decodes as it multiplies: each tile of outputs would have to decode all of x
+again, and decoding a block takes a warp several hundred instructions, more than a tile's share of
+the product takes the tensor cores. Decoded once, it is a small part of the work.
 
-The product is that of grad_out's dtype. In 16 bits x is rounded to it, as torch's own gradient reads
-it, products are exact and their sum is kept in float32 (a convolution's, sample by sample, as exact
-as torch returns it: in 16 bits). In float32, and float64 is rounded to that, it is torch's float32
-product, with what the user has allowed of TensorFloat-32.
+The product is that of grad_out's dtype. In 16 bits x is rounded to it, as torch's own gradient
+reads it, and the sum is kept in float32; of a convolution, torch rounds the sum of the samples at
+hand. In float32, to which float64 is rounded, it is torch's float32 product: TensorFloat-32 is used
+where the user has allowed it.
 """
 
 import math

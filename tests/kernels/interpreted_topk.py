@@ -104,8 +104,8 @@ def test_a_nan_is_ranked_by_its_bits():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples(dtype):
     x = torch.cat([draw(1, 300, dtype, kind, seed) for seed, kind in enumerate(KINDS[:4])])
-    values = torch.float32 if dtype == torch.float64 else dtype
-    for k, values, bitmap in ((0, torch.int8, False), (70, torch.int8, True), (299, values, False)):
+    own = torch.float32 if dtype == torch.float64 else dtype
+    for k, values, bitmap in ((0, torch.int8, False), (70, torch.int8, True), (299, own, False)):
         packed = ops.topk_pack_sample(x, k, values, bitmap)
         check(packed, reference.topk_pack_sample(x, k, values, bitmap))
         arguments = (*packed, 300, k, 0, bitmap, torch.float32)
