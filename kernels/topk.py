@@ -10,8 +10,8 @@ thread, so that what it counts and ranks is in registers, and no warp waits for 
 
 ``topk_pack`` finds the k-th largest key of a block by halving the range in which it is, first the
 four binades below the largest key. It stops as soon as exactly k keys reach the middle; else ties
-are cut by position. x is read once, and what is kept is written once. It is bound by counting: some
-ten times all keys, in float32 some more, which is several times the work of reading them.
+are cut by position. x is read once, and what is kept is written once; but all keys are counted some
+nine times if x is normal, so that instructions bound it, not bytes.
 
 ``topk_pack_sample`` finds the k-th largest key of a row digit by digit, 8 bits each: a kernel
 counts, with many programs a row, the next digit of those keys that begin with the digits found,
@@ -570,20 +570,21 @@ def check_packed(
     )
     torch._check_value(n >= 0, lambda: f"{name}: expected n of 0 or more, got {n}")
     rows, kept = values.shape
-    blocks = (rows, ceil_div(n, BLOCK))
-    wanted = [("positions", positions, torch.uint8, (rows, ceil_div(n, 8) if bitmap else kept))]
-    if values.dtype == torch.int8:
-        wanted.append(("scale", scale, torch.bfloat16, blocks))
-    if counts.numel():
-        wanted.append(("counts", counts, torch.int16, blocks))
-    for argument, given, dtype, shape in wanted:
+
+    def expect(argument: str, given: Tensor, dtype: torch.dtype, width: int) -> None:
         torch._check(
-            given.dtype == dtype and given.shape == shape,
-            lambda argument=argument, given=given, dtype=dtype, shape=shape: (
-                f"{name}: expected {argument} {dtype} {list(shape)} beside values [{rows}, {kept}] "
-                f"for n = {n}, got {given.dtype} {list(given.shape)}"
+            given.dtype == dtype and given.shape == (rows, width),
+            lambda: (
+                f"{name}: expected {argument} {dtype} [{rows}, {width}] beside values [{rows}, "
+                f"{kept}] for n = {n}, got {given.dtype} {list(given.shape)}"
             ),
         )
+
+    expect("positions", positions, torch.uint8, ceil_div(n, 8) if bitmap else kept)
+    if values.dtype == torch.int8:
+        expect("scale", scale, torch.bfloat16, ceil_div(n, BLOCK))
+    if counts.numel():
+        expect("counts", counts, torch.int16, ceil_div(n, BLOCK))
     if not counts.numel():
         _check_quota(name, n, k, k_tail)
         quota = n // BLOCK * k + (k_tail if n % BLOCK else 0)

@@ -24,6 +24,9 @@ from torch import Tensor
 from .common import check_devices, check_floating
 from .topk import check_packed, topk_unpack
 
+Packed = tuple[Tensor, Tensor, Tensor, Tensor]
+"""values, positions, scale, counts."""
+
 DENSE_BYTES = 2**24
 """Of x, decoded at a time. Each time costs another addition to the whole gradient."""
 
@@ -58,7 +61,7 @@ def topk_weight_grad(
         ),
     )
     total = grad_out.new_zeros((outputs, features), dtype=torch.float32)
-    if not total.numel() or not n:
+    if not (total.numel() and n):
         return total
     dtype = _dtype(grad_out)
     whole = features // math.gcd(n, features)  # rows that are so many whole tokens
@@ -99,7 +102,7 @@ def topk_conv_weight_grad(
     )
     size = (grad_out.shape[1], channels, *kernel_size)
     total = grad_out.new_zeros(size, dtype=torch.float32)
-    if not total.numel() or not grad_out.numel():
+    if not (total.numel() and grad_out.numel() and n):
         return total
     dtype = _dtype(grad_out)
     weight = grad_out.new_empty(size, dtype=dtype)  # not read
@@ -123,15 +126,22 @@ def _dtype(grad_out: Tensor) -> torch.dtype:
     return grad_out.dtype if grad_out.dtype.itemsize == 2 else torch.float32
 
 
-def _pieces(
-    packed: tuple[Tensor, ...], row_bytes: int, whole: int = 1
-) -> Iterator[tuple[int, list[Tensor]]]:
+def _pieces(packed: Packed, row_bytes: int, whole: int = 1) -> Iterator[tuple[int, Packed]]:
     """The first of some rows, a multiple of ``whole`` of them but at the end, and what is kept of
     those."""
-    rows = packed[0].shape[0]
+    values, positions, scale, counts = packed
     each = max(1, DENSE_BYTES // (row_bytes * whole)) * whole
-    for first in range(0, rows, each):
-        yield first, [t[first : first + each] if t.dim() == 2 else t for t in packed]
+    for first in range(0, len(values), each):
+        rows = slice(first, first + each)
+        yield (
+            first,
+            (
+                values[rows],
+                positions[rows],
+                scale[rows] if scale.numel() else scale,
+                counts[rows] if counts.numel() else counts,
+            ),
+        )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def topk_weight_grad(
 ) -> Tensor:
     """grad_out^T x [O, D], x [T, D] being the unpacked tensor; accumulated in float32.
 
-    On a GPU x may be rounded to grad_out's dtype, if that has 16 bits, as torch's gradient reads it.
+    On a GPU x may be rounded to a 16-bit grad_out's dtype first, as torch's own gradient reads it.
     """
     x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)
     return grad_out.float().t() @ x.view(grad_out.shape[0], features)
@@ -160,7 +160,7 @@ def topk_conv_weight_grad(
 ) -> Tensor:
     """What torch gives for the unpacked input [B, *input_size]; accumulated in float32.
 
-    On a GPU in grad_out's dtype, some samples at a time, if that has 16 bits.
+    On a GPU it may be that in a 16-bit grad_out's dtype, some samples at a time.
     """
     channels, *spatial = input_size
     n = math.prod(input_size)
