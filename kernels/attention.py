@@ -12,10 +12,10 @@ made again: of the forward's two products one is left.
                      stores, and then for dq. Where the keys fit in one block, once.
 ``_keys_kernel``     A program takes BLOCK_N keys and reads the queries in blocks, for dk and dv.
 
-Every result has one writer: there are no atomics, and equal arguments give equal bits. Bound by the
-products of the tensor cores, 9 or 7 of Nq Nk d multiplications, and by exp. Sums, p, g and ds are in
-float32; p and ds are rounded to the operands' dtype for their products, as torch's own kernels
-round them. For float32 that is three products in tf32, which torch's own kernels make as well.
+Every result has one writer: there are no atomics, and equal arguments give equal bits. Bound by
+the products of the tensor cores, 9 or 7 of Nq Nk d multiplications, and by exp. Sums, p, g and ds
+are in float32; p and ds are rounded to the operands' dtype for their products, as torch's own
+kernels round them. A product of float32 is three in tf32, as theirs are.
 """
 
 import math
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtl import _attention
+from memtl._attention import attention_grad as run_again
 
 from .common import check_devices
 
@@ -58,9 +58,7 @@ def _write(ptr, x, head, row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    q, grad_out, k, v, to_log2, m, n, N, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
-):
+def _scores(q, grad_out, k, v, to_log2, m, n, N, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """Scores of queries m and keys n for exp2, -inf where they do not meet; and g."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_log2
     allowed = (n < N)[None, :]
@@ -282,7 +280,7 @@ def attention_grad(
     kernels have no case of: a mask, dropout, fewer key heads, float64, wide heads."""
     check_devices("attention_grad", grad_out=grad_out, q=q, k=k, v=v, mask=mask)
     if mask is not None or dropout_p > 0 or not _served(q, k, v, grad_out):
-        return _attention.attention_grad(
+        return run_again(
             grad_out, q, k, v, mask, dropout_p, rng_state, is_causal, scale, enable_gqa, mask_grad
         )
     batch, heads, queries, d = q.shape

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import memtl
-from memtl import _attention, reference
+from memtl import reference
 from tests.helpers import assert_within, unit
 
 attention = importlib.import_module("memtl.kernels.attention")  # not the launcher
@@ -31,16 +31,16 @@ def run(grad_out, q, k, v, is_causal=False, scale=None):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """A list that grows with every call which torch's own attention is left with."""
-    left = []
+def left(monkeypatch):
+    """A list that grows with every call which is left to torch's own attention."""
+    calls = []
 
-    def attention_grad(*arguments):
-        left.append(arguments)
+    def run_again(*arguments):
+        calls.append(arguments)
         return reference.attention_grad(*arguments)
 
-    monkeypatch.setattr(_attention, "attention_grad", attention_grad)
-    return left
+    monkeypatch.setattr(attention, "run_again", run_again)
+    return calls
 
 
 def compare(grad_out, q, k, v, is_causal=False, scale=None):
@@ -100,27 +100,27 @@ def test_triton_serves():
 @pytest.mark.parametrize("is_causal", (False, True), ids=("all", "causal"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(size, dtype, is_causal, launched):
+def test_sizes(size, dtype, is_causal, left):
     compare(*operands(size, dtype), is_causal)
-    assert not launched
+    assert not left
 
 
 @pytest.mark.parametrize("keys", (65, 129, 257))
-def test_blocks_of_keys(keys, launched):
+def test_blocks_of_keys(keys, left):
     """Of 16 bits: keys in a block of 128, of 256, in several; then wide heads, in several."""
     compare(*operands((1, 1, 66, keys, 16, 16), torch.float16), True)
     compare(*operands((1, 1, 33, keys, 72, 130), torch.float16))
-    assert not launched
+    assert not left
 
 
 @pytest.mark.parametrize("scale", (0.0, -0.7, 3.0))
-def test_scale(scale, launched):
+def test_scale(scale, left):
     compare(*operands((1, 2, 20, 40, 8, 8)), scale=scale)
     compare(*operands((1, 2, 20, 40, 8, 8), torch.float16), scale=scale)
-    assert not launched
+    assert not left
 
 
-def test_strides(launched):
+def test_strides(left):
     """Views of one tensor of q, k and v; columns apart; one row for all."""
     tokens = draw(2, 21, 3, 2, 16).float()  # B, N, three of them, H, d
     q, k, v = (t.transpose(1, 2) for t in tokens.unbind(2))
@@ -130,26 +130,26 @@ def test_strides(launched):
     compare(grad_out[..., ::2], q[..., 1::3], k[..., 1::3], v[..., ::2], True)
     one = draw(1, 2, 1, 16).float().expand(2, 2, 21, 16)
     compare(one, one, k, v)
-    assert not launched
+    assert not left
 
 
-def test_scores_far_apart(launched):
+def test_scores_far_apart(left):
     """Of which most probabilities are 0, and the best comes first or last."""
     grad_out, q, k, v = operands((1, 1, 20, 70, 8, 8))
     for order in (1, -1):
         ramp = torch.linspace(0, order * 60, 70)[:, None]
         compare(grad_out, q.abs() + 1, k + ramp, v)
-    assert not launched
+    assert not left
 
 
-def test_what_is_not_finite_is_not_hidden(launched):
+def test_what_is_not_finite_is_not_hidden(left):
     grad_out, q, k, v = operands((1, 1, 20, 40, 8, 8))
     k[0, 0, 7, 3] = math.nan
     assert all(t.isnan().all() for t in run(grad_out, q, k, v)[:3])
     dq, dk, dv, _ = run(grad_out, q, k, v, is_causal=True)
     assert dq[0, 0, 7:].isnan().all()
     assert dk[0, 0, :20].isnan().all() and dv[0, 0, :20].isnan().all()
-    assert not launched
+    assert not left
 
 
 def test_equal_arguments_give_equal_bits():
@@ -173,7 +173,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_left_to_torch(case, launched):
+def test_what_is_left_to_torch(case, left):
     options = dict(CASES[case])
     grad_out, q, k, v = operands(
         options.get("size", (1, 4, 5, 7, 8, 8)), options.get("dtype", torch.float32)
@@ -188,7 +188,7 @@ def test_what_is_left_to_torch(case, launched):
     arguments = (grad_out, q, k, v, mask, dropout_p, state, False, None)
     arguments += (options.get("enable_gqa", False), options.get("mask_grad", False))
     actual = op(*arguments)
-    assert len(launched) == 1
+    assert len(left) == 1
     for a, e in zip(actual, reference.attention_grad(*arguments), strict=True):
         assert torch.equal(a, e)
 

@@ -1,4 +1,5 @@
-"""bits_pack, bits_pack_between and bits_apply in Triton's interpreter; test_interpreter.py runs this file."""
+"""bits_pack, bits_pack_between and bits_apply in Triton's interpreter; test_interpreter.py runs this
+file."""
 
 import pytest
 import torch

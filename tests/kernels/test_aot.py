@@ -14,7 +14,11 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = 48 * 1024  # bytes a block gets on every card without asking for more
 PRODUCT_LIMIT = 99 * 1024  # and those that multiply, on every card since sm_80 for asking
 REGISTERS = 64 * 1024  # of a multiprocessor
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; 1 KiB a block more
+SHARED = {
+    80: 164 * 1024,
+    90: 228 * 1024,
+    100: 228 * 1024,
+}  # of a multiprocessor; 1 KiB a block more
 WARPS = 8  # two for each of its four schedulers
 
 
