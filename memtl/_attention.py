@@ -1,7 +1,7 @@
 """Attention's gradient by torch's own attention: its forward run again, then its backward.
 
-It is what ``attention_grad`` computes, so the reference is this; and a kernel of that operator comes
-here for cases that it has not, since none may import the reference.
+It is what ``attention_grad`` computes, so the reference is this; and a kernel of that operator
+comes here for cases that it has not, since none may import the reference.
 """
 
 import torch

@@ -1,5 +1,4 @@
-"""bits_pack, bits_pack_between and bits_apply in Triton's interpreter; test_interpreter.py runs this
-file."""
+"""Packing bits and applying them in Triton's interpreter; test_interpreter.py runs this file."""
 
 import pytest
 import torch
