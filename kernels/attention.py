@@ -32,8 +32,14 @@ from .common import check_devices
 
 WIDEST = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
 """Features of a head, of which a program holds all: as many as the registers do."""
-LONGEST = 256
-"""Keys that fit in one block, of heads of up to 64 features in 16 bits."""
+
+# Queries, keys, warps and stages of a program, such that no register spills and eight warps or more
+# fit on a multiprocessor: by the features of a head, up to so many; by keys, for 64 features, where
+# they are one block; and for float32.
+QUERIES_TILES = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)}
+WHOLE_TILES = {64: (64, 64, 4, 1), 128: (64, 128, 8, 1), 256: (32, 256, 8, 1)}
+KEYS_TILES = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)}
+FLOAT32_TILES = (16, 32, 4, 2)
 
 
 @triton.jit
@@ -205,7 +211,7 @@ def _keys_kernel(
 
 
 def _options(dtype: torch.dtype, d: int, e: int, is_causal: bool, tiles: tuple) -> dict[str, Any]:
-    """What a kernel is compiled with; ``tiles``: queries, keys, warps, stages."""
+    """What a kernel is compiled with."""
     return {
         "D": d,
         "E": e,
@@ -225,26 +231,21 @@ def _block(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
 
 
+def _up_to(size: int, table: dict[int, tuple]) -> tuple:
+    return table[min(most for most in table if size <= most)]
+
+
 def _queries_options(dtype: torch.dtype, d: int, e: int, n: int, is_causal: bool) -> dict[str, Any]:
-    block = max(_block(d), _block(e), 64)
-    whole = dtype != torch.float32 and block == 64 and n <= LONGEST
+    whole = dtype != torch.float32 and max(d, e) <= 64 and n <= max(WHOLE_TILES)
     if dtype == torch.float32:
-        tiles = (16, 32, 4, 2)
-    elif whole:
-        tiles = {64: (64, 64, 4, 1), 128: (64, 128, 8, 1), 256: (32, 256, 8, 1)}[
-            max(triton.next_power_of_2(n), 64)
-        ]
+        tiles = FLOAT32_TILES
     else:
-        tiles = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)}[block]
+        tiles = _up_to(n, WHOLE_TILES) if whole else _up_to(max(d, e), QUERIES_TILES)
     return _options(dtype, d, e, is_causal, tiles) | {"WHOLE": whole}
 
 
 def _keys_options(dtype: torch.dtype, d: int, e: int, is_causal: bool) -> dict[str, Any]:
-    tiles = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)}[
-        max(_block(d), _block(e), 64)
-    ]
-    if dtype == torch.float32:
-        tiles = (16, 32, 4, 2)
+    tiles = FLOAT32_TILES if dtype == torch.float32 else _up_to(max(d, e), KEYS_TILES)
     return _options(dtype, d, e, is_causal, tiles)
 
 
