@@ -36,7 +36,7 @@ WIDEST = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
 # Queries, keys, warps and stages of a program, such that no register spills and eight warps or more
 # fit on a multiprocessor: by the features of a head, up to so many; by keys, for 64 features, where
 # they are one block; and for float32.
-QUERIES_TILES = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)}
+QUERIES_TILES = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)}
 WHOLE_TILES = {64: (64, 64, 4, 1), 128: (64, 128, 8, 1), 256: (32, 256, 8, 1)}
 KEYS_TILES = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)}
 FLOAT32_TILES = (16, 32, 4, 2)
