@@ -21,7 +21,7 @@ std::vector<Tensors> tables(const std::vector<Tensor>& xs, const std::vector<Ten
                             int64_t tile) {
   std::vector<Tensors> all;
   for (size_t t = 0; t < xs.size(); ++t) {
-    if (t % Tensors::kMost == 0) all.push_back({.first = static_cast<int>(t)});
+    if (t % Tensors::kMost == 0) all.push_back(Tensors::from(t));
     const void* mask = masks.empty() ? nullptr : masks[t].const_data_ptr();
     all.back().add(xs[t].const_data_ptr(), static_cast<const uint8_t*>(mask), xs[t].numel(), tile);
   }
@@ -55,15 +55,15 @@ class Search {
         STD_CUDA_CHECK(cudaFuncSetAttribute(threshold_first_kernel<Key>,
                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(bytes)));
-        launch(1, bytes, threshold_first_kernel<Key>, infinite_, digit, counts);
+        launch(bytes, threshold_first_kernel<Key>, infinite_, digit, counts);
       } else {
-        launch(2, 0, threshold_next_kernel<Key>, infinite_, digit, state, counts);
+        launch(0, threshold_next_kernel<Key>, infinite_, digit, state, counts);
       }
       threshold_choose_kernel<<<1, kCountThreads, 0, on_.stream()>>>(counts, digit.width,
                                                                      is_first ? k : 0, state);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
-    launch(2, 0, threshold_equal_kernel<Key>, infinite_, state,
+    launch(0, threshold_equal_kernel<Key>, infinite_, state,
            static_cast<Count*>(ties.mutable_data_ptr()));
     threshold_share_kernel<Key>
         <<<1, kWarp, 0, on_.stream()>>>(state, infinite_, static_cast<int>(ties.numel()),
@@ -73,12 +73,11 @@ class Search {
   }
 
  private:
-  // The kernel over all tensors, by `each` blocks a multiprocessor at most.
+  // The kernel over all tensors, by a block a multiprocessor: those registers suffice for.
   template <class... Parameters, class... Arguments>
-  void launch(int each, unsigned bytes, void (*kernel)(Tensors, Parameters...),
-              Arguments... arguments) {
+  void launch(unsigned bytes, void (*kernel)(Tensors, Parameters...), Arguments... arguments) {
     for (const Tensors& table : tables_) {
-      const unsigned blocks = blocks_of(table.tiles, 1, int64_t{each} * processors_);
+      const unsigned blocks = blocks_of(table.tiles, 1, processors_);
       if (blocks == 0) continue;
       kernel<<<blocks, kCountThreads, bytes, on_.stream()>>>(table, arguments...);
       STD_CUDA_KERNEL_LAUNCH_CHECK();

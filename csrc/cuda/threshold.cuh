@@ -37,7 +37,7 @@ struct Digit {
 inline std::vector<Digit> digits_of(int bits, int64_t room) {
   constexpr int kWidest = 17;  // whose counts in global memory are 1 MB
   int width = bits;
-  while (int64_t{sizeof(unsigned)} << width > room) --width;
+  while (room >> width < int64_t{sizeof(unsigned)}) --width;
   std::vector<Digit> digits{{bits - width, width}};
   while (digits.back().shift > 0) {
     const int left = digits.back().shift;
@@ -57,6 +57,12 @@ struct Tensors {
   int first;            // the number of x[0] in the whole list
   int count;
   unsigned tiles;
+
+  static Tensors from(size_t first) {
+    Tensors none{};
+    none.first = static_cast<int>(first);
+    return none;
+  }
 
   void add(const void* data, const uint8_t* bits, int64_t elements, int64_t tile) {
     x[count] = data;

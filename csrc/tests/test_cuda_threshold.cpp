@@ -73,7 +73,7 @@ Answer<Key> found(const Weights<Key>& weights, int64_t k, size_t each, unsigned 
   std::vector<cuda::Tensors> tables;
   for (size_t t = 0; t < weights.xs.size(); ++t) {
     xs.emplace_back(weights.xs[t], t % 2);
-    if (t % each == 0) tables.push_back({.first = static_cast<int>(t)});
+    if (t % each == 0) tables.push_back(cuda::Tensors::from(t));
     tables.back().add(xs.back().data(), weights.masks.empty() ? nullptr : weights.masks[t].data(),
                       static_cast<int64_t>(weights.xs[t].size()), cuda::tile_size<Key>(threads));
   }
@@ -227,7 +227,7 @@ void test_huge(Random& random) {
   int64_t ones = 0;
   for (int64_t i = kFirst; i < kNumel; ++i) ones += (x[i] & 3) == 1;
 
-  cuda::Tensors table{.first = 0};
+  cuda::Tensors table = cuda::Tensors::from(0);
   table.add(x.data(), nullptr, kNumel, cuda::tile_size<uint32_t>(kThreads));
   const cuda::Found found{1, 1};
   cuda::Count equal = 0;
