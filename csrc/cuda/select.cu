@@ -46,9 +46,9 @@ Tensor bits_select_cuda(const Tensor& x, const Tensor& bits, int64_t count) {
 Tensor bits_expand_cuda(const Tensor& values, const Tensor& bits, std::vector<int64_t> sizes) {
   const DType dtype = floating("bits_expand", "values", values.scalar_type());
   check_values("bits_expand", values);
-  const OnDevice on(values);
   Tensor x = torch::stable::new_empty(values, sizes);
   check_bits_of("bits_expand", x, bits);
+  const OnDevice on(values);
   const Tensor flat = torch::stable::contiguous(values), packed = torch::stable::contiguous(bits);
   const int64_t numel = x.numel();
   if (numel == 0) return x;

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 import memtl
 from memtl import _ops, reference
 from memtl.storage.topk import quota
-from tests.helpers import assert_same, assert_within, gamma
+from tests.helpers import assert_derivative_codes, assert_same, assert_within, gamma
 
 DEVICE = "cuda"
 
@@ -200,10 +200,11 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad")
 
 def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
+    codes = {"quant_pack_derivative"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
     queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
     masked = {"masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"}
-    assert {*EXACT, *sums, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
+    assert {*EXACT, *sums, *codes, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -259,6 +260,15 @@ def test_activations_are_those_of_the_cpu(activation):
             size_of = expected[finite].double().abs()
             bound = (4e-6 + u) * (1 + size_of + g[finite].double().abs())
             assert_within(actual[finite], expected[finite], bound)
+
+
+@pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
+def test_codes_of_a_derivative_are_those_of_float64(activation):
+    """But where f' is that near to a boundary."""
+    for x, bits, lo, hi, seed in quant_pack_range_cases():
+        arguments = x, bits, activation, lo, hi, seed
+        codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
+        assert_derivative_codes(codes, *arguments, 4e-6)
 
 
 @pytest.mark.parametrize("centered", [True, False])
