@@ -75,9 +75,9 @@ __global__ void prefix_kernel(T* counts, int64_t size) {
   }
 }
 
-// What prefix_kernel made of the counts of blocks: where this block's begin.
-__device__ inline int64_t start_of_block(const int64_t* ends) {
-  return blockIdx.x == 0 ? 0 : ends[blockIdx.x - 1];
+// Where a tile's begin, by what prefix_kernel made of the counts of tiles.
+__device__ inline int64_t start_of_tile(const int64_t* ends, int64_t tile) {
+  return tile == 0 ? 0 : ends[tile - 1];
 }
 
 }  // namespace memtl::cuda

@@ -49,7 +49,7 @@ __global__ void bits_select_kernel(const T* __restrict__ x, const uint8_t* __res
                                    const int64_t* __restrict__ ends, int64_t numel, int64_t count,
                                    T* __restrict__ values) {
   MEMTL_SHARED(T, selected, [tile_size<T>(kTileThreads)]);
-  const int64_t start = tile_of_block<T>(), first = start_of_block(ends);
+  const int64_t start = tile_of_block<T>(), first = start_of_tile(ends, blockIdx.x);
   const TileBits<T> kept = load_tile_bits<T>(bits, start, numel);
   const bool whole = is_whole(x, start, numel);
   Tile<T> tile = {};
@@ -77,7 +77,7 @@ __global__ void bits_expand_kernel(const T* __restrict__ values, const uint8_t* 
                                    const int64_t* __restrict__ ends, int64_t numel, int64_t count,
                                    T* __restrict__ x) {
   MEMTL_SHARED(T, given, [tile_size<T>(kTileThreads)]);
-  const int64_t start = tile_of_block<T>(), first = start_of_block(ends);
+  const int64_t start = tile_of_block<T>(), first = start_of_tile(ends, blockIdx.x);
   const TileBits<T> kept = load_tile_bits<T>(bits, start, numel);
   unsigned place[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) {

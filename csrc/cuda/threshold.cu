@@ -141,9 +141,10 @@ Tensor threshold_mask_cuda(const Tensor& x, const std::optional<Tensor>& mask, c
         in, outer, threshold, infinite, numel, counts, out);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     add_up(equal, on);
-    threshold_trim_kernel<Key><<<tiles, kTileThreads, 0, on.stream()>>>(
+    const int64_t most = 8 * attribute(x, cudaDevAttrMultiProcessorCount);
+    threshold_trim_kernel<Key><<<blocks_of(tiles, 1, most), kTileThreads, 0, on.stream()>>>(
         in, outer, threshold, static_cast<const int64_t*>(ties.const_data_ptr()), counts, infinite,
-        numel, out);
+        numel, tiles, out);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return bits;

@@ -279,29 +279,34 @@ __global__ void threshold_mark_kernel(const Key* __restrict__ x, const uint8_t* 
 }
 
 // Once more for tiles that have some of those equal behind the first `ties`; `ends` are the sums of
-// those counts.
+// those counts. Blocks stride over the tiles: most often there is nothing to do.
 template <class Key>
 __global__ void threshold_trim_kernel(const Key* __restrict__ x, const uint8_t* __restrict__ mask,
                                       const Key* __restrict__ value,
                                       const int64_t* __restrict__ ties,
                                       const int64_t* __restrict__ ends, Key infinite, int64_t numel,
-                                      uint8_t* __restrict__ bits) {
-  const int64_t first = start_of_block(ends), end = ends[blockIdx.x], quota = *ties;
-  if (end == first || end <= quota) return;
-  const int64_t start = tile_of_block<Key>();
-  Compared<Key> compared = compare_tile(x, mask, value, infinite, start, numel);
-  unsigned rank[kTileVectors];
-  for (int j = 0; j < kTileVectors; ++j) {
-    rank[j] = static_cast<unsigned>(__popc(compared.equal.vector[j]));
-  }
-  sum_before(rank);
-  for (int j = 0; j < kTileVectors; ++j) {
-    for (int e = 0; e < kVector<Key>; ++e) {
-      if (!(compared.equal.vector[j] >> e & 1)) continue;
-      if (first + rank[j]++ < quota) compared.above.vector[j] |= 1u << e;
+                                      int64_t tiles, uint8_t* __restrict__ bits) {
+  const int64_t quota = *ties;
+  if (ends[tiles - 1] <= quota) return;
+  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    const int64_t first = start_of_tile(ends, t), end = ends[t];
+    if (end == first || end <= quota) continue;
+    const int64_t start = t * tile_size<Key>(blockDim.x);
+    Compared<Key> compared = compare_tile(x, mask, value, infinite, start, numel);
+    unsigned rank[kTileVectors];
+    for (int j = 0; j < kTileVectors; ++j) {
+      rank[j] = static_cast<unsigned>(__popc(compared.equal.vector[j]));
     }
+    sum_before(rank);
+    for (int j = 0; j < kTileVectors; ++j) {
+      for (int e = 0; e < kVector<Key>; ++e) {
+        if (!(compared.equal.vector[j] >> e & 1)) continue;
+        if (first + rank[j]++ < quota) compared.above.vector[j] |= 1u << e;
+      }
+    }
+    store_tile_bits(bits, start, numel, compared.above);
+    __syncthreads();
   }
-  store_tile_bits(bits, start, numel, compared.above);
 }
 
 }  // namespace memtl::cuda

@@ -120,8 +120,8 @@ std::vector<uint8_t> marked(const Weights<Key>& weights, size_t t, Key value, in
   launch(&cuda::threshold_mark_kernel<Key>, {{tiles}, {threads}}, x.data(), mask, &value,
          weights.infinite(), numel, equal.data(), bits.data());
   launch(&cuda::prefix_kernel<int64_t>, {{1}, {32}}, equal.data(), int64_t{tiles});
-  launch(&cuda::threshold_trim_kernel<Key>, {{tiles}, {threads}}, x.data(), mask, &value, &ties,
-         equal.data(), weights.infinite(), numel, bits.data());
+  launch(&cuda::threshold_trim_kernel<Key>, {{std::min(tiles, 2u)}, {threads}}, x.data(), mask,
+         &value, &ties, equal.data(), weights.infinite(), numel, int64_t{tiles}, bits.data());
   return bits;
 }
 
@@ -247,7 +247,7 @@ void test_huge(Random& random) {
   ends[table.tiles - 1] += kFirst;
   launch_block(&cuda::threshold_trim_kernel<uint32_t>, {{table.tiles}, {kThreads}},
                {table.tiles - 1}, x.data(), nullptr, &value, &ties, ends.data(), kInfinite, kNumel,
-               bits.data());
+               int64_t{table.tiles}, bits.data());
   int64_t left = 10;
   for (int64_t i = kFirst; i < kNumel; ++i) {
     const bool kept = (x[i] & 3) == 2 || ((x[i] & 3) == 1 && left-- > 0);
