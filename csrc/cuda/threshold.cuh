@@ -95,7 +95,7 @@ constexpr unsigned kCountThreads = 1024;
 
 // counts[d] += keys whose first digit is d, counted by each block in its shared memory first.
 template <class Key>
-__global__ void __launch_bounds__(kCountThreads)
+__global__ void __launch_bounds__(kCountThreads, 1)
     threshold_first_kernel(const __grid_constant__ Tensors list, Key infinite, Digit digit,
                            Count* __restrict__ counts) {
   MEMTL_DYNAMIC_SHARED(memory);
@@ -152,7 +152,7 @@ class Tally {
 
 // counts[d] += keys that begin with what was found, and go on with the digit d.
 template <class Key>
-__global__ void __launch_bounds__(kCountThreads)
+__global__ void __launch_bounds__(kCountThreads, 1)
     threshold_next_kernel(const __grid_constant__ Tensors list, Key infinite, Digit digit,
                           const Found* __restrict__ found, Count* __restrict__ counts) {
   const Key prefix = static_cast<Key>(found->prefix);
@@ -195,7 +195,7 @@ __global__ void threshold_choose_kernel(const Count* __restrict__ counts, int wi
 
 // equal[t] += keys of tensor t that are the one found.
 template <class Key>
-__global__ void __launch_bounds__(kCountThreads)
+__global__ void __launch_bounds__(kCountThreads, 1)
     threshold_equal_kernel(const __grid_constant__ Tensors list, Key infinite,
                            const Found* __restrict__ found, Count* __restrict__ equal) {
   const Key key = static_cast<Key>(found->prefix);
