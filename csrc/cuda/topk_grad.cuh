@@ -13,7 +13,7 @@ namespace memtl::cuda {
 constexpr int kGradOutputs = 128;  // of a tile
 
 template <class T>
-using GradTile = Tile<T, kGradOutputs>;
+using GradTile = SharedTile<T, kGradOutputs>;
 
 // Copies grad_out, 32 tokens after the other, to tiles, with zeros where it ends.
 template <class T>

@@ -84,7 +84,7 @@ __device__ inline T rounded(float x) {
 // 32 rows, of tokens, in shared memory. The 16-byte pieces of a row are exchanged so that the same
 // one of eight rows is in different banks.
 template <class T, int kColumns>
-struct alignas(128) Tile {
+struct alignas(128) SharedTile {
   T numbers[kGradTokens][kColumns];
 
   __device__ T& at(int row, int column) { return numbers[row][column ^ row % 8 * kVector<T>]; }
@@ -93,7 +93,7 @@ struct alignas(128) Tile {
 };
 
 template <class T>
-using FeatureTile = Tile<T, kBlock>;
+using FeatureTile = SharedTile<T, kBlock>;
 
 // Both readers decode the entries of a block, 32 tokens after the other, a half of them at a time,
 // of which a warp has two. fetch() starts reading what is needed first, of tokens after those that

@@ -1,9 +1,8 @@
 // Compiles a .cuh file as C++ and runs its kernels on the CPU. Include it before the .cuh.
 //
 // The threads of a block are fibers; each runs until it waits for others, at a barrier or where a
-// warp exchanges something. Whoever comes next is chosen by the order in force: forward or
-// backward, a warp going on until it waits for another one, or by chance, warps taking turns at
-// every wait. A result that depends on it is a race, so a test runs in every order (in_orders).
+// warp exchanges something. Whoever comes next is chosen by the order in force: forward, backward,
+// or by chance. A result that depends on it is a race, so a test runs in every order (in_orders).
 // Blocks run one after the other, in that order too; no block may wait for another.
 //
 // What CUDA leaves undefined ends the program and says why: a warp's lanes that meet in different
@@ -31,6 +30,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // The two ways in which device code declares shared memory; see cuda/device.cuh.
 #define MEMTL_SHARED(type, name, extents) \
@@ -113,17 +113,24 @@ class Block {
     for (unsigned i = 0; i < threads_; ++i) {
       fibers_[i]->start([](void* block) { (*static_cast<Block*>(block)->body_)(); }, this);
     }
-    const unsigned warps = (threads_ + kWarp - 1) / kWarp;
-    while (live_ > 0) {
-      bool moved = false;
-      for (unsigned warp : turns(warps)) {
-        do {
-          moved_ = false;
-          for (unsigned lane : turns(kWarp)) resume(warp * kWarp + lane, size);
-          moved |= moved_;
-        } while (moved_ && order != Order::random);
+    // By chance some warps are late: they have a turn only where all others wait.
+    const uint32_t late = order == Order::random ? static_cast<uint32_t>(chance()) : 0;
+    for (bool everyone = true; live_ > 0; everyone = !moved_) {
+      moved_ = false;
+      for (unsigned i : turns(threads_)) {
+        if (fibers_[i]->ended() || (!everyone && late >> (i / kWarp % 32) & 1)) continue;
+        thread_ = i;
+        threadIdx = size.at(i);
+        fibers_[i]->resume();
+        if (fibers_[i]->ended()) {
+          --live_;
+          moved_ = true;
+          open_barrier();
+        }
       }
-      if (!moved) undefined("it and all others wait for a thread that has ended, or for ever");
+      if (!moved_ && everyone) {
+        undefined("it and all others wait for a thread that has ended, or for ever");
+      }
     }
   }
 
@@ -171,17 +178,6 @@ class Block {
   }
 
  private:
-  void resume(unsigned thread, Dim3 size) {
-    if (thread >= threads_ || fibers_[thread]->ended()) return;
-    thread_ = thread;
-    threadIdx = size.at(thread);
-    fibers_[thread]->resume();
-    if (!fibers_[thread]->ended()) return;
-    --live_;
-    moved_ = true;
-    open_barrier();
-  }
-
   struct Barrier {
     unsigned arrived = 0, counted = 0, result = 0, round = 0;
   };

@@ -276,7 +276,7 @@ void test_parts(int64_t numel, int64_t count, Dim3 grid, Random& random) {
 // What one instruction reads of eight rows is in different banks.
 template <int kColumns>
 void test_banks() {
-  auto tile = std::make_unique<cuda::Tile<cuda::Half, kColumns>>();
+  auto tile = std::make_unique<cuda::SharedTile<cuda::Half, kColumns>>();
   for (int column = 0; column < kColumns; column += 8) {
     unsigned banks = 0;
     for (int row = 8; row < 16; ++row) {

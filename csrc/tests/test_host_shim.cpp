@@ -96,28 +96,6 @@ void test_warp() {
   });
 }
 
-// Warps that ask each other how far they are, and do not wait for one another.
-__global__ void overtaking_kernel(unsigned* apart) {
-  MEMTL_SHARED(unsigned, rounds, [2]);
-  const unsigned warp = threadIdx.x / 32;
-  for (unsigned round = 0; round < 5; ++round) {
-    if (threadIdx.x % 32 == 0) rounds[warp] = round;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && rounds[1 - warp] != round) atomicAdd(apart, 1);
-    __syncwarp();
-  }
-}
-
-void test_warps_overtake_each_other() {
-  for (Order each : {Order::forward, Order::backward}) {
-    order = each;
-    unsigned apart = 0;
-    launch(&overtaking_kernel, {{1}, {64}}, &apart);
-    CHECK(apart >= 5, "a warp waits for another without a barrier: %u", apart);
-  }
-  order = Order::forward;
-}
-
 __global__ void atomic_kernel(int* total, int* largest, int* voted) {
   atomicAdd(total, static_cast<int>(threadIdx.x));
   atomicMax(largest, static_cast<int>(blockIdx.x * 100 + threadIdx.x));
@@ -202,7 +180,6 @@ void test_what_is_undefined(const char* what, void (*kernel)()) {
 int main() {
   test_barrier();
   test_warp();
-  test_warps_overtake_each_other();
   test_atomics();
   test_threads_that_have_returned();
   test_shared_memory_is_random_at_first();
