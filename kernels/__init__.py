@@ -9,8 +9,15 @@ from .bits import bits_apply, bits_pack
 from .query_attention import query_attention, query_attention_grad
 from .select import bits_expand, bits_select
 from .threshold import threshold_magnitude, threshold_mask
+from .topk import topk_pack, topk_pack_sample, topk_unpack
+from .topk_grad import topk_conv_weight_grad, topk_weight_grad
 
 OPS = {
+    "topk_pack": topk_pack,
+    "topk_pack_sample": topk_pack_sample,
+    "topk_unpack": topk_unpack,
+    "topk_weight_grad": topk_weight_grad,
+    "topk_conv_weight_grad": topk_conv_weight_grad,
     "bits_pack": bits_pack,
     "bits_apply": bits_apply,
     "bits_select": bits_select,
