@@ -45,8 +45,8 @@ class Writer {
   __device__ Writer(const TopkOutput& out, int64_t n, PackSpace<T>* space)
       : out_(out), n_(n), space_(space) {}
 
-  // The numbers that are bits, of block `index` of row `row`, whose first entry has place `start` in
-  // its row. The block is in shared memory; all lanes may read it.
+  // The numbers that are bits, of block `index` of row `row`, whose first entry has place `start`
+  // in its row. The block is in shared memory; all lanes may read it.
   __device__ void add(uint32_t bits, int64_t row, int64_t index, int64_t start) {
     const int lane = static_cast<int>(lane_of_thread());
     const int own = __popc(bits), through = warp_prefix(own);

@@ -31,8 +31,8 @@ struct PackedRows {
 };
 
 // before [rows, chunks] of counts; a block of threads a row.
-__global__ void __launch_bounds__(kTopkThreads) count_before_kernel(PackedRows rows,
-                                                                    int64_t* before) {
+__global__ void __launch_bounds__(kTopkThreads)
+    count_before_kernel(PackedRows rows, int64_t* before) {
   const int64_t blocks = rows.blocks(), chunks = ceil_div(blocks, kChunk);
   for (int64_t row = blockIdx.x; row < rows.rows; row += gridDim.x) {
     const auto sum = [&](int64_t chunk) {

@@ -8,7 +8,8 @@
 
 namespace memtl::cuda {
 
-// The keys of a lane: bits of |x|, by which magnitudes are ordered. Those of 16 bits are two a word.
+// The keys of a lane: bits of |x|, by which magnitudes are ordered. Those of 16 bits are two a
+// word.
 template <class T, class Bits = BitsOf<T>>
 class Keys;
 
