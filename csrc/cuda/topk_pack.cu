@@ -48,8 +48,8 @@ T* reserve(const Tensor& beside, int64_t count, Tensor* memory) {
 template <class T>
 void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
                  cudaStream_t stream) {
-  constexpr int64_t kFull =
-      1056;  // blocks of threads that are enough for any GPU: 8 of each of 132
+  // So many blocks of threads are enough: 8 on each of 132 multiprocessors.
+  constexpr int64_t kFull = 8 * 132;
   const int64_t n = x.size(1), blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, kChunk);
   const int64_t rows = x.size(0), most = ceil_div(blocks, 2 * kTopkWarps);
   const Parts parts = {rows, n, std::clamp<int64_t>(kFull / rows, 1, most)};

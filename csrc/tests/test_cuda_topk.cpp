@@ -153,7 +153,7 @@ void test_packs(Random& random) {
 
 // The last block of threads of a tensor that has more than 2^31 elements.
 void test_large_pack(Random& random) {
-  const int64_t n = 264, rows = (int64_t{1} << 31) / n + 100, k = 200, k_tail = 3,
+  const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
                 kept = k + k_tail;
   const int64_t blocks = 2 * rows, each = cuda::kTopkWarps * cuda::kRun;
   Huge<BFloat16> x(rows * n);
@@ -390,7 +390,7 @@ void test_malformed(DType value, bool bitmap, bool counted, Random& random) {
 }
 
 void test_large_unpack(Random& random) {
-  const int64_t n = 264, rows = (int64_t{1} << 31) / n + 100, k = 200, k_tail = 3,
+  const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
                 kept = k + k_tail;
   Huge<BFloat16> values(rows * kept), out(rows * n);
   Huge<uint8_t> positions(rows * kept);
