@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pack_cpu(const Tensor& x, int64_t k, int
   check_quota(x, k, k_tail);
   const int64_t rows = x.size(0), n = x.size(1);
   const Tensor dense = torch::stable::contiguous(x);
-  Packing packing =
-      allocate_packing(dense, kept_of(n, k, k_tail), value_dtype, value, bitmap);
+  Packing packing = allocate_packing(dense, kept_of(n, k, k_tail), value_dtype, value, bitmap);
   const void* in = dense.data_ptr();
   const TopkPackKernels& kernels = topk_pack_kernels();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n));

@@ -53,7 +53,8 @@ struct Packing {
   TopkOutput out;
 };
 
-inline Packing allocate_packing(const Tensor& x, int64_t kept, ScalarType value_dtype, DType value, bool bitmap) {
+inline Packing allocate_packing(const Tensor& x, int64_t kept, ScalarType value_dtype, DType value,
+                                bool bitmap) {
   const int64_t rows = x.size(0), n = x.size(1);
   const int64_t values_size[] = {rows, kept};
   const int64_t positions_size[] = {rows, bitmap ? ceil_div(n, 8) : kept};
@@ -93,8 +94,8 @@ inline DType check_packed(const char* op, const Tensor& values, const Tensor& po
   STD_TORCH_CHECK(n >= 0, op, ": expected n of 0 or more, got ", n);
   const DType value = value_type(op, values.scalar_type());
   const int64_t rows = values.size(0), kept = values.size(1), blocks = ceil_div(n, kBlock);
-  check_beside(op, positions, "positions", ScalarType::Byte, values,
-               bitmap ? ceil_div(n, 8) : kept, n);
+  check_beside(op, positions, "positions", ScalarType::Byte, values, bitmap ? ceil_div(n, 8) : kept,
+               n);
   if (value == DType::i8) check_beside(op, scale, "scale", ScalarType::BFloat16, values, blocks, n);
   if (rows == 0) return value;
   if (counts.numel() > 0) {
@@ -103,8 +104,8 @@ inline DType check_packed(const char* op, const Tensor& values, const Tensor& po
   }
   const int64_t tail = n % kBlock, wanted = kept_of(n, k, k_tail);
   STD_TORCH_CHECK(k >= 0 && k <= kBlock && (tail == 0 || (k_tail >= 0 && k_tail <= tail)), op,
-                  ": expected k in [0, 256] and k_tail in [0, ", tail, "] for n = ", n, ", got ",
-                  k, " and ", k_tail);
+                  ": expected k in [0, 256] and k_tail in [0, ", tail, "] for n = ", n, ", got ", k,
+                  " and ", k_tail);
   STD_TORCH_CHECK(kept == wanted, op, ": expected values [", rows, ", ", wanted, "] for n = ", n,
                   ", k = ", k, ", k_tail = ", k_tail, ", got ", describe(values));
   return value;

@@ -117,9 +117,10 @@ __device__ inline T warp_prefix(T x) {
 // Puts the positions of this lane's set bits to their places among those of the warp.
 __device__ inline void list_positions(uint32_t bits, int before, uint8_t* positions) {
   const unsigned first = lane_of_thread() * kEach;
+  positions += before;
 #pragma unroll
   for (unsigned i = 0; i < kEach; ++i) {
-    if (bits >> i & 1) positions[before++] = static_cast<uint8_t>(first + i);
+    if (bits >> i & 1) *positions++ = static_cast<uint8_t>(first + i);
   }
 }
 

@@ -48,7 +48,8 @@ T* reserve(const Tensor& beside, int64_t count, Tensor* memory) {
 template <class T>
 void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
                  cudaStream_t stream) {
-  constexpr int64_t kFull = 1056;  // blocks of threads that are enough for any GPU: 8 of each of 132
+  // So many blocks of threads are enough: 8 on each of 132 multiprocessors.
+  constexpr int64_t kFull = 8 * 132;
   const int64_t n = x.size(1), blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, kChunk);
   const int64_t rows = x.size(0), most = ceil_div(blocks, 2 * kTopkWarps);
   const Parts parts = {rows, n, std::clamp<int64_t>(kFull / rows, 1, most)};
@@ -78,8 +79,8 @@ void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
       <<<grid, kTopkThreads, 0, stream>>>(from, parts, aligned, thresholds, counts, done);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const unsigned packing = blocks_of(rows * ceil_div(blocks, kRun), kTopkWarps);
-  sample_pack_kernel<T><<<packing, kTopkThreads, 0, stream>>>(from, rows, n, k, aligned, thresholds,
-                                                              counts, out);
+  sample_pack_kernel<T>
+      <<<packing, kTopkThreads, 0, stream>>>(from, rows, n, k, aligned, thresholds, counts, out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -96,9 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_pack_sample_cuda(const Tensor& x
   const Tensor counts = torch::stable::new_empty(dense, counts_size, ScalarType::Short);
   packing.out.counts = data<int16_t>(counts);
   if (x.numel() > 0) {
-    with_type(dtype, [&]<class T, class>() {
-      pack_sample<T>(dense, dtype, k, packing.out, on.stream());
-    });
+    with_type(dtype,
+              [&]<class T, class>() { pack_sample<T>(dense, dtype, k, packing.out, on.stream()); });
   }
   return {packing.values, packing.positions, packing.scale, counts};
 }

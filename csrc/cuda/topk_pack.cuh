@@ -27,6 +27,7 @@ __device__ inline void write_bytes(void* to, const unsigned char* waiting, int c
   const int first = skipped(to), end = first + count;
   unsigned char* base = static_cast<unsigned char*>(to) - first;
   const int whole = first > 0 ? 16 : 0, whole_end = end / 16 * 16;
+#pragma unroll 1
   for (int at = whole + lane * 16; at < whole_end; at += static_cast<int>(kWarp) * 16) {
     store16(base + at, load16(waiting + at));
   }
@@ -44,8 +45,8 @@ class Writer {
   __device__ Writer(const TopkOutput& out, int64_t n, PackSpace<T>* space)
       : out_(out), n_(n), space_(space) {}
 
-  // The numbers that are bits, of block `index` of row `row`, whose first entry has place `start` in
-  // its row. The block is in shared memory; all lanes may read it.
+  // The numbers that are bits, of block `index` of row `row`, whose first entry has place `start`
+  // in its row. The block is in shared memory; all lanes may read it.
   __device__ void add(uint32_t bits, int64_t row, int64_t index, int64_t start) {
     const int lane = static_cast<int>(lane_of_thread());
     const int own = __popc(bits), through = warp_prefix(own);
@@ -94,6 +95,7 @@ class Writer {
 
   template <class Value>
   __device__ void store_as(const unsigned char* positions, int count) const {
+#pragma unroll 1
     for (int i = static_cast<int>(lane_of_thread()); i < count; i += static_cast<int>(kWarp)) {
       *value_at<Value>(i) = from_math<Value>(number_of<T>(space_->block[positions[i]]));
     }
@@ -113,6 +115,7 @@ class Writer {
   // The scale of int8 codes: the largest finite magnitude over 126, rounded up to bfloat16.
   __device__ float scale_of(const unsigned char* positions, int count) const {
     uint32_t largest = 0;
+#pragma unroll 1
     for (int i = static_cast<int>(lane_of_thread()); i < count; i += static_cast<int>(kWarp)) {
       const uint32_t size = bits_of(number_of<T>(space_->block[positions[i]])) & 0x7fffffff;
       if (size < 0x7f800000 && size > largest) largest = size;
@@ -125,6 +128,7 @@ class Writer {
 
   __device__ void encode(const unsigned char* positions, int count, float scale) const {
     const float rounder = 12582912.0f;  // 1.5 * 2^23: its sum with a small number is whole
+#pragma unroll 1
     for (int i = static_cast<int>(lane_of_thread()); i < count; i += static_cast<int>(kWarp)) {
       const float x = number_of<T>(space_->block[positions[i]]);
       const uint32_t bits = bits_of(x), size = bits & 0x7fffffff;

@@ -31,8 +31,8 @@ struct PackedRows {
 };
 
 // before [rows, chunks] of counts; a block of threads a row.
-__global__ void __launch_bounds__(kTopkThreads) count_before_kernel(PackedRows rows,
-                                                                    int64_t* before) {
+__global__ void __launch_bounds__(kTopkThreads)
+    count_before_kernel(PackedRows rows, int64_t* before) {
   const int64_t blocks = rows.blocks(), chunks = ceil_div(blocks, kChunk);
   for (int64_t row = blockIdx.x; row < rows.rows; row += gridDim.x) {
     const auto sum = [&](int64_t chunk) {
@@ -99,6 +99,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
   __syncwarp();
   float scale = 1;
   if (rows.value == DType::i8) scale = to_math(BFloat16{rows.scale[row * rows.blocks() + index]});
+#pragma unroll 1
   for (int i = lane; i < count; i += static_cast<int>(kWarp)) {
     space->block[positions[i]] = from_math<Out>(entry_value(rows, place + i, scale));
   }
@@ -111,6 +112,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
       store16(to + at, load16(space->block + at));
     }
   } else {
+#pragma unroll 1
     for (int i = lane; i < size; i += static_cast<int>(kWarp)) to[i] = space->block[i];
   }
   __syncwarp();

@@ -3,7 +3,8 @@
 // The k-th largest key is found some bits at a time, the highest first: blocks of threads count how
 // many keys of their part of a row have which value of those bits, the last one of a row to finish
 // adds up and chooses. Then every block of 256 counts what is above the threshold and what is equal
-// to it, the last one of a row again adds up, and the blocks are packed. No block waits for another.
+// to it, the last one of a row again adds up, and the blocks are packed. No block waits for
+// another.
 #pragma once
 
 #include "cuda/topk_chunks.cuh"
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kTopkThreads)
   }
 }
 
-// Keys above the threshold and, 65536 times, those equal to it: of blocks [rows, blocks], and of all
-// blocks of a row before a chunk, [rows, chunks] of each.
+// Keys above the threshold and, 65536 times, those equal to it: of blocks [rows, blocks], and of
+// all blocks of a row before a chunk, [rows, chunks] of each.
 struct SampleCounts {
   uint32_t* blocks;
   int64_t* above;

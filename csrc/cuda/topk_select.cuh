@@ -8,7 +8,8 @@
 
 namespace memtl::cuda {
 
-// The keys of a lane: bits of |x|, by which magnitudes are ordered. Those of 16 bits are two a word.
+// The keys of a lane: bits of |x|, by which magnitudes are ordered. Those of 16 bits are two a
+// word.
 template <class T, class Bits = BitsOf<T>>
 class Keys;
 
@@ -26,10 +27,10 @@ class Keys<T, uint32_t> {
   __device__ uint32_t at(int i) const { return key_[i]; }
 
   __device__ unsigned count(uint32_t least) const {
-    unsigned count = 0;
+    unsigned below = 0;  // the difference has no sign else: a key has 31 bits
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) count += key_[i] >= least;
-    return count;
+    for (int i = 0; i < kEach; ++i) below += (key_[i] - least) >> 31;
+    return kEach - below;
   }
 
   // One bit a key.
@@ -93,13 +94,10 @@ class Keys<T, uint16_t> {
   }
 
   __device__ uint32_t bits(uint32_t least) const {
-    uint32_t bits = 0;
+    uint32_t found = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint32_t found = at_least(words_[i], least);
-      bits |= (found >> 15 & 1) << (2 * i) | (found >> 31) << (2 * i + 1);
-    }
-    return bits;
+    for (int i = 0; i < kWords; ++i) found |= at_least(words_[i], least) >> (15 - 2 * i);
+    return (found | found >> 15) & 0xff;
   }
 
   __device__ uint32_t largest() const {
@@ -150,14 +148,16 @@ struct Cut {
 template <class T>
 __device__ Cut find_cut(const Keys<T>& keys, unsigned k, uint32_t* guess) {
   constexpr uint32_t kEnd = Keys<T>::kEnd, kOctave = Number<T>::kOctave;
-  constexpr int kPatience = 12;  // rounds before it looks whether many keys are equal
+  constexpr int kSteps = 8;      // rounds, before the middle is taken
+  constexpr int kPatience = 12;  // rounds, before it looks whether many keys are equal
   if (k == 0) return {kEnd, 0};
   if (*guess == 0) {
     const uint32_t largest = __reduce_max_sync(kAllLanes, keys.largest());
     *guess = largest > kOctave ? largest - kOctave : 1;
   }
   // k keys or more are at or above lo; fewer than k, `above`, are at or above hi.
-  uint32_t lo = 0, hi = kEnd, at = *guess, step = kOctave / 16;
+  uint32_t lo = 0, hi = kEnd, at = *guess;
+  uint32_t spacing = kOctave / 64;  // about what lies between a key and the next, and then more
   unsigned above = 0;
   for (int round = 0; hi - lo > 1; ++round) {
     const unsigned count = __reduce_add_sync(kAllLanes, keys.count(at));
@@ -165,21 +165,14 @@ __device__ Cut find_cut(const Keys<T>& keys, unsigned k, uint32_t* guess) {
       *guess = at;
       return {at, 0};
     }
-    if (count > k) {
-      lo = at;
-    } else {
-      hi = at;
-      above = count;
-    }
+    lo = count > k ? at : lo;
+    hi = count > k ? hi : at;
+    above = count > k ? above : count;
     if (round >= kPatience) keys.tighten(&lo, &hi);
-    if (hi == kEnd) {  // it goes away from the guess, faster and faster
-      at = kEnd - lo > step ? lo + step : lo + (kEnd - lo) / 2;
-      step = step < kEnd / 4 ? step * 4 : kEnd;
-    } else if (lo == 0) {
-      at = hi > step ? hi - step : 1;
-      step = step < kEnd / 4 ? step * 4 : kEnd;
-    } else {
-      at = lo + (hi - lo) / 2;
+    at += (count - k) * spacing;
+    spacing *= 2;
+    if (at <= lo || at >= hi || round >= kSteps) {
+      at = lo > 0 ? lo + (hi - lo) / 2 : hi > 4 * kOctave ? hi - 4 * kOctave : 1;
     }
   }
   *guess = hi < kEnd ? hi : lo;

@@ -153,7 +153,8 @@ void test_packs(Random& random) {
 
 // The last block of threads of a tensor that has more than 2^31 elements.
 void test_large_pack(Random& random) {
-  const int64_t n = 264, rows = (int64_t{1} << 31) / n + 100, k = 200, k_tail = 3, kept = k + k_tail;
+  const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
+                kept = k + k_tail;
   const int64_t blocks = 2 * rows, each = cuda::kTopkWarps * cuda::kRun;
   Huge<BFloat16> x(rows * n);
   Huge<uint8_t> values(rows * kept), positions(rows * kept);
@@ -161,8 +162,8 @@ void test_large_pack(Random& random) {
   const int64_t first = rows - 40;
   const auto numbers_there = numbers<BFloat16>(40 * n, Kind::normal, random);
   std::copy(numbers_there.begin(), numbers_there.end(), x.data() + first * n);
-  const TopkOutput out = {DType::i8, values.data(), positions.data(), scale.data(), nullptr, kept,
-                          false};
+  const TopkOutput out = {DType::i8, values.data(), positions.data(), scale.data(), nullptr,
+                          kept,      false};
   const auto grid = static_cast<unsigned>(ceil_div(blocks, each));
   launch_block(&cuda::topk_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
                x.data(), rows, n, k, k_tail, true, out);
@@ -240,8 +241,8 @@ void test_samples(Random& random) {
         for_types([&]<class T>() {
           if (!drawn(n < 1000 ? 2 : 4, random)) return;
           const int64_t parts = n < 1000 ? 1 : 1 + random() % 3;
-          test_sample<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random), parts,
-                         random);
+          test_sample<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
+                         parts, random);
         });
       }
     }
@@ -279,8 +280,8 @@ void test_large_sample(Random& random) {
   Huge<BFloat16> values(k);
   Huge<uint8_t> positions(ceil_div(n, 8));
   Huge<int16_t> counts(blocks);
-  const TopkOutput out = {DType::bf16, values.data(), positions.data(), nullptr, counts.data(), k,
-                          true};
+  const TopkOutput out = {DType::bf16, values.data(), positions.data(), nullptr, counts.data(),
+                          k,           true};
   const auto grid = static_cast<unsigned>(ceil_div(ceil_div(blocks, cuda::kRun), cuda::kTopkWarps));
   // The other warps of the last block of threads find nothing above the threshold.
   launch_block(&cuda::sample_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
@@ -311,8 +312,7 @@ template <class Out>
 void test_unpack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, bool counted,
                  size_t shift, Random& random) {
   const int64_t rows = 3, blocks = ceil_div(n, kBlock), k_tail = std::min(n % kBlock, k);
-  const int64_t kept =
-      counted ? n * k / kBlock : n / kBlock * k + (n % kBlock ? k_tail : 0);
+  const int64_t kept = counted ? n * k / kBlock : n / kBlock * k + (n % kBlock ? k_tail : 0);
   const std::vector<float> x = numbers<float>(rows * n, kind, random);
   Packed packed(rows, n, kept, value, bitmap, shift);
   if (counted) {
@@ -327,8 +327,16 @@ void test_unpack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, bool
       starts.push_back(starts.back() + packed.counts[size_t(row * blocks + i)]);
     }
   }
-  const TopkPacked plain = {value,         packed.values.data(), packed.positions.data(),
-                            packed.scale.data(), starts.data(), rows, n, kept, k, bitmap};
+  const TopkPacked plain = {value,
+                            packed.values.data(),
+                            packed.positions.data(),
+                            packed.scale.data(),
+                            starts.data(),
+                            rows,
+                            n,
+                            kept,
+                            k,
+                            bitmap};
   const std::vector<Out> noise = random_bits<Out>(rows * n, random);
   std::vector<Out> wanted = noise;
   CHECK(kRead.unpack(plain, 0, rows * n, kDType<Out>, wanted.data()), "ascending");
@@ -336,8 +344,8 @@ void test_unpack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, bool
   unpack(packed.reading(k, k_tail, counted), aligned_rows(got.data(), n * int64_t(sizeof(Out))),
          got.data());
   CHECK(std::memcmp(got.data(), wanted.data(), wanted.size() * sizeof(Out)) == 0,
-        "dtype %d n %d kind %d value %d k %d bitmap %d counts %d shift %d", int(kDType<Out>), int(n),
-        int(kind), int(value), int(k), bitmap, counted, int(shift));
+        "dtype %d n %d kind %d value %d k %d bitmap %d counts %d shift %d", int(kDType<Out>),
+        int(n), int(kind), int(value), int(k), bitmap, counted, int(shift));
 }
 
 void test_unpacks(Random& random) {
@@ -382,7 +390,8 @@ void test_malformed(DType value, bool bitmap, bool counted, Random& random) {
 }
 
 void test_large_unpack(Random& random) {
-  const int64_t n = 264, rows = (int64_t{1} << 31) / n + 100, k = 200, k_tail = 3, kept = k + k_tail;
+  const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
+                kept = k + k_tail;
   Huge<BFloat16> values(rows * kept), out(rows * n);
   Huge<uint8_t> positions(rows * kept);
   const auto x = numbers<float>(n, Kind::normal, random);

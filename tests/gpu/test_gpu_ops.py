@@ -63,6 +63,11 @@ def topk_pack_sample_cases():
         yield draw(3, n, dtype=dtype, special=True), n // 9, torch.int8, False
     for values, bitmap, k in itertools.product(_ops.VALUE_DTYPES, (False, True), (1, 100, 1000)):
         yield draw(5, 1000, special=True), k, values, bitmap
+    for dtype, n in itertools.product(_ops.FLOATING, (20_000, 70_003)):
+        x = draw(2, n, dtype=dtype, special=True)
+        yield x, n // 10, torch.int8, False
+        yield x.relu(), 3 * n // 4, torch.bfloat16, True  # many zeros are kept
+    yield draw(600, 7).t(), 26, torch.float32, True
 
 
 def packed_cases():
@@ -309,6 +314,31 @@ def test_channel_norm_gradients_are_those_of_the_cpu():
         actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
         for a, e in zip(actual, expected, strict=True):
             assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+
+
+def shifted(x):
+    """x on the device, beginning one element behind aligned memory."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
+    return flat[1:].copy_(x.flatten()).view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+def test_topk_in_memory_that_is_not_aligned(dtype):
+    x, k, k_tail = draw(5, 776, dtype=dtype, special=True), 26, 3
+    none = torch.empty(0, dtype=torch.int16)
+    for values, bitmap in itertools.product(_ops.VALUE_DTYPES, (False, True)):
+        packed = reference.topk_pack(x, k, k_tail, values, bitmap)
+        sample = reference.topk_pack_sample(x, 70, values, bitmap)
+        for actual, expected in (
+            (torch.ops.memtl.topk_pack(shifted(x), k, k_tail, values, bitmap), packed),
+            (torch.ops.memtl.topk_pack_sample(shifted(x), 70, values, bitmap), sample),
+        ):
+            for a, e in zip(actual, expected, strict=True):
+                assert_same(a.cpu(), e)
+        for arguments in ((*packed, none), sample):
+            options = 776, k, k_tail, bitmap, dtype
+            actual = torch.ops.memtl.topk_unpack(*map(shifted, arguments), *options)
+            assert_same(actual.cpu(), reference.topk_unpack(*arguments, *options))
 
 
 @pytest.mark.slow
