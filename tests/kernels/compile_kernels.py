@@ -19,10 +19,10 @@ from triton.compiler import ASTSource
 
 from memtl import kernels
 
-UNALIGNED = ("scale", "H", "T", "N")
+UNALIGNED = ("scale", "lo", "hi", "step", "seed", "H", "T", "N")
 """Arguments that are no multiples of 16; pointers and sizes are, as those of whole tensors are."""
 VECTOR_LOAD = r"ld\.global\.v[24]|cp\.async\.[^;]*0x10"
-LAUNCH = ("num_warps", "num_stages")
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 """Constants that are Triton's, not the kernel's."""
 
 
