@@ -1,8 +1,8 @@
 """Numbers by channel for the elements of groups: flat element i is of channel (i // inner) % C.
 
-Elements of one channel that lie side by side are a run, of ``inner`` elements. A group reaches into
-two runs at most where they are as long as a group: two numbers are read for it, and elements choose.
-Where runs are shorter (NARROW) every element reads its own.
+Elements of one channel that lie side by side are a run, of ``inner`` elements. Where runs are as
+long as a group or longer, a group reaches into two at most: two numbers are read for it, of which
+elements choose. Where runs are shorter (NARROW) every element reads its own.
 """
 
 from typing import Any

@@ -119,4 +119,3 @@ def checked_params(name: str, params: Tensor, codes: Tensor) -> Tensor:
         ),
     )
     return as_pairs(aligned(params))
-

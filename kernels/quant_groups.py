@@ -123,6 +123,27 @@ def decode_halves(codes_ptr, params_ptr, group, numel, BITS: tl.constexpr):
 
 
 @triton.jit
+def decode_places(
+    codes_ptr, params_ptr, start, place, inside, ALIGNED: tl.constexpr, BITS: tl.constexpr
+):
+    """float32, of the flat elements start + place, wherever they are in their groups; 0 where none
+    is ``inside``. ALIGNED: every start is the first element of a group."""
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS  # bits that stand in planes
+    place = place.to(tl.uint32)  # whose quotients are shifts
+    if not ALIGNED:
+        place += (start % 64).to(tl.uint32)
+    first, group = start // 64, place // 64
+    row, lane = codes_ptr + first * (8 * BITS), place % 64
+    byte = tl.load(row + (group * (8 * BITS) + lane % (8 * LOW)), mask=inside, other=0)
+    code = (byte.to(tl.uint32) >> (lane // (8 * LOW) * LOW)) & (2**LOW - 1)
+    if BITS == 3:
+        byte = tl.load(row + (group * (8 * BITS) + (lane // 8 + 16)), mask=inside, other=0)
+        code |= ((byte.to(tl.uint32) >> (lane % 8)) & 1) << 2
+    scale, offset = split_params(tl.load(params_ptr + first + group, mask=inside, other=0))
+    return code.to(tl.float32) * scale + offset
+
+
+@triton.jit
 def _bfloat16_down(x):
     """The largest bfloat16 not above x (float32), as float32."""
     bits = x.to(tl.int32, bitcast=True)

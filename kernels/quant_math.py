@@ -1,8 +1,8 @@
 """Activations and their derivatives in float32, as _ops.ACTIVATIONS names them.
 
-The error is below 5e-7 * max(1, |x|), of a derivative below 5e-7; NaN stays NaN, infinities give the
-limits. Kernels that use them are compiled without fused products and sums, which polynomials ask
-for themselves.
+The error is below 5e-7 * max(1, |x|), of a derivative below 5e-7; NaN stays NaN, infinities give
+the limits. Kernels that use them are compiled without fused products and sums; where those serve,
+they are asked for.
 """
 
 import triton
