@@ -250,24 +250,23 @@ def quant_norm_grad(
     grad_out = grad_out.contiguous()
     grad, rows = torch.empty_like(grad_out), grad_out.numel() // features
     codes = checked_codes(name, codes, bits, grad.numel())
-    pairs = checked_params(name, params, codes)
+    read = (grad_out, codes, checked_params(name, params, codes))
     check_numel(name, rows, rstd=rstd)
     check_numel(name, features, weight=weight)
     rstd, weight = rstd.contiguous(), None if weight is None else weight.contiguous()
-    constants = _norm_options(features) | {"BITS": bits}
-    tall, blocks = constants["ROWS"], triton.cdiv(features, constants["BLOCK"])
-    programs = min(triton.cdiv(rows, tall * LEAST), triton.cdiv(PROGRAMS, blocks))
+    constants = _norm_options(features)
+    blocks = triton.cdiv(features, constants["BLOCK"])
+    programs = min(triton.cdiv(rows, constants["ROWS"] * LEAST), triton.cdiv(PROGRAMS, blocks))
     partial = grad.new_empty((2, programs, features), dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(grad):
-            sums, read = None, (grad_out, codes, pairs)
+            sums = None
             if blocks > 1:
-                sums = grad.new_empty((rows, 2), dtype=torch.float32)
-                _row_sums_kernel[(rows,)](
-                    *read, weight, sums, features, **_row_options(features), BITS=bits
-                )
+                sums, alone = partial.new_empty((rows, 2)), _row_options(features)
+                _row_sums_kernel[(rows,)](*read, weight, sums, features, BITS=bits, **alone)
             arguments = (*read, rstd, weight, sums, grad, partial, rows, features)
-            _norm_grad_kernel[(programs, blocks)](*arguments, CENTERED=centered, **constants)
+            constants |= {"CENTERED": centered, "BITS": bits}
+            _norm_grad_kernel[(programs, blocks)](*arguments, **constants)
     return grad, partial[0].sum(0), partial[1].sum(0)
 
 
@@ -299,24 +298,30 @@ def quant_channel_norm_grad(
     check_numel(name, channels, weight=weight)
     grad_out = grad_out.contiguous()
     grad, codes = torch.empty_like(grad_out), checked_codes(name, codes, bits, numel)
-    pairs, batch = checked_params(name, params, codes), numel // (channels * inner)
-    constants = _sums_options(channels, inner)
+    read = (grad_out, codes, checked_params(name, params, codes))
+    with torch.cuda.device_of(grad):
+        products, sums = _channel_sums(*read, bits, channels, inner)
+        if numel:
+            tables = [channel_table(t, inner) for t in (products, sums, rstd)]
+            factors = None if weight is None else channel_table(weight, inner)
+            sizes = (channels / numel, numel, len(tables[0]), inner)
+            constants = channel_options(numel, inner) | options(grad)
+            _channel_grad_kernel[tiles(grad)](
+                *read, *tables, factors, grad, *sizes, BITS=bits, **constants
+            )
+    return grad, products, sums
+
+
+def _channel_sums(
+    grad_out: Tensor, codes: Tensor, pairs: Tensor, bits: int, channels: int, inner: int
+) -> tuple[Tensor, Tensor]:
+    """Of grad_out * x-hat and of grad_out, [C]."""
+    batch, constants = grad_out.numel() // (channels * inner), _sums_options(channels, inner)
     blocks = triton.cdiv(inner, constants["INNER"])
     programs = triton.cdiv(channels, constants["CHANNELS"]) * blocks
     parts = min(batch, triton.cdiv(PROGRAMS, programs))
-    partial = grad.new_empty((2, blocks * parts, channels), dtype=torch.float32)
-    with torch.cuda.device_of(grad):
-        read = (grad_out, codes, pairs)
-        if numel:
-            arguments = (*read, partial, batch, channels, inner, parts)
-            _channel_sums_kernel[(programs * parts,)](*arguments, BITS=bits, **constants)
-        products, sums = partial[0].sum(0), partial[1].sum(0)
-        if numel:
-            tables = [
-                None if t is None else channel_table(t, inner)
-                for t in (products, sums, rstd, weight)
-            ]
-            arguments = (*read, *tables, grad, channels / numel, numel, len(tables[0]), inner)
-            constants = channel_options(numel, inner) | options(grad)
-            _channel_grad_kernel[tiles(grad)](*arguments, BITS=bits, **constants)
-    return grad, products, sums
+    partial = grad_out.new_empty((2, blocks * parts, channels), dtype=torch.float32)
+    if batch:
+        arguments = (grad_out, codes, pairs, partial, batch, channels, inner, parts)
+        _channel_sums_kernel[(programs * parts,)](*arguments, BITS=bits, **constants)
+    return partial[0].sum(0), partial[1].sum(0)
