@@ -146,7 +146,7 @@ def decode_places(
 @triton.jit
 def _bfloat16_down(x):
     """The largest bfloat16 not above x (float32), as float32."""
-    bits = x.to(tl.int32, bitcast=True)
+    bits = float_bits(x)
     return ((bits + ((bits >> 31) & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
 
 
@@ -163,7 +163,7 @@ def pack_groups(low, high, group, numel, seed, codes_ptr, params_ptr, BITS: tl.c
     reach = offset + scale * LEVELS  # beyond float32, so would be what is near it
     whole = tl.abs(reach) < float("inf")
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    low_dither, high_dither = dither(low, high, group, seed)
+    low_dither, high_dither = dither(float_bits(low), float_bits(high), group, seed)
     offsets, inverses = offset[:, None], inverse[:, None]
     low = _code((low - offsets) * inverses + low_dither, LEVELS)
     high = _code((high - offsets) * inverses + high_dither, LEVELS)
@@ -205,16 +205,21 @@ def range_value(code, lo, step, BITS: tl.constexpr):
 
 
 @triton.jit
-def one_nan(x):
-    """float32, with one bit pattern for all that is not a number."""
-    return tl.where(x != x, float("nan"), x)
+def float_bits(x):
+    """int32, of float32."""
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def dither(low, high, group, seed):
+def one_nan(x):
+    """The bits of x, which are the same for all that is not a number."""
+    return tl.where(x != x, 0x7FC00000, float_bits(x))
+
+
+@triton.jit
+def dither(low_bits, high_bits, group, seed):
     """Numbers in (0, 1) for both halves: a hash of the seed, the place and the group's bits."""
-    bits = low.to(tl.int32, bitcast=True) + high.to(tl.int32, bitcast=True)
-    key = tl.sum(bits, axis=1).to(tl.uint32) + seed.to(tl.uint32)
+    key = tl.sum(low_bits + high_bits, axis=1).to(tl.uint32) + seed.to(tl.uint32)
     counter = group.to(tl.uint32)[:, None] * 32 + tl.arange(0, 32).to(tl.uint32)[None, :]
     h = key[:, None] ^ (counter * 0x9E3779B1)
     h = (h ^ (h >> 16)) * 0x85EBCA6B

@@ -42,7 +42,7 @@ from .quant_groups import (
 
 TILE = 2048
 """Elements that a program of four warps reads at once."""
-WIDEST = 8192
+WIDEST = 4096
 """Features of a row that is read once."""
 PROGRAMS, LEAST = 1024, 4
 """That share the rows, and how many tiles one takes at least: it writes two sums a column."""

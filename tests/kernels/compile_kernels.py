@@ -54,7 +54,7 @@ def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
     constants = {name: value for name, value in constants.items() if name not in LAUNCH}
     aligned = {}
     for i, (name, types) in enumerate(signature.items()):
-        if name not in UNALIGNED:
+        if name not in UNALIGNED and name not in constants:
             paths = [(i, j) for j in range(len(types))] if isinstance(types, tuple) else [(i,)]
             aligned |= {path: [["tt.divisibility", 16]] for path in paths if path not in constants}
     names = [name for name in constants if isinstance(name, str)]

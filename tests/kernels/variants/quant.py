@@ -18,9 +18,9 @@ def variants():
         constants = options(torch.empty(0, dtype=DTYPES[dtype])) | {"BITS": bits}
         signature = x | codes | params | numel | seed
         yield quant._quant_pack_kernel, f"{dtype} read", signature, constants
-        yield quant._quant_unpack_kernel, dtype, codes | params | x | numel, constants
         if dtype == "fp64":
             continue
+        yield quant._quant_unpack_kernel, dtype, codes | params | x | numel, constants
         signature = x | codes | numel | levels | seed
         yield quant._quant_pack_range_kernel, f"{dtype} read", signature, constants
         signature = codes | x | numel | {"lo": "fp32", "step": "fp32"}
