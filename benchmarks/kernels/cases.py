@@ -32,7 +32,8 @@ class Case:
     """An operator on one shape.
 
     ``make()`` gives calls without arguments: under ``"memtl"`` a :func:`functools.partial` of the
-    operator, then its baselines by name. Every ``make()`` draws tensors of its own.
+    operator, then its baselines by name. Every ``make()`` draws tensors of its own. ``flops``: of a
+    product, a multiplication and an addition counted as two; 0 of what is bound by memory alone.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Case:
     shape: str
     elements: int
     make: Callable[[], Calls]
+    flops: int = 0
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.op, self.what, self.shape)))
@@ -202,10 +204,9 @@ def topk_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             yield Case("topk_pack", int8, shape, elements, partial(pack, width, keep))
             yield Case("topk_pack_sample", fp16, shape, elements, partial(pack_sample, width, keep))
             yield Case("topk_unpack", int8, shape, elements, partial(unpack, width, keep))
-            product = f"{shape}->{other(width)}"
-            yield Case(
-                "topk_weight_grad", int8, product, elements, partial(weight_grad, width, keep)
-            )
+            product, flops = f"{shape}->{other(width)}", 2 * elements * other(width)
+            make = partial(weight_grad, width, keep)
+            yield Case("topk_weight_grad", int8, product, elements, make, flops)
 
 
 CONVOLUTIONS = ((64, 64, 3, 56), (512, 512, 3, 7), (64, 256, 1, 56), (1024, 256, 1, 14))
@@ -250,7 +251,8 @@ def conv_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         elements = batch * channels * side * side
         for keep in (0.1, 0.03):
             make = partial(weight_grad, channels, outputs, kernel, side, keep)
-            yield Case("topk_conv_weight_grad", f"keep {keep:g} int8", shape, elements, make)
+            flops = 2 * elements * outputs * kernel**2
+            yield Case("topk_conv_weight_grad", f"keep {keep:g} int8", shape, elements, make, flops)
 
 
 def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -496,9 +498,11 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def threshold_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Pruning the weights of transformer blocks by one threshold; a block for each of ``batch``."""
+    """Pruning the weights of transformer blocks by one threshold; a block for each of ``batch``, 12
+    at most. Weights are float32 where products are not."""
     width, wide = WIDTHS
     shapes = ((width, width),) * 4 + ((wide, width), (width, wide))
+    batch, dtype = min(batch, 12), torch.float32
 
     def draw() -> list[Tensor]:
         return [
@@ -582,7 +586,8 @@ def masked_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
                 ("masked_linear_input_grad", input_grad),
                 ("masked_linear_weight_grad", weight_grad),
             ):
-                yield Case(op, what, shape, elements, partial(make, *size))
+                flops = 2 * elements * outputs
+                yield Case(op, what, shape, elements, partial(make, *size), flops)
 
 
 def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -601,7 +606,8 @@ def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Cas
         }
 
     words, elements = "x".join(map(str, shape)), batch * HEADS * TOKENS * 64
-    yield Case("attention_grad", "", words, elements, make)
+    # Scores, and the products of dP, dq, dk, dv: what no way of computing them avoids.
+    yield Case("attention_grad", "", words, elements, make, 5 * 2 * elements * TOKENS)
 
 
 def query_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

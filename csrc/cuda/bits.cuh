@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/scalar.cuh"
+#include "cuda/device.cuh"
 
 namespace memtl::cuda {
 

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
+#include "common/layout.h"
+
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#else
-#include "common/layout.h"
 #endif
 
 namespace memtl::cuda {

@@ -31,7 +31,7 @@ void test(const char* type, Dim3 grid, Dim3 block, Random& random) {
         wanted[i] = bits[i / 8] >> (i % 8) & 1 ? scaled(x[i], scale) : T{};
       }
       std::vector<T> out = random_bits<T>(numel, random);
-      launch(&cuda::bits_apply_kernel<T, Math>, grid, block, x.data(), bits.data(),
+      launch(&cuda::bits_apply_kernel<T, Math>, {grid, block}, x.data(), bits.data(),
              static_cast<Math>(scale), numel, out.data());
       CHECK(same_bytes(out, wanted), "%s, %ld elements, scale %g, %u blocks of %u", type,
             static_cast<long>(numel), scale, grid.x, block.x);
@@ -43,13 +43,15 @@ void test(const char* type, Dim3 grid, Dim3 block, Random& random) {
 
 int main() {
   Random random(1);
-  for (Dim3 grid : {Dim3{1}, Dim3{3}, Dim3{17}}) {
-    for (Dim3 block : {Dim3{32}, Dim3{256}}) {
-      test<float, float>("float", grid, block, random);
-      test<double, double>("double", grid, block, random);
-      test<cuda::BFloat16, float>("bfloat16", grid, block, random);
-      test<cuda::Half, float>("half", grid, block, random);
+  in_orders([&] {
+    for (Dim3 grid : {Dim3{1}, Dim3{3}, Dim3{17}}) {
+      for (Dim3 block : {Dim3{32}, Dim3{256}}) {
+        test<float, float>("float", grid, block, random);
+        test<double, double>("double", grid, block, random);
+        test<cuda::BFloat16, float>("bfloat16", grid, block, random);
+        test<cuda::Half, float>("half", grid, block, random);
+      }
     }
-  }
+  });
   return finish("test_cuda_bits");
 }
