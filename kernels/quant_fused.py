@@ -133,6 +133,8 @@ def _quant_pack_derivative_kernel(
     last = tl.load(x_ptr + (numel - 1))
     low, high = load_halves(x_ptr, group, numel, last)
     low_dither, high_dither = dither(one_nan(low), one_nan(high), group, seed)
+    if ACTIVATION != "hardswish":  # as torch's, f' is NaN at the infinities
+        low, high = low + (low - low), high + (high - high)
     low = range_code(derived(low, ACTIVATION), lo, hi, step, low_dither, BITS)
     high = range_code(derived(high, ACTIVATION), lo, hi, step, high_dither, BITS)
     store_codes(codes_ptr, group, numel, low, high, BITS)

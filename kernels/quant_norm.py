@@ -44,8 +44,9 @@ TILE = 2048
 """Elements that a program of four warps reads at once."""
 WIDEST = 4096
 """Features of a row that is read once."""
-PROGRAMS, LEAST = 1024, 4
-"""That share the rows, and how many tiles one takes at least: it writes two sums a column."""
+PROGRAMS, LEAST = 512, 4
+"""That share the rows, and how many tiles one takes at least: it writes two sums a column. Of those
+that take a channel's sums there may be twice as many: they write little."""
 
 
 @triton.jit
@@ -319,7 +320,7 @@ def _channel_sums(
     batch, constants = grad_out.numel() // (channels * inner), _sums_options(channels, inner)
     blocks = triton.cdiv(inner, constants["INNER"])
     programs = triton.cdiv(channels, constants["CHANNELS"]) * blocks
-    parts = min(batch, triton.cdiv(PROGRAMS, programs))
+    parts = min(batch, triton.cdiv(2 * PROGRAMS, programs))
     partial = grad_out.new_empty((2, blocks * parts, channels), dtype=torch.float32)
     if batch:
         arguments = (grad_out, codes, pairs, partial, batch, channels, inner, parts)

@@ -256,10 +256,11 @@ def _(codes, bits, lo, hi, size, dtype):
     return codes.new_empty(size, dtype=dtype)
 
 
-# What is decoded and used in one pass over memory; the arithmetic is in float32.
+# What is decoded and used, or computed and packed, in one pass over memory; the arithmetic is in
+# float32.
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish")
-"""What quant_unpack_activation and quant_activation_grad know."""
+"""What quant_unpack_activation, quant_activation_grad and quant_pack_derivative know."""
 
 
 def _check_activation(name: str, activation: str) -> None:
@@ -316,7 +317,8 @@ def _(grad_out, codes, params, bits, activation):
 )
 def _(x, bits, activation, lo, hi, seed):
     """x, any shape -> what quant_pack_range gives of f'(x), but for the dither, which is that of x:
-    codes uint8 [groups, 8 * bits] on 2**bits - 1 even levels from lo to hi."""
+    codes uint8 [groups, 8 * bits] on 2**bits - 1 even levels from lo to hi; the last code stands
+    for NaN, which f' is at the infinities too, except hardswish's."""
     _check_floating("quant_pack_derivative", x)
     _check_bits("quant_pack_derivative", bits)
     _check_activation("quant_pack_derivative", activation)

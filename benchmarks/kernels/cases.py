@@ -299,8 +299,8 @@ def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """quant decoded and used at once, beside decoding first: rows of LayerNorm, maps of a ResNet's
-    BatchNorm and ReLU, GELU."""
+    """quant decoded and used, or computed and packed, at once, beside one after the other: rows of
+    LayerNorm, maps of a ResNet's BatchNorm and ReLU, GELU."""
     rows, maps, fixed = (batch * TOKENS, WIDTHS[1]), (batch, 256, 56, 56), (-0.13, 1.13)
 
     def draw(*size: int) -> Tensor:
@@ -348,6 +348,18 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         return {
             "memtl": partial(OPS.quant_activation_grad, grad_out, *packed, bits, "gelu"),
             "quant_unpack, gelu_backward": plain,
+        }
+
+    def pack_slopes(bits: int) -> Calls:
+        x = draw(*rows)
+
+        def plain() -> Tensor:
+            slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+            return OPS.quant_pack_range(slope, bits, *fixed, 1)
+
+        return {
+            "memtl": partial(OPS.quant_pack_derivative, x, bits, "gelu", *fixed, 1),
+            "gelu_backward of ones, quant_pack_range": plain,
         }
 
     def apply_range(bits: int) -> Calls:
@@ -426,6 +438,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_unpack_affine", " relu", maps, affine_relu, bits)
         yield case("quant_unpack_activation", "", rows, values, bits)
         yield case("quant_activation_grad", "", rows, slopes, bits)
+        yield case("quant_pack_derivative", "", rows, pack_slopes, bits)
         yield case("quant_apply_range", "", rows, apply_range, bits)
         yield case("quant_pack_normalized", "", (rows[0], WIDTHS[0]), pack_rows, bits)
         yield case("quant_pack_normalized", " maps", maps, pack_maps, bits)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 import memtl
 from memtl import _ops, reference
 from memtl.storage.topk import quota
-from tests.helpers import assert_same, assert_within, gamma
+from tests.helpers import assert_derivative_codes, assert_same, assert_within, gamma
 
 DEVICE = "cuda"
 
@@ -208,10 +208,11 @@ CURVES = ("quant_unpack_activation", "quant_activation_grad", "quant_pack_deriva
 
 def test_every_operator_is_tested():
     sums = {"topk_weight_grad", "topk_conv_weight_grad", "attention_grad"}
+    codes = {"quant_pack_derivative"}
     norms = {"quant_norm_grad", "quant_channel_norm_grad"}
     queries = {"query_attention", "query_attention_grad"}  # test_gpu_query_attention.py
     masked = {"masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"}
-    assert {*EXACT, *sums, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
+    assert {*EXACT, *sums, *codes, *norms, *queries, *masked, *CURVES} == set(_ops.NAMES)
 
 
 def compare(call, name):
@@ -281,15 +282,13 @@ def test_activations_are_those_of_the_cpu(activation):
 
 
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
-def test_derivatives_are_packed_as_on_the_cpu(activation):
-    """But where the little that a derivative may be off makes a difference."""
+def test_codes_of_a_derivative_are_those_of_float64(activation):
+    """But where f' is that near to a boundary."""
     for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
         x = 4 * draw(40, 37, dtype=dtype, special=True)
-        x = x.masked_fill(x.isinf(), 0.5)  # there torch has NaN
-        arguments = x, bits, activation, -0.5, 1.5, 2**40 + 1
-        expected = reference.quant_pack_derivative(*arguments)
-        actual = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
-        assert actual.shape == expected.shape and (actual != expected).sum() <= 2
+        arguments = x, bits, activation, -0.13, 1.13, 2**40 + 1
+        codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
+        assert_derivative_codes(codes, *arguments, 4e-6)
 
 
 def assert_gradients(name, dtype, *arguments):
