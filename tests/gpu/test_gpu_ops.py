@@ -339,6 +339,24 @@ def test_bits_beyond_32_bit_offsets(source):
     assert y.count_nonzero() == mask.count_nonzero()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_beyond_32_bit_offsets(bits):
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    x = torch.empty(2**31 + 4099, dtype=torch.float16, device=DEVICE).uniform_(-1, 1)
+    parts = [slice(0, 2**20), slice(-(2**20), None)]
+    wanted = [x[part].float() for part in parts]
+    packed = torch.ops.memtl.quant_pack(x, bits, 1)
+    y = torch.ops.memtl.quant_unpack(*packed, bits, x.shape, x.dtype)
+    codes = torch.ops.memtl.quant_pack_range(x, bits, -1.0, 1.0, 1)
+    x = torch.ops.memtl.quant_unpack_range(codes, bits, -1.0, 1.0, y.shape, y.dtype)
+    for part, exact in zip(parts, wanted, strict=True):
+        assert_within(y[part].cpu(), exact.cpu(), 2.02 / (2**bits - 1) + 1e-3)
+        assert_within(x[part].cpu(), exact.cpu(), 2 / (2**bits - 2) + 1e-3)
+        assert not torch.equal(y[part].float(), x[part].float())
+
+
 # ------------------------------------------------------------------- operators that sum up floats
 
 
