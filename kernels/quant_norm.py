@@ -40,13 +40,14 @@ from .quant_groups import (
     tiles,
 )
 
-TILE = 2048
-"""Elements that a program of four warps reads at once."""
+TILE, CHANNEL_TILE = 2048, 1024
+"""Elements that a program of four warps reads at once, of rows and of channels."""
 WIDEST = 4096
 """Features of a row that is read once."""
 PROGRAMS, LEAST = 512, 4
-"""That share the rows, and how many tiles one takes at least: it writes two sums a column. Of those
-that take a channel's sums there may be twice as many: they write little."""
+"""That share the rows, and how many tiles one takes at least: it writes two sums a column."""
+CHANNEL_PROGRAMS = 1024
+"""That share the channels: one writes two sums a channel."""
 
 
 @triton.jit
@@ -274,8 +275,8 @@ def quant_norm_grad(
 def _sums_options(channels: int, inner: int) -> dict[str, Any]:
     """What _channel_sums_kernel is compiled with: a tile of one channel or, where they are short,
     of several."""
-    wide = min(triton.next_power_of_2(inner), TILE)
-    tall = TILE // wide
+    wide = min(triton.next_power_of_2(inner), CHANNEL_TILE)
+    tall = CHANNEL_TILE // wide
     aligned = channels * inner % GROUP == 0 and tall * inner % GROUP == 0
     return {"ALIGNED": aligned, "CHANNELS": tall, "INNER": wide, "num_warps": 4}
 
@@ -320,7 +321,7 @@ def _channel_sums(
     batch, constants = grad_out.numel() // (channels * inner), _sums_options(channels, inner)
     blocks = triton.cdiv(inner, constants["INNER"])
     programs = triton.cdiv(channels, constants["CHANNELS"]) * blocks
-    parts = min(batch, triton.cdiv(2 * PROGRAMS, programs))
+    parts = min(batch, triton.cdiv(CHANNEL_PROGRAMS, programs))
     partial = grad_out.new_empty((2, blocks * parts, channels), dtype=torch.float32)
     if batch:
         arguments = (grad_out, codes, pairs, partial, batch, channels, inner, parts)

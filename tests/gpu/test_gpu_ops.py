@@ -342,8 +342,8 @@ def test_bits_beyond_32_bit_offsets(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_beyond_32_bit_offsets(bits):
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
     x = torch.empty(2**31 + 4099, dtype=torch.float16, device=DEVICE).uniform_(-1, 1)
     parts = [slice(0, 2**20), slice(-(2**20), None)]
     wanted = [x[part].float() for part in parts]
@@ -354,7 +354,6 @@ def test_codes_beyond_32_bit_offsets(bits):
     for part, exact in zip(parts, wanted, strict=True):
         assert_within(y[part].cpu(), exact.cpu(), 2.02 / (2**bits - 1) + 1e-3)
         assert_within(x[part].cpu(), exact.cpu(), 2 / (2**bits - 2) + 1e-3)
-        assert not torch.equal(y[part].float(), x[part].float())
 
 
 # ------------------------------------------------------------------- operators that sum up floats
