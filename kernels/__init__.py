@@ -24,8 +24,15 @@ from .quant_norm import quant_channel_norm_grad, quant_norm_grad
 from .query_attention import query_attention, query_attention_grad
 from .select import bits_expand, bits_select
 from .threshold import threshold_magnitude, threshold_mask
+from .topk import topk_pack, topk_pack_sample, topk_unpack
+from .topk_grad import topk_conv_weight_grad, topk_weight_grad
 
 OPS = {
+    "topk_pack": topk_pack,
+    "topk_pack_sample": topk_pack_sample,
+    "topk_unpack": topk_unpack,
+    "topk_weight_grad": topk_weight_grad,
+    "topk_conv_weight_grad": topk_conv_weight_grad,
     "quant_pack": quant_pack,
     "quant_pack_normalized": quant_pack_normalized,
     "quant_unpack": quant_unpack,
