@@ -5,7 +5,9 @@ signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.referen
 for bit, but for sums, whose order is its own.
 """
 
-from .bits import bits_apply, bits_pack
+from .attention import attention_grad
+from .bits import bits_apply, bits_pack, bits_pack_between
+from .masked import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from .quant import (
     quant_pack,
     quant_pack_normalized,
@@ -46,11 +48,16 @@ OPS = {
     "quant_norm_grad": quant_norm_grad,
     "quant_channel_norm_grad": quant_channel_norm_grad,
     "bits_pack": bits_pack,
+    "bits_pack_between": bits_pack_between,
     "bits_apply": bits_apply,
     "bits_select": bits_select,
     "bits_expand": bits_expand,
     "threshold_magnitude": threshold_magnitude,
     "threshold_mask": threshold_mask,
+    "masked_linear": masked_linear,
+    "masked_linear_input_grad": masked_linear_input_grad,
+    "masked_linear_weight_grad": masked_linear_weight_grad,
+    "attention_grad": attention_grad,
     "query_attention": query_attention,
     "query_attention_grad": query_attention_grad,
 }

@@ -252,6 +252,7 @@ def test_operator_gives_what_its_definition_gives(name):
         "quant_unpack_affine",
         "quant_apply_range",
         "bits_pack",
+        "bits_pack_between",
         "bits_apply",
         "bits_select",
         "bits_expand",
@@ -428,10 +429,15 @@ def test_masked_linear(dtype):
     x, weight, bias = draw(70, 130, dtype=dtype), draw(33, 130, seed=1), draw(33, seed=2)
     grad_out = draw(70, 33, dtype=dtype, seed=3)
     mask = reference.bits_pack(draw(33, 130, seed=4) > 1)
+    same = weight.to(dtype), mask
     for name, arguments in (
         ("masked_linear", (x, weight, mask, bias)),
         ("masked_linear_input_grad", (grad_out, weight, mask)),
+        ("masked_linear", (x, *same, bias.to(dtype))),
+        ("masked_linear", (x, *same, None)),
+        ("masked_linear_input_grad", (grad_out, *same)),
         ("masked_linear_weight_grad", (grad_out, x, mask)),
+        ("masked_linear_weight_grad", (grad_out[:0], x[:0], mask)),
     ):
         actual = getattr(torch.ops.memtl, name)(*to_device(arguments)).cpu()
         exact = [a.double() if a.is_floating_point() else a for a in arguments]
@@ -526,6 +532,66 @@ def test_attention_grad(case, dtype):
         # Twice the error of torch's own kernels in this dtype, and one rounding of the result.
         band = torch.finfo(dtype).eps * e.abs().max()
         assert (a - e).abs().max() <= 2 * (p - e).abs().max() + band
+
+
+# queries, keys, d, e: keys in one block of 128 or 256, or in several; widths padded to a power of
+# two; those too wide for float32, and for any kernel.
+ATTENTION_SIZES = (
+    (1, 1, 1, 1),
+    (100, 100, 64, 64),
+    (197, 197, 64, 64),
+    (70, 300, 32, 32),
+    (300, 70, 64, 64),
+    (130, 513, 40, 24),
+    (65, 300, 80, 80),
+    (65, 300, 128, 128),
+    (33, 129, 256, 256),
+    (9, 17, 264, 264),
+)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("all", "causal"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids=str)
+def test_attention_grad_at_sizes(size, dtype, is_causal):
+    queries, keys, d, e = size
+    shapes = ((queries, d), (keys, d), (keys, e), (queries, e))
+    operands = [draw(2, *s[:1], 3, *s[1:], seed=i) for i, s in enumerate(shapes)]
+    q, k, v, grad_out = (t.to(DEVICE, dtype).transpose(1, 2) for t in operands)  # not contiguous
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = sdpa_grads(q, k, v, grad_out, None, is_causal=is_causal)
+        double = [t.double() for t in (q, k, v, grad_out)]
+        exact = sdpa_grads(*double, None, is_causal=is_causal)
+    arguments = grad_out, q, k, v, None, 0.0, None, is_causal, None, False, False
+    actual = torch.ops.memtl.attention_grad(*arguments)
+    for a, p, x in zip(actual, plain, exact, strict=False):
+        assert a.dtype == dtype and a.shape == x.shape and a.is_contiguous()
+        band = torch.finfo(dtype).eps * x.abs().max()  # as above
+        assert (a - x).abs().max() <= 2 * (p - x).abs().max() + band
+    if max(d, e) <= 64:  # every result of a kernel has one writer
+        again = torch.ops.memtl.attention_grad(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_attention_grad_beyond_32_bit_offsets(dtype):
+    """The first and the last row are more than 2^31 numbers apart."""
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    apart = 2**31 // 128 + 64
+    room = torch.empty(129 * apart, dtype=dtype, device=DEVICE)
+    small = [draw(1, 1, 129, 64, seed=i).to(DEVICE, dtype) for i in range(4)]
+    results = []
+    for i in range(3):  # grad_out, q, k in turn
+        far = room.as_strided((1, 1, 129, 64), (0, 0, apart, 1)).copy_(small[i])
+        arguments = [*small[:i], far, *small[i + 1 :]]
+        results.append(
+            torch.ops.memtl.attention_grad(*arguments, None, 0.0, None, False, None, False, False)
+        )
+    near = torch.ops.memtl.attention_grad(*small, None, 0.0, None, False, None, False, False)
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, near, strict=True))
 
 
 def test_attention_grad_replays_dropout():
