@@ -29,5 +29,5 @@ def variants():
         sizes = dict.fromkeys(("numel", "channels", "inner"), "i32")
         signature = x | tables | codes | params | sizes | seed
         narrow = dtype == "fp32"
-        constants |= {"NARROW": narrow, "INDEX": tl.int64 if narrow else tl.int32}
+        constants = constants | {"NARROW": narrow, "INDEX": tl.int64 if narrow else tl.int32}
         yield quant._quant_pack_normalized_kernel, f"{dtype} read", signature, constants

@@ -24,7 +24,7 @@ def variants():
         narrow = {"NARROW": dtype == "fp32", "INDEX": tl.int32}
         yield quant_fused._quant_unpack_affine_kernel, dtype, signature, constants | narrow
     for activation in ("gelu", "gelu_tanh", "mish"):  # silu and its kin are less of gelu_tanh
-        constants |= {"ACTIVATION": activation}
+        constants = constants | {"ACTIVATION": activation}
         signature = given | codes | params | made | numel
         yield quant_fused._quant_activation_grad_kernel, dtype, signature, constants
     signature = codes | params | x | numel

@@ -25,7 +25,7 @@ def variants():
         signature = read | {"partial_ptr": "*fp32"} | sizes
         yield quant_norm._channel_sums_kernel, f"{dtype} read", signature, constants
         constants = options(torch.empty(0, dtype=DTYPES[dtype])) | {"BITS": bits}
-        constants |= {"NARROW": dtype == "fp32", "INDEX": tl.int32}
+        constants = constants | {"NARROW": dtype == "fp32", "INDEX": tl.int32}
         sizes = {"scale": "fp32", **dict.fromkeys(("numel", "channels", "inner"), "i32")}
         signature = read | {"products_ptr": "*fp32"} | sums | scales | {"grad_ptr": x} | sizes
         yield quant_norm._channel_grad_kernel, dtype, signature, constants
