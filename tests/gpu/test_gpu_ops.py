@@ -175,6 +175,11 @@ def threshold_magnitude_cases():
         for k in (0, 1, 100, 3000, 50_000):
             yield xs, [], k
             yield xs, masks, k
+    # More tensors than a kernel takes; and those whose keys begin alike, of which many are equal.
+    yield [draw(n % 37, seed=n) for n in range(300)], [], 1000
+    alike = [1 + draw(5000).abs() / 4096, torch.full((70_001,), 1 + 2.0**-12)]
+    for k in (500, 5000, 60_000):
+        yield alike, [], k
 
 
 def threshold_mask_cases():
@@ -331,11 +336,13 @@ def test_channel_norm_gradients_are_those_of_the_cpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["registered", "triton"])
-def test_bits_beyond_32_bit_offsets(source):
+def test_beyond_32_bit_offsets(source):
     numel = 2**31 + 4099
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
-    operators = {"bits_pack": torch.ops.memtl.bits_pack, "bits_apply": torch.ops.memtl.bits_apply}
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    names = (*(f"bits_{verb}" for verb in ("pack", "apply", "select", "expand")),)
+    names += ("threshold_magnitude", "threshold_mask")
+    operators = {name: getattr(torch.ops.memtl, name) for name in names}
     if source == "triton":
         operators = pytest.importorskip("memtl.kernels").OPS
     mask = torch.zeros(numel, dtype=torch.bool, device=DEVICE)
@@ -348,6 +355,20 @@ def test_bits_beyond_32_bit_offsets(source):
     for part in (slice(0, 2**20), slice(-(2**20), None)):
         assert torch.equal(y[part], 2 * mask[part].half())
     assert y.count_nonzero() == mask.count_nonzero()
+    del y, mask
+
+    x = torch.arange(1, 2048, dtype=torch.float16, device=DEVICE).repeat(numel // 2047 + 1)[:numel]
+    values = operators["bits_select"](x, bits, len(range(0, numel, 3)))
+    assert torch.equal(values, x[::3])
+    dense = operators["bits_expand"](values, bits, [numel])
+    assert torch.equal(dense[::3], values) and dense.count_nonzero() == values.numel()
+    del values, dense
+
+    k = numel // 5
+    value, ties = operators["threshold_magnitude"]([x], [], k)
+    assert value == 2047 - k // (numel // 2047 + 1)
+    bits = operators["threshold_mask"](x, None, value, ties[0])
+    assert operators["bits_apply"](x, bits, 1.0).count_nonzero() == k
 
 
 @pytest.mark.slow
