@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+BITS = (8, 4, 3, 2)
 SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
 
 
@@ -87,22 +88,29 @@ def topk_unpack_cases():
 
 
 def quant_pack_cases():
-    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 3, 2)):
-        yield draw(n, dtype=dtype), bits, 12345
-    for bits in (8, 4, 3, 2):
+    """Every type in every number of bits, and of every size; a kernel is compiled for each."""
+    for (i, n), (j, bits) in itertools.product(enumerate(SIZES), enumerate(BITS)):
+        yield draw(n, dtype=_ops.FLOATING[(i + j) % 4]), bits, 12345
+    for bits in BITS:
         yield draw(40, 37, special=True), bits, 2**40 + 1
         yield draw(37, 40).t(), bits, 0
 
 
 def quant_pack_normalized_cases():
     for x, bits, seed in quant_pack_cases():
-        rows, n = x.numel() // x.shape[-1], x.shape[-1]
-        for size, inner in ((rows, n), (n, 1)):
+        rows, n = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        for size, inner in ((rows, n), (n, 1)) if n else ((1, 1),):
             yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
 
 
+def with_results(cases):
+    """Each with the type of its result; every type in every number of bits."""
+    for i, case in enumerate(cases):
+        yield case, _ops.FLOATING[i // 5 % 4]
+
+
 def quant_unpack_cases():
-    for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
+    for (x, bits, seed), dtype in with_results(quant_pack_cases()):
         yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
 
 
@@ -112,7 +120,7 @@ def quant_pack_range_cases():
 
 
 def quant_unpack_range_cases():
-    for (x, *rest, seed), dtype in itertools.product(quant_pack_range_cases(), _ops.FLOATING):
+    for (x, *rest, seed), dtype in with_results(quant_pack_range_cases()):
         yield reference.quant_pack_range(x, *rest, seed), *rest, list(x.shape), dtype
 
 
@@ -205,7 +213,7 @@ EXACT = {
     "threshold_magnitude": threshold_magnitude_cases,
     "threshold_mask": threshold_mask_cases,
 }
-CURVES = ("quant_unpack_activation", "quant_activation_grad")
+CURVES = ("quant_unpack_activation", "quant_activation_grad", "quant_pack_derivative")
 
 
 def test_every_operator_is_tested():
@@ -246,6 +254,13 @@ def test_operator_gives_what_its_definition_gives(name):
         "topk_pack",
         "topk_pack_sample",
         "topk_unpack",
+        "quant_pack",
+        "quant_pack_normalized",
+        "quant_unpack",
+        "quant_pack_range",
+        "quant_unpack_range",
+        "quant_unpack_affine",
+        "quant_apply_range",
         "bits_pack",
         "bits_pack_between",
         "bits_apply",
@@ -270,10 +285,14 @@ def test_opcheck(name):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_activations_are_those_of_the_cpu(activation):
     """Up to what either may be off."""
-    for codes, params, bits, size, dtype in quant_unpack_cases():
-        g, u = draw(*size, dtype=dtype, seed=1), torch.finfo(dtype).eps
-        packed = codes, params, bits, activation
-        for op, arguments in zip(CURVES, ((*packed, size, dtype), (g, *packed)), strict=True):
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x, g, u = 4 * draw(40, 37, special=True), draw(40, 37, seed=1), torch.finfo(dtype).eps
+        codes, params = reference.quant_pack(x, bits, 1)
+        packed, g = (codes, params, bits, activation), g.to(dtype)
+        for op, arguments in (
+            ("quant_unpack_activation", (*packed, [40, 37], dtype)),
+            ("quant_activation_grad", (g, *packed)),
+        ):
             expected = getattr(reference, op)(*arguments)
             actual = getattr(torch.ops.memtl, op)(*to_device(arguments)).cpu()
             assert (actual.isnan() == expected.isnan()).all()
@@ -286,34 +305,38 @@ def test_activations_are_those_of_the_cpu(activation):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_codes_of_a_derivative_are_those_of_float64(activation):
     """But where f' is that near to a boundary."""
-    for x, bits, lo, hi, seed in quant_pack_range_cases():
-        arguments = x, bits, activation, lo, hi, seed
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x = 4 * draw(40, 37, dtype=dtype, special=True)
+        arguments = x, bits, activation, -0.13, 1.13, 2**40 + 1
         codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
         assert_derivative_codes(codes, *arguments, 4e-6)
 
 
+def assert_gradients(name, dtype, *arguments):
+    """In another order of summation."""
+    expected = getattr(reference, name)(*arguments)
+    actual = getattr(torch.ops.memtl, name)(*to_device(arguments))
+    for a, e in zip(actual, expected, strict=True):
+        bound = 1e-4 + (torch.finfo(dtype).eps if e is expected[0] else 0)
+        assert a.dtype == e.dtype and a.is_contiguous()
+        assert_within(a.cpu(), e, bound * (1 + e.double().abs()))
+
+
 @pytest.mark.parametrize("centered", [True, False])
 def test_norm_gradients_are_those_of_the_cpu(centered):
-    """In another order of summation."""
-    for bits, n in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
-        packed = reference.quant_pack(draw(33, n), bits, 1)
-        g, rstd, weight = draw(33, n, seed=1), draw(33, seed=2), draw(n, seed=3)
-        arguments = g, *packed, bits, rstd, weight, n, centered
-        expected = reference.quant_norm_grad(*arguments)
-        actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+    for i, (bits, n) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 5000))):
+        packed, dtype = reference.quant_pack(draw(33, n), bits, 1), _ops.FLOATING[i % 4]
+        g, rstd, weight = draw(33, n, dtype=dtype, seed=1), draw(33, seed=2), draw(n, seed=3)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, n, centered)
+        assert_gradients("quant_norm_grad", dtype, g, *rest)
 
 
 def test_channel_norm_gradients_are_those_of_the_cpu():
-    """In another order of summation."""
-    for bits, inner in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
-        packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
-        arguments = draw(3, 5, inner, seed=1), *packed, bits, draw(5, seed=2), draw(5, seed=3)
-        expected = reference.quant_channel_norm_grad(*arguments, inner)
-        actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+    for i, (bits, inner) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 3136))):
+        packed, dtype = reference.quant_pack(draw(3, 5, inner), bits, 1), _ops.FLOATING[i % 4]
+        g, rstd, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=2), draw(5, seed=3)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, inner)
+        assert_gradients("quant_channel_norm_grad", dtype, g, *rest)
 
 
 def shifted(x):
@@ -406,6 +429,25 @@ def test_topk_beyond_32_bit_offsets(source):
     packed = pack_sample(x, k, torch.float32, False)
     assert packed[0].shape == (1, k) and (packed[0] == 1).all()
     assert torch.equal(unpack(*packed, n, k, 0, False, x.dtype), x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_beyond_32_bit_offsets(bits):
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    if memtl.backends.owner("quant_pack", DEVICE) == "reference":
+        pytest.skip("the definition takes more memory than that")
+    x = torch.empty(2**31 + 4099, dtype=torch.float16, device=DEVICE).uniform_(-1, 1)
+    parts = [slice(0, 2**20), slice(-(2**20), None)]
+    wanted = [x[part].float() for part in parts]
+    packed = torch.ops.memtl.quant_pack(x, bits, 1)
+    y = torch.ops.memtl.quant_unpack(*packed, bits, x.shape, x.dtype)
+    codes = torch.ops.memtl.quant_pack_range(x, bits, -1.0, 1.0, 1)
+    x = torch.ops.memtl.quant_unpack_range(codes, bits, -1.0, 1.0, y.shape, y.dtype)
+    for part, exact in zip(parts, wanted, strict=True):
+        assert_within(y[part].cpu(), exact.cpu(), 2.02 / (2**bits - 1) + 1e-3)
+        assert_within(x[part].cpu(), exact.cpu(), 2 / (2**bits - 2) + 1e-3)
 
 
 # ------------------------------------------------------------------- operators that sum up floats
