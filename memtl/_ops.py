@@ -256,10 +256,11 @@ def _(codes, bits, lo, hi, size, dtype):
     return codes.new_empty(size, dtype=dtype)
 
 
-# What is decoded and used in one pass over memory; the arithmetic is in float32.
+# What is decoded and used, or computed and packed, in one pass over memory; the arithmetic is in
+# float32.
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish")
-"""What quant_unpack_activation and quant_activation_grad know."""
+"""What quant_unpack_activation, quant_activation_grad and quant_pack_derivative know."""
 
 
 def _check_activation(name: str, activation: str) -> None:

@@ -7,12 +7,6 @@
 namespace memtl {
 namespace {
 
-// The same seed for every kernel: 64 bits folded to 32.
-uint32_t fold(int64_t seed) {
-  const auto wide = static_cast<uint64_t>(seed);
-  return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
-}
-
 std::tuple<Tensor, Tensor> quant_pack_cpu(const Tensor& x, int64_t bits, int64_t seed) {
   const DType dtype = floating("quant_pack", "x", x.scalar_type());
   check_bits("quant_pack", bits);

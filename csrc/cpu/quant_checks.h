@@ -15,6 +15,12 @@ inline void check_bits(const char* op, int64_t bits) {
                   ": expected bits 8, 4, 3 or 2, got ", bits);
 }
 
+// The same seed for every kernel: 64 bits folded to 32.
+inline uint32_t fold(int64_t seed) {
+  const auto wide = static_cast<uint64_t>(seed);
+  return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
+}
+
 inline QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
   const double levels = static_cast<double>((1 << bits) - 2);
   const QuantRange range{static_cast<float>(lo), static_cast<float>(hi),

@@ -103,6 +103,27 @@ Tensor quant_activation_grad_cpu(const Tensor& grad_out, const Tensor& codes, co
   return result;
 }
 
+Tensor quant_pack_derivative_cpu(const Tensor& x, int64_t bits, std::string activation, double lo,
+                                 double hi, int64_t seed) {
+  const char* op = "quant_pack_derivative";
+  const DType dtype = floating(op, "x", x.scalar_type());
+  check_bits(op, bits);
+  const Act act = act_named(op, activation);
+  const QuantRange range = range_of(op, bits, lo, hi);
+  const Tensor flat = torch::stable::contiguous(x);
+  const int64_t numel = flat.numel();
+  const int64_t size[] = {ceil_div(numel, kGroup), 8 * bits};
+  Tensor codes = torch::stable::new_empty(flat, size, ScalarType::Byte);
+  const void* in = flat.const_data_ptr();
+  auto* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  const QuantFusedKernels& kernels = quant_fused_kernels();
+  torch::stable::parallel_for(0, size[0], kGroupGrain, [&](int64_t first, int64_t last) {
+    kernels.pack_derivative(dtype, in, numel, static_cast<int>(bits), act, range, fold(seed), out,
+                            first, last);
+  });
+  return codes;
+}
+
 Tensor quant_apply_range_cpu(const Tensor& grad_out, const Tensor& codes, int64_t bits, double lo,
                              double hi) {
   const char* op = "quant_apply_range";
@@ -131,5 +152,6 @@ STABLE_TORCH_LIBRARY_IMPL(memtl, CPU, m) {
   m.impl("quant_unpack_affine", TORCH_BOX(&memtl::quant_unpack_affine_cpu));
   m.impl("quant_unpack_activation", TORCH_BOX(&memtl::quant_unpack_activation_cpu));
   m.impl("quant_activation_grad", TORCH_BOX(&memtl::quant_activation_grad_cpu));
+  m.impl("quant_pack_derivative", TORCH_BOX(&memtl::quant_pack_derivative_cpu));
   m.impl("quant_apply_range", TORCH_BOX(&memtl::quant_apply_range_cpu));
 }

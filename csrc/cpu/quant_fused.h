@@ -1,5 +1,6 @@
-// quant, decoded and used in one pass over memory. The definitions are in memtl/reference/fused.py;
-// every instruction set gives the same results bit for bit, but for the sign of a NaN.
+// quant, decoded and used, or computed and packed, in one pass over memory. The definitions are in
+// memtl/reference/fused.py; every instruction set gives the same results bit for bit, but for the
+// sign of a NaN.
 #pragma once
 
 #include "common/isa.h"
@@ -24,6 +25,10 @@ struct QuantFusedKernels {
   // x * f'(decoded); x and out have the dtype.
   void (*activation_grad)(DType dtype, const void* x, const uint8_t* codes, const uint16_t* params,
                           int bits, Act act, void* out, int64_t numel, int64_t first, int64_t last);
+  // f'(x), packed as by QuantKernels::pack_range but for the dither, which is that of x.
+  void (*pack_derivative)(DType dtype, const void* x, int64_t numel, int bits, Act act,
+                          QuantRange range, uint32_t seed, uint8_t* codes, int64_t first,
+                          int64_t last);
   // x * decoded, on a fixed range.
   void (*apply_range)(DType dtype, const void* x, const uint8_t* codes, int bits, QuantRange range,
                       void* out, int64_t numel, int64_t first, int64_t last);

@@ -2,6 +2,7 @@
 
 #include "quant_codes.h"
 #include "quant_math.h"
+#include "quant_rounding.h"
 
 namespace memtl::MEMTL_ISA_NS {
 namespace {
@@ -210,6 +211,29 @@ void activation_grad(DType dtype, const void* x, const uint8_t* codes, const uin
   });
 }
 
+void pack_derivative(DType dtype, const void* x, int64_t numel, int bits, Act act, QuantRange range,
+                     uint32_t seed, uint8_t* codes, int64_t first, int64_t last) {
+  dispatch(dtype, bits, [&]<DType kType, int kBits>() {
+    const LoadTensor<kType> load{x, numel};
+    alignas(64) float slopes[kBatch * kGroup];
+    for (int64_t g = first; g < last; g += kBatch) {
+      const int count = static_cast<int>(last - g < kBatch ? last - g : kBatch);
+      for (int i = 0; i < count; ++i) {
+        Floats v[kVectors];
+        load(g + i, v);
+        MEMTL_UNROLL
+        for (int j = 0; j < kVectors; ++j) store(slopes + i * kGroup + j * kWidth, v[j]);
+      }
+      over(act, true, slopes, count * kGroup);
+      for (int i = 0; i < count; i += kWidth) {
+        pack_range_groups<kBits>(load, LoadFloats{slopes, g}, range, seed, g + i,
+                                 count - i < kWidth ? count - i : kWidth,
+                                 codes + (g + i) * 8 * kBits);
+      }
+    }
+  });
+}
+
 void apply_range(DType dtype, const void* x, const uint8_t* codes, int bits, QuantRange range,
                  void* out, int64_t numel, int64_t first, int64_t last) {
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
@@ -224,6 +248,6 @@ void apply_range(DType dtype, const void* x, const uint8_t* codes, int bits, Qua
 }  // namespace
 
 const QuantFusedKernels quant_fused = {unpack_affine, unpack_activation, activation_grad,
-                                       apply_range};
+                                       pack_derivative, apply_range};
 
 }  // namespace memtl::MEMTL_ISA_NS

@@ -253,7 +253,7 @@ ACTIVATIONS: dict[str, Callable[..., Activation]] = {
     ),
 }
 
-# What torch.ops.memtl.quant_activation_grad has of them: a tanh form as good as another.
+# What the fused operators of torch.ops.memtl have of them: a tanh form as good as another.
 FUSED = {name: name for name in ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish")}
 FUSED |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_bloom"), "gelu_tanh")
 
@@ -275,15 +275,28 @@ class Kept(NamedTuple):
     is_derivative: bool
 
 
-def pack_activation(x: Tensor, act: Activation, format: Format) -> Kept:
+def pack_activation(
+    x: Tensor, name: str, parameters: tuple[float, ...], format: Format
+) -> Kept:
     """What backward needs of x: what stands for it already; else under a ``Quantized`` format the
     derivative, or x where y is to be rebuilt from it too; under any other format x."""
     if (source := shared(x, format)) is not None:
         return Kept(source, False)
+    act = activation(name, *parameters)
     once = format.rebuild and act.hidden and sharing()
     if once or not isinstance(format, Quantized):
         return Kept(packed_once(x, format), False)
-    return Kept(pack(act.derivative(x), derivative_format(act, format)), True)
+    return Kept(_pack_derivative(x, act, FUSED.get(name), format), True)
+
+
+def _pack_derivative(x: Tensor, act: Activation, fused: str | None, format: Quantized) -> Packed:
+    """From x in one pass where an operator knows the function."""
+    code = derivative_format(act, format)
+    if fused is None or x.dtype == torch.float64:
+        return pack(act.derivative(x), code)
+    rounding = (code.bits, fused, act.lo, act.hi, code.seed)
+    codes = torch.ops.memtl.quant_pack_derivative(x, *rounding)
+    return Packed(code, (codes,), x.shape, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +341,7 @@ class ActivationFunction(Function):
         if inplace:
             ctx.mark_dirty(x)
         else:
-            made = pack_activation(x, activation(ctx.name, *ctx.parameters), format)
+            made = pack_activation(x, ctx.name, ctx.parameters, format)
         packed, ctx.derivative_kept = made
         keep(ctx, (packed, format))
         if format.rebuild and not ctx.derivative_kept:

@@ -242,19 +242,18 @@ def _elementwise(
     if not any(needs(x)):
         return activation(name, *parameters).forward(x, inplace)
     made = None
-    act = activation(name, *parameters)
     if inplace and torch.compiler.is_compiling():
         # Compiled code keeps less so. What is kept must not be x itself: it is about to change.
         kept = x.clone() if isinstance(format, Dense) else x
         return x.copy_(_elementwise(name, kept, format, parameters))
     if format.exact:
         with torch.no_grad():
-            packed = pack_exactly(x, act, format, inplace)
+            packed = pack_exactly(x, activation(name, *parameters), format, inplace)
         return ExactActivationFunction.apply(x, name, parameters, format, inplace, packed)
     if inplace:
         with torch.no_grad():
             kept = x.clone() if isinstance(format, Dense) else x
-            made = pack_activation(kept, act, format)
+            made = pack_activation(kept, name, parameters, format)
     return ActivationFunction.apply(x, name, parameters, format, inplace, made)
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from memtl import functional as M
-from memtl.autograd.activation import ACTIVATIONS, activation
+from memtl.autograd.activation import ACTIVATIONS, FUSED, activation
 from memtl.autograd.mask import MASKS
 from memtl.memory import saved_bytes
-from memtl.storage import Dense, Quantized, TopK, pack
-from tests.helpers import assert_same, grad_like, leaves, run
+from memtl.storage import Dense, Packed, Quantized, TopK, pack
+from tests.helpers import assert_same, assert_within, grad_like, leaves, run
 
 NAMES = {"gelu_tanh": lambda x, **o: M.gelu(x, "tanh", **o)}
 EVERY = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -63,11 +63,16 @@ def test_gradient_is_the_stored_derivative(name, bits):
     out = function(name)(x, format=Quantized(bits, seed=5))
     g = grad_like(out)
     out.backward(g)
-    derivative = act.derivative(x.detach())
-    stored = pack(derivative, Quantized(bits, (act.lo, act.hi), 5)).unpack()
+    derivative, code = act.derivative(x.detach()), Quantized(bits, (act.lo, act.hi), 5)
+    if name in FUSED:
+        rounding = (bits, FUSED[name], act.lo, act.hi, 5)
+        codes = torch.ops.memtl.quant_pack_derivative(x.detach(), *rounding)
+        stored = Packed(code, (codes,), x.shape, x.dtype).unpack()
+    else:
+        stored = pack(derivative, code).unpack()
     assert_same(x.grad, g * stored)
     step = (act.hi - act.lo) / (2**bits - 2)
-    assert (stored - derivative).abs().max() < step * (1 + 1e-5)
+    assert (stored - derivative).abs().max() < step * (1 + 1e-5) + 2e-6  # what f' may be off
 
 
 @EVERY
@@ -110,6 +115,9 @@ def test_one_element_that_is_not_finite_leaves_its_neighbours_alone(name):
     step = (activation(name).hi - activation(name).lo) / 254
     assert (grads[0] - grads[1])[others].abs().max() <= step * (1 + 1e-4)
     assert grads[1][10].isnan()
+    if name in FUSED:  # the limits, where torch may have NaN
+        assert_within(grads[1][[70, 150]], torch.tensor([1.0, 0.0]), step)
+        return
     (x,) = leaves([spoiled])
     activation(name).forward(x).sum().backward()
     stock = x.grad.view(-1)
