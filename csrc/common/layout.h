@@ -11,7 +11,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__CUDACC__)
+#define MEMTL_INLINE static inline __attribute__((always_inline)) __host__ __device__
+#else
 #define MEMTL_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace memtl {
 

@@ -45,6 +45,11 @@ inline void check_channels(const char* op, int64_t channels, int64_t inner, int6
                   channels, " channels of ", inner, " do not divide ", numel, " elements");
 }
 
+inline void check_beside(const char* op, const char* what, const Tensor& x, const Tensor& codes) {
+  STD_TORCH_CHECK(x.is_cpu() == codes.is_cpu() && x.get_device_index() == codes.get_device_index(),
+                  op, ": expected ", what, " on the device of codes");
+}
+
 // codes as a flat contiguous tensor that holds numel elements in so many bits.
 inline Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
   const int64_t groups = ceil_div(numel, kGroup);
@@ -61,7 +66,7 @@ inline Tensor checked_params(const char* op, const Tensor& params, const Tensor&
                       params.size(0) == codes.size(0) && params.size(1) == 2,
                   op, ": expected params of bfloat16 [", codes.size(0), ", 2], got ",
                   describe(params));
-  STD_TORCH_CHECK(params.is_cpu(), op, ": expected params on the CPU, as codes are");
+  check_beside(op, "params", params, codes);
   return torch::stable::contiguous(params);
 }
 
