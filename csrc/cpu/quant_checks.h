@@ -3,9 +3,11 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "quant.h"
+#include "quant_fused.h"
 #include "tensor.h"
 
 namespace memtl {
@@ -19,6 +21,16 @@ inline void check_bits(const char* op, int64_t bits) {
 inline uint32_t fold(int64_t seed) {
   const auto wide = static_cast<uint64_t>(seed);
   return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
+}
+
+inline Act act_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == kNames[i]) return static_cast<Act>(i);
+  }
+  STD_TORCH_CHECK(false, op,
+                  ": expected gelu, gelu_tanh, silu, quick_gelu, hardswish or mish, got ", name);
+  return Act::gelu;
 }
 
 inline QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {

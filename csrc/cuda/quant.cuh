@@ -18,6 +18,13 @@ constexpr float kSmallestScale = 0x1p-126f;
 // What a lane has of a group.
 using Own = float[4][4];
 
+template <class Each>
+__device__ inline void for_own(const Each& each) {
+  for (int p = 0; p < 4; ++p) {
+    for (int j = 0; j < 4; ++j) each(p, j);
+  }
+}
+
 // Calls each(group, lane) for every group of numel elements, with any grid and block of one
 // dimension. Warps stay whole: lanes that have no group left do the last one again, and write what
 // is there already.
@@ -41,12 +48,10 @@ __device__ inline void load_group(const T* x, int64_t numel, int64_t group, unsi
     for (int p = 0; p < 4; ++p) load_four(x + begin + 16 * p, v[p]);
     return;
   }
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) {
-      const int64_t i = begin + 16 * p + j;
-      v[p][j] = to_float(x[i < numel ? i : numel - 1]);
-    }
-  }
+  for_own([&](int p, int j) {
+    const int64_t i = begin + 16 * p + j;
+    v[p][j] = to_float(x[i < numel ? i : numel - 1]);
+  });
 }
 
 template <class T>
@@ -57,12 +62,10 @@ __device__ inline void store_group(T* out, int64_t numel, int64_t group, unsigne
     for (int p = 0; p < 4; ++p) store_four(out + begin + 16 * p, v[p]);
     return;
   }
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) {
-      const int64_t i = begin + 16 * p + j;
-      if (i < numel) out[i] = from_float<T>(v[p][j]);
-    }
-  }
+  for_own([&](int p, int j) {
+    const int64_t i = begin + 16 * p + j;
+    if (i < numel) out[i] = from_float<T>(v[p][j]);
+  });
 }
 
 // Joins what the lanes of a group bring; all of them have the result.
@@ -75,9 +78,7 @@ __device__ inline T over_group(T x, const Join& join) {
 // The sum of a group's bits, every NaN being the same one.
 __device__ inline uint32_t group_key(const Own& v) {
   uint32_t sum = 0;
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) sum += v[p][j] != v[p][j] ? 0x7fc00000 : bits_of(v[p][j]);
-  }
+  for_own([&](int p, int j) { sum += v[p][j] != v[p][j] ? 0x7fc00000 : bits_of(v[p][j]); });
   return over_group(sum, [](uint32_t a, uint32_t b) { return a + b; });
 }
 
@@ -115,13 +116,11 @@ __device__ inline void pack_group(const Own& v, uint32_t seed, int64_t group, un
   constexpr uint32_t kTop = (1u << kBits) - 1;
   float low = v[0][0], high = v[0][0];
   uint32_t key = 0;
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) {
-      low = least(low, v[p][j]);
-      high = most(high, v[p][j]);
-      key += bits_of(v[p][j]);
-    }
-  }
+  for_own([&](int p, int j) {
+    low = least(low, v[p][j]);
+    high = most(high, v[p][j]);
+    key += bits_of(v[p][j]);
+  });
   low = over_group(low, [](float a, float b) { return least(a, b); });
   high = over_group(high, [](float a, float b) { return most(a, b); });
   key = over_group(key, [](uint32_t a, uint32_t b) { return a + b; }) + seed;
@@ -146,9 +145,7 @@ __device__ inline void pack_range_group(const Own& v, uint32_t key, QuantRange r
                                         unsigned lane, uint8_t* codes) {
   constexpr uint32_t kTop = (1u << kBits) - 2;
   Own clamped;
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) clamped[p][j] = fminf(fmaxf(v[p][j], range.lo), range.hi);
-  }
+  for_own([&](int p, int j) { clamped[p][j] = fminf(fmaxf(v[p][j], range.lo), range.hi); });
   Planes levels;
   quantize<kBits, kTop>(clamped, range.lo, 1.0f / range.step, key, group, lane, v, levels);
   store_codes<kBits>(codes, group, lane, levels);
@@ -161,9 +158,7 @@ __device__ inline void decode_group(const uint8_t* codes, const uint32_t* params
   const Params of = params_of(params[group]);
   Planes levels;
   load_codes<kBits>(codes, group, lane, levels);
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) v[p][j] = fmaf(code_at(levels[p], j), of.scale, of.offset);
-  }
+  for_own([&](int p, int j) { v[p][j] = fmaf(code_at(levels[p], j), of.scale, of.offset); });
 }
 
 // The same on a fixed range; the last code is NaN.
@@ -173,16 +168,15 @@ __device__ inline void decode_range_group(const uint8_t* codes, QuantRange range
   constexpr float kForNaN = (1 << kBits) - 1;
   Planes levels;
   load_codes<kBits>(codes, group, lane, levels);
-  for (int p = 0; p < 4; ++p) {
-    for (int j = 0; j < 4; ++j) {
-      const float code = code_at(levels[p], j), x = code * range.step + range.lo;
-      v[p][j] = code == kForNaN ? bits_float(0x7fc00000) : x;
-    }
-  }
+  for_own([&](int p, int j) {
+    const float code = code_at(levels[p], j), x = code * range.step + range.lo;
+    v[p][j] = code == kForNaN ? bits_float(0x7fc00000) : x;
+  });
 }
 
-// In all kernels x, codes, params and out have the groups of numel elements, one at least. codes
-// and params begin at 4 bytes, codes of 3 bits at 8; x and out may begin anywhere.
+// In all kernels x, codes, params and out have the groups of numel elements, one at least. A block
+// has kQuantThreads threads at most, in one dimension. codes and params begin at 8 bytes, x and out
+// anywhere.
 
 template <class T, int kBits>
 __global__ void quant_pack_kernel(const T* __restrict__ x, int64_t numel, uint32_t seed,

@@ -5,7 +5,8 @@
 
 namespace memtl::cuda {
 
-constexpr int kLanes = 4;  // that hold a group
+constexpr int kLanes = 4;           // that hold a group
+constexpr int kQuantThreads = 128;  // of a block
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(double x) { return static_cast<float>(x); }

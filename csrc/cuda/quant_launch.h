@@ -7,8 +7,6 @@
 
 namespace memtl::cuda {
 
-constexpr int kQuantThreads = 128;
-
 inline unsigned group_blocks(int64_t numel) {
   return blocks_of(ceil_div(numel, kGroup), kQuantThreads / kLanes);
 }
@@ -46,6 +44,17 @@ inline Packed packed_of(const char* op, const Tensor& codes, const Tensor& param
   check_bits(op, bits);
   return {whole_words(checked_codes(op, codes, bits, numel)),
           whole_words(checked_params(op, params, codes))};
+}
+
+// A floating tensor's numbers in float32, where kernels read them.
+inline Tensor numbers_of(const char* op, const char* what, const Tensor& x, const Tensor& codes) {
+  floating(op, what, x.scalar_type());
+  check_beside(op, what, x, codes);
+  return whole_words(torch::stable::to(x, ScalarType::Float));
+}
+
+inline const float* floats_of(const Tensor& x) {
+  return static_cast<const float*>(x.const_data_ptr());
 }
 
 // Calls run.template operator()<T, kBits>().
