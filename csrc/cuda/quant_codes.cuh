@@ -175,4 +175,35 @@ __device__ inline Params params_of(uint32_t pair) {
   return {bits_float(pair << 16), bits_float(pair & 0xffff0000)};
 }
 
+// The elements of x-hat, or of whatever is packed, four from element i on, a multiple of 4.
+template <int kBits>
+__device__ inline void decode_four(const uint8_t* codes, const uint32_t* params, int64_t i,
+                                   float (&v)[4]) {
+  const int64_t group = i / kGroup;
+  const auto quad = static_cast<unsigned>(i % kGroup) / 4;
+  constexpr unsigned kWords = kBits == 3 ? 4 : 2 * kBits;  // that hold the low two bits, or all
+  constexpr uint32_t kLow = kBits == 8 ? 0xffffffff : kBits == 4 ? 0x0f0f0f0f : 0x03030303;
+  const uint32_t word = words_of(codes)[group * (2 * kBits) + quad % kWords];
+  uint32_t plane = word >> (quad / kWords * (kBits == 3 ? 2 : kBits)) & kLow;
+  if constexpr (kBits == 3) {
+    const unsigned third = codes[group * 24 + 16 + quad / 2];
+    plane |= spread_bits(third >> (quad % 2 * 4) & 15) << 2;
+  }
+  const Params of = params_of(params[group]);
+  for (int j = 0; j < 4; ++j) v[j] = fmaf(code_at(plane, j), of.scale, of.offset);
+}
+
+// Element i alone.
+template <int kBits>
+__device__ inline float decode_one(const uint8_t* codes, const uint32_t* params, int64_t i) {
+  const int64_t group = i / kGroup;
+  const auto within = static_cast<unsigned>(i % kGroup);
+  constexpr unsigned kBytes = kBits == 3 ? 16 : 8 * kBits, kEach = kBits == 3 ? 2 : kBits;
+  const unsigned byte = codes[group * (8 * kBits) + within % kBytes];
+  unsigned code = byte >> (within / kBytes * kEach) & ((1u << kEach) - 1);
+  if constexpr (kBits == 3) code |= (codes[group * 24 + 16 + within / 8] >> within % 8 & 1) << 2;
+  const Params of = params_of(params[group]);
+  return fmaf(static_cast<float>(code), of.scale, of.offset);
+}
+
 }  // namespace memtl::cuda

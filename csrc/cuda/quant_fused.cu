@@ -16,7 +16,7 @@ std::optional<Tensor> table_of(const char* op, const char* what, const std::opti
   if (!given) return std::nullopt;
   STD_TORCH_CHECK(given->numel() > 0, op, ": expected ", what, " of a channel at least, got ",
                   describe(*given));
-  return numbers_of(op, what, *given, codes);
+  return numbers_of(op, what, *given, given->numel(), codes);
 }
 
 ChannelTables tables_of(const char* op, const std::optional<Tensor>& weight,

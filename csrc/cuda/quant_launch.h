@@ -47,9 +47,12 @@ inline Packed packed_of(const char* op, const Tensor& codes, const Tensor& param
 }
 
 // A floating tensor's numbers in float32, where kernels read them.
-inline Tensor numbers_of(const char* op, const char* what, const Tensor& x, const Tensor& codes) {
+inline Tensor numbers_of(const char* op, const char* what, const Tensor& x, int64_t numel,
+                         const Tensor& codes) {
   floating(op, what, x.scalar_type());
   check_beside(op, what, x, codes);
+  STD_TORCH_CHECK(x.numel() == numel, op, ": expected ", what, " of ", numel, " elements, got ",
+                  describe(x));
   return whole_words(torch::stable::to(x, ScalarType::Float));
 }
 
