@@ -8,13 +8,14 @@
 namespace memtl::cuda {
 namespace {
 
+constexpr unsigned kUsualThreads = 256;  // of a block whose rows are shorter
+
 // Calls run.template operator()<kQuads>() with how many times four features a thread holds; 0 where
 // a block cannot hold a row.
 template <class Run>
 void with_quads(int64_t quads, const Run& run) {
-  if (quads <= kNormThreads / 4) return run.template operator()<1>();
-  if (quads <= kNormThreads) return run.template operator()<2>();
-  if (quads <= 4 * kNormThreads) return run.template operator()<4>();
+  if (quads <= 128) return run.template operator()<1>();
+  if (quads <= 2 * kNormThreads) return run.template operator()<2>();
   return run.template operator()<0>();
 }
 
@@ -40,13 +41,13 @@ std::tuple<Tensor, Tensor, Tensor> quant_norm_grad_cuda(const Tensor& grad_out, 
   ChannelGrads grads = new_grads(flat, features, rows == 0);
   if (rows == 0) return {grad_x, grads.weight, grads.bias};
 
-  const NormRows norm{floats_of(scales), factors ? floats_of(*factors) : nullptr, rows, features,
-                      centered};
+  const NormRows norm{floats_of(scales), factors ? floats_of(*factors) : nullptr, rows,
+                      features,          1 / static_cast<float>(features),        centered};
   const int64_t quads = ceil_div(features, 4);
   with_quads(quads, [&]<int kQuads>() {
     if constexpr (kQuads > 0) {
       const auto wide = static_cast<unsigned>(kWarp * ceil_div(quads, kWarp * kQuads));
-      const dim3 threads(wide, kNormThreads / wide);
+      const dim3 threads(wide, std::max(1u, kUsualThreads / wide));
       const unsigned blocks = blocks_of(rows, 4 * threads.y, kSumBlocks);
       Tensor partial = new_partial(flat, blocks * features);
       with_bits(dtype, bits, [&]<class T, int kBits>() {
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_norm_grad_cuda(const Tensor& grad_out, 
       sum_partial(on, partial, blocks, features, 1, grads);
     } else {
       with_bits(dtype, bits, [&]<class T, int kBits>() {
-        quant_norm_rows_kernel<T, kBits><<<blocks_of(rows, 1), kNormThreads, 0, on.stream()>>>(
+        quant_norm_rows_kernel<T, kBits><<<blocks_of(rows, 1), kRowThreads, 0, on.stream()>>>(
             static_cast<const T*>(flat.const_data_ptr()), packed.of_codes(), packed.of_params(),
             norm, static_cast<T*>(grad_x.mutable_data_ptr()));
         STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -11,12 +11,14 @@ namespace memtl::cuda {
 // What the rows have in common.
 struct NormRows {
   const float* rstd;    // [rows]
-  const float* weight;  // [features], or null
+  const float* weight;  // [features], from 16 bytes on, or null
   int64_t rows, features;
+  float share;  // 1 / features
   bool centered;
 };
 
-constexpr int kNormThreads = 512;  // of a block, at most
+constexpr int kNormThreads = 1024;  // of a block, at most
+constexpr int kRowThreads = 512;    // of quant_norm_rows_kernel's
 
 // The means of two numbers' sums over the threads of a row, blockDim.x, a multiple of a warp. All
 // threads of a block call this; `turn` is 0 and 1 in turns, so that one barrier is enough.
@@ -35,12 +37,16 @@ __device__ inline Sums row_means(float slope, float mean, const NormRows& norm, 
       mean += own[i].at[1];
     }
   }
-  const auto count = static_cast<float>(norm.features);
-  return {slope / count, norm.centered ? mean / count : 0};
+  return {slope * norm.share, norm.centered ? mean * norm.share : 0};
 }
 
-__device__ inline float weight_of(const NormRows& norm, int64_t feature) {
-  return norm.weight && feature < norm.features ? norm.weight[feature] : 1;
+// The weights of four features from a multiple of 4 on.
+template <class Index>
+__device__ inline void load_weights(const NormRows& norm, Index feature, float (&weight)[4]) {
+  if (norm.weight && feature + 4 <= norm.features) return load_four(norm.weight + feature, weight);
+  for (int j = 0; j < 4; ++j) {
+    weight[j] = norm.weight && feature + j < norm.features ? norm.weight[feature + j] : 1;
+  }
 }
 
 // One pass over memory: a row is held by blockDim.x threads, each of which has kQuads times four
@@ -51,12 +57,11 @@ __global__ void __launch_bounds__(kNormThreads)
     quant_norm_grad_kernel(const T* __restrict__ grad_out, const uint8_t* __restrict__ codes,
                            const uint32_t* __restrict__ params, NormRows norm,
                            T* __restrict__ grad_x, Sums* __restrict__ partial) {
-  const int64_t features = norm.features;
-  const auto feature_of = [](int k) { return 4 * (int64_t{k} * blockDim.x + threadIdx.x); };
-  float weight[kQuads][4], products[kQuads][4] = {}, grads[kQuads][4] = {};
-  for (int k = 0; k < kQuads; ++k) {
-    for (int j = 0; j < 4; ++j) weight[k][j] = weight_of(norm, feature_of(k) + j);
-  }
+  const auto features = static_cast<int>(norm.features);
+  const auto feature_of = [](int k) {
+    return static_cast<int>(4 * (k * blockDim.x + threadIdx.x));
+  };
+  float products[kQuads][4] = {}, grads[kQuads][4] = {};
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
   unsigned turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < norm.rows;
@@ -64,31 +69,35 @@ __global__ void __launch_bounds__(kNormThreads)
     const int64_t row = first + threadIdx.y, begin = row * features;
     float grad[kQuads][4], x_hat[kQuads][4], slope = 0, mean = 0;
     for (int k = 0; k < kQuads; ++k) {
-      const int64_t feature = feature_of(k), left = row < norm.rows ? features - feature : 0;
+      const int feature = feature_of(k), left = row < norm.rows ? features - feature : 0;
       load_some<kBits>(grad_out, codes, params, begin + feature, left, grad[k], x_hat[k]);
     }
     for (int k = 0; k < kQuads; ++k) {
+      float weight[4];
+      load_weights(norm, feature_of(k), weight);
       for (int j = 0; j < 4; ++j) {
         const float product = grad[k][j] * x_hat[k][j];
         products[k][j] += product;
         grads[k][j] += grad[k][j];
-        slope = fmaf(product, weight[k][j], slope);
-        mean = fmaf(grad[k][j], weight[k][j], mean);
+        slope = fmaf(product, weight[j], slope);
+        mean = fmaf(grad[k][j], weight[j], mean);
       }
     }
     const Sums means = row_means(slope, mean, norm, turn);
     if (row >= norm.rows) continue;
     const float rstd = norm.rstd[row];
     for (int k = 0; k < kQuads; ++k) {
+      float weight[4];  // read again: held, they would leave room for fewer warps
+      load_weights(norm, feature_of(k), weight);
       for (int j = 0; j < 4; ++j) {
-        const float own = grad[k][j] * weight[k][j] - means.at[1];
+        const float own = grad[k][j] * weight[j] - means.at[1];
         grad[k][j] = (own - x_hat[k][j] * means.at[0]) * rstd;
       }
       store_some(grad_x, begin + feature_of(k), features - feature_of(k), grad[k]);
     }
   }
   // The sums of the block's other rows come to those of its first, one after the other.
-  MEMTL_SHARED(Sums, others, [4][kNormThreads / 2]);
+  MEMTL_SHARED(Sums, others, [4][kNormThreads / 4]);
   for (int k = 0; k < kQuads; ++k) {
     for (unsigned y = 1; y < blockDim.y; ++y) {
       __syncthreads();
@@ -103,16 +112,16 @@ __global__ void __launch_bounds__(kNormThreads)
       }
     }
     for (int j = 0; j < 4; ++j) {
-      const int64_t feature = feature_of(k) + j;
+      const int feature = feature_of(k) + j;
       if (threadIdx.y > 0 || feature >= features) continue;
-      partial[blockIdx.x * features + feature] = {products[k][j], grads[k][j]};
+      partial[int64_t{blockIdx.x} * features + feature] = {products[k][j], grads[k][j]};
     }
   }
 }
 
 // The same for rows of any length, a block a row, without the sums over rows: reads a row twice.
 template <class T, int kBits>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kRowThreads)
     quant_norm_rows_kernel(const T* __restrict__ grad_out, const uint8_t* __restrict__ codes,
                            const uint32_t* __restrict__ params, NormRows norm,
                            T* __restrict__ grad_x) {
@@ -120,11 +129,12 @@ __global__ void __launch_bounds__(kNormThreads)
   unsigned turn = 0;
   for (int64_t row = blockIdx.x; row < norm.rows; row += gridDim.x, turn ^= 1) {
     const int64_t begin = row * features;
-    float grad[4], x_hat[4], slope = 0, mean = 0;
+    float grad[4], x_hat[4], weight[4], slope = 0, mean = 0;
     for (int64_t f = 4 * threadIdx.x; f < features; f += 4 * blockDim.x) {
       load_some<kBits>(grad_out, codes, params, begin + f, features - f, grad, x_hat);
+      load_weights(norm, f, weight);
       for (int j = 0; j < 4; ++j) {
-        const float scaled = grad[j] * weight_of(norm, f + j);
+        const float scaled = grad[j] * weight[j];
         slope = fmaf(scaled, x_hat[j], slope);
         mean += scaled;
       }
@@ -133,8 +143,9 @@ __global__ void __launch_bounds__(kNormThreads)
     const float rstd = norm.rstd[row];
     for (int64_t f = 4 * threadIdx.x; f < features; f += 4 * blockDim.x) {
       load_some<kBits>(grad_out, codes, params, begin + f, features - f, grad, x_hat);
+      load_weights(norm, f, weight);
       for (int j = 0; j < 4; ++j) {
-        const float own = grad[j] * weight_of(norm, f + j) - means.at[1];
+        const float own = grad[j] * weight[j] - means.at[1];
         grad[j] = (own - x_hat[j] * means.at[0]) * rstd;
       }
       store_some(grad_x, begin + f, features - f, grad);

@@ -12,9 +12,9 @@ namespace memtl::cuda {
 using Sums = Vector<float, 2>;
 
 // Some of the elements [i, i + 4) of grad_out and of x-hat: the first `count`, zeros behind them.
-template <int kBits, class T>
+template <int kBits, class T, class Count>
 __device__ inline void load_some(const T* __restrict__ grad_out, const uint8_t* __restrict__ codes,
-                                 const uint32_t* __restrict__ params, int64_t i, int64_t count,
+                                 const uint32_t* __restrict__ params, int64_t i, Count count,
                                  float (&grad)[4], float (&x_hat)[4]) {
   if (count >= 4 && i % 4 == 0 && is_aligned<T>(grad_out)) {
     load_four(grad_out + i, grad);
@@ -27,8 +27,8 @@ __device__ inline void load_some(const T* __restrict__ grad_out, const uint8_t* 
   }
 }
 
-template <class T>
-__device__ inline void store_some(T* out, int64_t i, int64_t count, const float (&v)[4]) {
+template <class T, class Count>
+__device__ inline void store_some(T* out, int64_t i, Count count, const float (&v)[4]) {
   if (count >= 4 && i % 4 == 0 && is_aligned<T>(out)) return store_four(out + i, v);
   for (int j = 0; j < 4; ++j) {
     if (j < count) out[i + j] = from_float<T>(v[j]);
