@@ -81,7 +81,9 @@ class BuildNative(build_ext):
             for built in sorted((work / "memtl").glob("_C*.so")):
                 shutil.copy2(built, package)
                 record[built.name.split(".")[0]] = {"built": True, "reason": None}
-            if not record["_C_cuda"]["built"]:
+            if record["_C_cuda"]["built"]:
+                record["_C_cuda"]["archs"] = (work / "cuda_archs.txt").read_text()
+            else:
                 record["_C_cuda"]["reason"] = (work / "cuda_missing.txt").read_text()
         else:
             print(

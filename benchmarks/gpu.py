@@ -1,26 +1,32 @@
-"""`make gpu`, after its tests: every operator on an NVIDIA GPU, and a training step of a ViT-B/16.
+"""`make gpu`, after its tests: every operator on an NVIDIA GPU, and training steps of a ViT-B/16, a
+ResNet-50 and a BERT base.
 
-    python benchmarks/gpu.py [--output FILE]
+    python benchmarks/gpu.py [--output FILE] [--minutes 4] [--budget-gib 16]
     python benchmarks/gpu.py --device cpu --quick     the same code, small, on a machine without one
+    python benchmarks/gpu.py --floors                 what each operator has to move and multiply
 
 Operators: tensors of 64 images, 12608 tokens of 768 or 3072 features, in bfloat16. CUDA events, and
 medians of turns taken in one process, each call with a cold L2 cache. GB/s counts each argument and
-result once; its share is that of copying 1 GiB on the device. The ratio is the baseline's time over
-the operator's.
+result once; its share is that of copying 1 GiB on the device, a product's that of the library's own
+product of two matrices of 8192 rows. The ratio is the baseline's time over the operator's. Where
+another backend brings the operator too, it is one of the baselines, "triton" by name.
 
-Training: vit_base_patch16_224, 64 images, autocast to bfloat16, AdamW; stock, with timm's gradient
-checkpointing, and with Back Razor (fast, keep 0.1); then VQT beside a forward pass of the frozen
-network; LoRA on it, with its frozen layers as PyTorch has them and as memtl does; parts of a frozen
-mobilenetv2_100, Rep-Net's among them; steps taking turns. Saved bytes are exact; the peak is the
-most that a step needs beyond what is allocated between steps: weights and the optimizer's state.
+Training: batches of 64, autocast to bfloat16, AdamW; stock, with the library's gradient
+checkpointing, LoRA, and memtl's methods; steps taking turns. Saved bytes are exact; the peak is the
+most that a step needs beyond what is allocated between steps, weights and the optimizer's state.
+The largest batch is the largest whose step runs when the process is refused more than the budget.
+
+What there is no time left for is named, and stands in the result as left out.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,85 +36,184 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import memtl  # noqa: E402
+from benchmarks import goals  # noqa: E402
 from benchmarks.kernels import harness  # noqa: E402
-from benchmarks.kernels.cases import all_cases  # noqa: E402
-from benchmarks.training.steps import SEED, format_rows, measure  # noqa: E402
-from benchmarks.training.workloads import (  # noqa: E402
-    CHECKPOINTING,
-    FROZEN_MODES,
-    LORA_MODES,
-    SIDE_MODES,
-    STOCK,
-    Mode,
-    Workload,
-)
+from benchmarks.kernels.cases import RUN_AGAIN, all_cases, moved_bytes  # noqa: E402
+from benchmarks.training.steps import SEED, format_rows, largest_batch, measure  # noqa: E402
+from benchmarks.training.workloads import GPU_PAIRS, GPU_QUICK_PAIRS  # noqa: E402
 
-MODES = (STOCK, CHECKPOINTING, Mode("back razor", config=memtl.BackRazorConfig(keep=0.1)))
+GIB = 2**30
+TRAINING_SHARE = 0.5
+"""Of the time, for training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """How much is measured: everything, or just enough to run every line."""
 
-    model: str
-    convolutional: str
+    pairs: tuple
     batch: int
     seconds: float  # for one case, and for the training steps of one mode
     copy_bytes: int
-    rotate_bytes: int
+    product_size: int
 
 
-FULL = Scale("vit_base_patch16_224", "mobilenetv2_100", 64, 1.5, 2**30, 2**28)
-QUICK = Scale("vit_tiny_patch16_224", "mobilenetv2_035", 2, 0.0, 2**22, 2**22)
+FULL = Scale(GPU_PAIRS, 64, 0.4, 2**30, 8192)
+QUICK = Scale(GPU_QUICK_PAIRS, 2, 0.0, 2**22, 256)
 
 
-def kernel_rows(
-    scale: Scale, device: str, timer: harness.Timer, bandwidth: float
-) -> Iterator[dict[str, Any]]:
+class Budget:
+    """Seconds that run out."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> bool:
+        return time.monotonic() < self._end
+
+
+def other_backends(op: str, device: str) -> dict[str, Callable[..., Any]]:
+    """Who else brings an operator that has another owner."""
+    if device != "cuda" or memtl.backends.owner(op, device) == "triton":
+        return {}
+    from memtl import kernels
+
+    return {"triton": kernels.OPS[op]} if op in kernels.OPS else {}
+
+
+def measure_kernels(
+    record: dict[str, Any], scale: Scale, device: str, timer: harness.Timer, budget: Budget
+) -> None:
     """Every operator against its baselines."""
+    print(f"\n{harness.HEADER}")
     for case in all_cases(scale.batch, device, torch.bfloat16):
-        yield from harness.measure(
-            case, device, timer, bandwidth, scale.seconds, scale.rotate_bytes
+        if not budget.left():
+            record["left_out"].append(str(case))
+            continue
+        rows = harness.measure(
+            case,
+            device,
+            timer,
+            record["copy_gb_per_s"] * 1e9,
+            scale.seconds,
+            others=other_backends(case.op, device),
+            product=record["product_tflop_per_s"] * 1e12,
         )
+        for row in rows:
+            print(harness.format_row(row), flush=True)
+        record["rows"] += rows
+
+
+def measure_training(
+    record: dict[str, Any],
+    scale: Scale,
+    device: str,
+    timer: harness.Timer,
+    budget: Budget,
+    budget_bytes: int,
+) -> None:
+    """Steps of every model, and the largest batches."""
+    for workload, modes in scale.pairs:
+        if not budget.left():
+            record["left_out"].append(f"training {workload.model}")
+            continue
+        pair = [(workload, modes)]
+        (rows,) = measure(pair, device, timer, 5 * scale.seconds, autocast=torch.bfloat16)
+        for mode, row in zip(modes, rows, strict=True):
+            row["largest_batch"] = None
+            if device == "cuda" and budget.left():
+                row["largest_batch"] = largest_batch(workload, mode, budget_bytes, torch.bfloat16)
+            elif device == "cuda":
+                record["left_out"].append(f"largest batch of {workload.model}, {mode.name}")
+        print(f"\n{format_rows(rows, 'autocast bfloat16')}")
+        if device == "cuda":
+            found = ", ".join(f"{row['mode']} {row['largest_batch']}" for row in rows)
+            print(f"largest batch in {budget_bytes / GIB:g} GiB: {found}")
+        record["training"] += rows
+
+
+def slower_owners(rows: list[dict[str, Any]]) -> list[str]:
+    """Operators that something else at hand computes faster than their owner: the table of owners,
+    or a launcher's rule, should change where that holds on every card."""
+    return [
+        f"{row['op']} {row['what']}: {row['served_by']} takes {1 / row['ratio']:.2f}x the time of "
+        f"{row['baseline']}"
+        for row in rows
+        if row["baseline"] in ("triton", RUN_AGAIN) and row["ratio"] < 1
+    ]
+
+
+def floors(batch: int) -> list[dict[str, Any]]:
+    """Bytes that every operator has to move and operations of every product; the operators run
+    once, on the CPU, to know the sizes of their results."""
+    rows = []
+    for case in all_cases(batch, "cpu", torch.bfloat16):
+        call = case.make()["memtl"]
+        rows.append(
+            {
+                "op": case.op,
+                "what": case.what,
+                "shape": case.shape,
+                "moved_bytes": moved_bytes(call),  # type: ignore[arg-type]
+                "flops": case.flops,
+            }
+        )
+        print(goals.format_floor(rows[-1]), flush=True)
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="small and few: a trial of this code")
+    parser.add_argument("--floors", action="store_true", help="arithmetic alone; no GPU is needed")
+    parser.add_argument("--minutes", type=float, default=4.0, help="what begins later is left out")
+    parser.add_argument("--budget-gib", type=float, default=16.0, help="of the largest batches")
     parser.add_argument("--output", type=Path, help="default on a GPU: results/gpu-<its name>.json")
     options = parser.parse_args()
+    for name in ("minutes", "budget_gib"):
+        if getattr(options, name) <= 0:
+            parser.error(
+                f"--{name.replace('_', '-')} must be above 0, got {getattr(options, name)}"
+            )
+    torch.manual_seed(SEED)
+    if options.floors:
+        print(goals.FLOOR_HEADER)
+        floors(FULL.batch)
+        return 0
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         print(
             "benchmarks/gpu.py measures an NVIDIA GPU and torch sees none here; "
-            "`--device cpu --quick` tries the code out without one",
+            "`--device cpu --quick` tries the code out without one, `--floors` is arithmetic alone",
             file=sys.stderr,
         )
         return 1
     scale = QUICK if options.quick else FULL
-    torch.manual_seed(SEED)
     timer = harness.cuda_timer() if device == "cuda" else harness.cpu_timer
+    record = harness.environment(device, SEED)
     bandwidth = harness.copy_bandwidth(scale.copy_bytes, device, timer)
-    record = harness.environment(device, SEED) | {"copy_gb_per_s": bandwidth / 1e9}
+    product = harness.product_rate(scale.product_size, device, torch.bfloat16, timer)
+    record |= {
+        "copy_gb_per_s": bandwidth / 1e9,
+        "product_tflop_per_s": product / 1e12,
+        "budget_gib": options.budget_gib,
+        "rows": [],
+        "training": [],
+        "left_out": [],
+    }
     print(f"{record.get('gpu', record['cpu'])}, torch {record['torch']}, {record['backends']}")
-    print(f"copy: {bandwidth / 1e9:.0f} GB/s\n\n{harness.HEADER}")
-    record["rows"] = []
-    for row in kernel_rows(scale, device, timer, bandwidth):
-        print(harness.format_row(row), flush=True)
-        record["rows"].append(row)
-    workload = Workload(scale.model, scale.batch)
-    small = Workload(scale.convolutional, scale.batch)
-    record["training"] = []
-    pairs = [
-        (workload, MODES),
-        (workload, FROZEN_MODES),
-        (workload, LORA_MODES),
-        (small, SIDE_MODES),
-    ]
-    for rows in measure(pairs, device, timer, 3 * scale.seconds, autocast=torch.bfloat16):
-        print(f"\n{format_rows(rows, 'autocast bfloat16')}")
-        record["training"] += rows
+    print(f"copy {bandwidth / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s")
+    seconds = math.inf if options.quick else 60 * options.minutes
+    training = Budget(seconds * TRAINING_SHARE)
+    measure_training(record, scale, device, timer, training, int(options.budget_gib * GIB))
+    measure_kernels(record, scale, device, timer, Budget(seconds * (1 - TRAINING_SHARE)))
+    record["slower_owners"] = slower_owners(record["rows"])
+    record["goals"] = goals.compare(record)
+    print(f"\n{goals.format_goals(record['goals'])}")
+    for title, lines in (("left out, for time", "left_out"), ("slower owners", "slower_owners")):
+        for line in record[lines]:
+            print(f"{title}: {line}")
     output = options.output
     if output is None and device == "cuda":
         name = re.sub(r"\W+", "-", record["gpu"]).strip("-").lower()

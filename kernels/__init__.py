@@ -5,18 +5,32 @@ signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.referen
 for bit, but for sums, whose order is its own.
 """
 
-from .bits import bits_apply, bits_pack
+from .attention import attention_grad
+from .bits import bits_apply, bits_pack, bits_pack_between
+from .masked import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from .query_attention import query_attention, query_attention_grad
 from .select import bits_expand, bits_select
 from .threshold import threshold_magnitude, threshold_mask
+from .topk import topk_pack, topk_pack_sample, topk_unpack
+from .topk_grad import topk_conv_weight_grad, topk_weight_grad
 
 OPS = {
+    "topk_pack": topk_pack,
+    "topk_pack_sample": topk_pack_sample,
+    "topk_unpack": topk_unpack,
+    "topk_weight_grad": topk_weight_grad,
+    "topk_conv_weight_grad": topk_conv_weight_grad,
     "bits_pack": bits_pack,
+    "bits_pack_between": bits_pack_between,
     "bits_apply": bits_apply,
     "bits_select": bits_select,
     "bits_expand": bits_expand,
     "threshold_magnitude": threshold_magnitude,
     "threshold_mask": threshold_mask,
+    "masked_linear": masked_linear,
+    "masked_linear_input_grad": masked_linear_input_grad,
+    "masked_linear_weight_grad": masked_linear_weight_grad,
+    "attention_grad": attention_grad,
     "query_attention": query_attention,
     "query_attention_grad": query_attention_grad,
 }

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memtl import reference
+from memtl.reference.fused import ACTIVATIONS
+from memtl.reference.quant import dither, in_groups
 from memtl.storage import CenteredTopK, Dense, Format, Packed, Quantized, SignMean, TopK
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,36 @@ def gamma(operations: int, dtype: torch.dtype = torch.float32) -> float:
     """Higham's bound on the relative error of a sum of products of that many terms, any order."""
     u = unit(dtype)
     return operations * u / (1 - operations * u)
+
+
+def exact_activation(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f and f' in float64; at what float64 cannot tell from infinity, the limits."""
+    f, derivative = ACTIVATIONS[name]
+    x = x.double()
+    if name == "gelu":  # torch's cancels where x is far below zero
+        return x * torch.special.ndtr(x), derivative(x.clamp(-40, 40))
+    return f(x.clamp_min(-800)), derivative(x.clamp(-800, 800))
+
+
+def assert_derivative_codes(
+    codes: Tensor, x: Tensor, bits: int, name: str, lo: float, hi: float, seed: int, off: float
+) -> None:
+    """What quant_pack_derivative is to give: by the dither of x the level below f'(x), which may be
+    ``off``; so a code is another one only where a boundary is as near. NaN's code where x is not
+    finite, of hardswish at NaN alone."""
+    groups, top = in_groups(x), 2**bits - 2
+    assert codes.shape == (len(groups), 8 * bits) and codes.dtype == torch.uint8
+    size, step = list(groups.shape), (hi - lo) / top
+    levels = reference.quant_unpack_range(codes, bits, 0.0, top, size, torch.float32)
+    wanted = groups.isnan() if name == "hardswish" else ~groups.isfinite()
+    assert torch.equal(levels.isnan(), wanted)
+    _, slope = exact_activation(name, groups)
+    place = (slope.clamp(lo, hi) - lo) / step + dither(groups, seed)
+    room = off / step + 4 * unit(torch.float32) * 2**bits  # and the arithmetic in float32
+    number = ~levels.isnan()
+    low, high = (place - 1 - room)[number], (place + room)[number]
+    found = levels[number].double()
+    assert ((found <= high) & ((found > low) | (found == top))).all()
 
 
 def summed(packed: Packed) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import memtl.reference
 from memtl import _ops
 from memtl.backends import owner
-from tests.helpers import assert_same, assert_within, gamma, unit
+from tests.helpers import assert_derivative_codes, assert_same, assert_within, gamma, unit
 
 OPS = torch.ops.memtl
 SHAPES = [(3, 600), (1, 1), (4, 256), (2, 7), (5, 257), (0, 300), (3, 0)]
@@ -150,6 +150,11 @@ def quant_activation_grad():
         yield torch.randn(size).to(dtype), *packed, activation
     codes, params = OPS.quant_pack(torch.randn(4, 30), 4, 0)
     yield torch.randn(30, 4).T, codes, params, 4, "silu"
+
+
+def quant_pack_derivative():
+    for i, (x, bits, lo, hi, seed) in enumerate(quant_pack_range()):
+        yield x, bits, _ops.ACTIVATIONS[i % 6], lo, hi, seed
 
 
 def quant_apply_range():
@@ -308,6 +313,7 @@ SAMPLES = {
         quant_unpack_affine,
         quant_unpack_activation,
         quant_activation_grad,
+        quant_pack_derivative,
         quant_apply_range,
         quant_norm_grad,
         quant_channel_norm_grad,
@@ -415,6 +421,9 @@ def test_loaded_kernels_agree_with_the_reference(name):
             elif name in ("quant_norm_grad", "quant_channel_norm_grad"):
                 # Sums of 70 terms at most, of a few units, and a rounding to the dtype.
                 assert_within(a, b, 2e-4 + 2 * unit(a.dtype) * b.double().abs())
+            elif name == "quant_pack_derivative":
+                assert_derivative_codes(a, *sample, 5e-7)
+                assert_derivative_codes(b, *sample, 2e-6)  # of torch's float32
             elif name in ("quant_unpack_activation", "quant_activation_grad"):
                 factor = sample[0].double().abs() if "grad" in name else b.double().abs() + 1
                 assert a.dtype == b.dtype
@@ -469,6 +478,10 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), torch.ones(2, 7), MASK), "bytes"),
         (lambda: OPS.masked_linear_weight_grad(torch.ones(2, 4), ONES.half(), MASK), "one dtype"),
         (lambda: OPS.quant_activation_grad(*[torch.ones(0)] * 3, 4, "relu"), "gelu"),
+        (lambda: OPS.quant_pack_derivative(torch.ones(3), 4, "relu", 0.0, 1.0, 0), "gelu"),
+        (lambda: OPS.quant_pack_derivative(torch.ones(3), 4, "gelu", 1.0, 0.0, 0), "lo < hi"),
+        (lambda: OPS.quant_pack_derivative(torch.ones(3), 1, "gelu", 0.0, 1.0, 0), "8, 4, 3"),
+        (lambda: OPS.quant_pack_derivative(ONES.long(), 4, "gelu", 0.0, 1.0, 0), "float"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtl._attention import attention_grad
 from memtl.storage.convolution import ConvGeometry, library_weight_grad
 from memtl.storage.topk import TopK, quota
 
@@ -23,6 +24,7 @@ TOKENS = 197
 WIDTHS = (768, 3072)
 HEADS = 12
 SCALE = 1 / 0.9
+RUN_AGAIN = "torch's attention run again, then its backward"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -32,7 +34,8 @@ class Case:
     """An operator on one shape.
 
     ``make()`` gives calls without arguments: under ``"memtl"`` a :func:`functools.partial` of the
-    operator, then its baselines by name. Every ``make()`` draws tensors of its own.
+    operator, then its baselines by name. Every ``make()`` draws tensors of its own. ``flops``: of a
+    product, a multiplication and an addition counted as two; 0 of what is bound by memory alone.
     """
 
     op: str
@@ -40,6 +43,7 @@ class Case:
     shape: str
     elements: int
     make: Callable[[], Calls]
+    flops: int = 0
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.op, self.what, self.shape)))
@@ -202,10 +206,9 @@ def topk_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
             yield Case("topk_pack", int8, shape, elements, partial(pack, width, keep))
             yield Case("topk_pack_sample", fp16, shape, elements, partial(pack_sample, width, keep))
             yield Case("topk_unpack", int8, shape, elements, partial(unpack, width, keep))
-            product = f"{shape}->{other(width)}"
-            yield Case(
-                "topk_weight_grad", int8, product, elements, partial(weight_grad, width, keep)
-            )
+            product, flops = f"{shape}->{other(width)}", 2 * elements * other(width)
+            make = partial(weight_grad, width, keep)
+            yield Case("topk_weight_grad", int8, product, elements, make, flops)
 
 
 CONVOLUTIONS = ((64, 64, 3, 56), (512, 512, 3, 7), (64, 256, 1, 56), (1024, 256, 1, 14))
@@ -250,7 +253,8 @@ def conv_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         elements = batch * channels * side * side
         for keep in (0.1, 0.03):
             make = partial(weight_grad, channels, outputs, kernel, side, keep)
-            yield Case("topk_conv_weight_grad", f"keep {keep:g} int8", shape, elements, make)
+            flops = 2 * elements * outputs * kernel**2
+            yield Case("topk_conv_weight_grad", f"keep {keep:g} int8", shape, elements, make, flops)
 
 
 def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -297,8 +301,8 @@ def quant_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """quant decoded and used at once, beside decoding first: rows of LayerNorm, maps of a ResNet's
-    BatchNorm and ReLU, GELU."""
+    """quant decoded and used, or computed and packed, at once, beside one after the other: rows of
+    LayerNorm, maps of a ResNet's BatchNorm and ReLU, GELU."""
     rows, maps, fixed = (batch * TOKENS, WIDTHS[1]), (batch, 256, 56, 56), (-0.13, 1.13)
 
     def draw(*size: int) -> Tensor:
@@ -346,6 +350,18 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         return {
             "memtl": partial(OPS.quant_activation_grad, grad_out, *packed, bits, "gelu"),
             "quant_unpack, gelu_backward": plain,
+        }
+
+    def pack_slopes(bits: int) -> Calls:
+        x = draw(*rows)
+
+        def plain() -> Tensor:
+            slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+            return OPS.quant_pack_range(slope, bits, *fixed, 1)
+
+        return {
+            "memtl": partial(OPS.quant_pack_derivative, x, bits, "gelu", *fixed, 1),
+            "gelu_backward of ones, quant_pack_range": plain,
         }
 
     def apply_range(bits: int) -> Calls:
@@ -424,6 +440,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield case("quant_unpack_affine", " relu", maps, affine_relu, bits)
         yield case("quant_unpack_activation", "", rows, values, bits)
         yield case("quant_activation_grad", "", rows, slopes, bits)
+        yield case("quant_pack_derivative", "", rows, pack_slopes, bits)
         yield case("quant_apply_range", "", rows, apply_range, bits)
         yield case("quant_pack_normalized", "", (rows[0], WIDTHS[0]), pack_rows, bits)
         yield case("quant_pack_normalized", " maps", maps, pack_maps, bits)
@@ -496,9 +513,11 @@ def bits_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def threshold_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Pruning the weights of transformer blocks by one threshold; a block for each of ``batch``."""
+    """Pruning the weights of transformer blocks by one threshold; a block for each of ``batch``, 12
+    at most. Weights are float32 where products are not."""
     width, wide = WIDTHS
     shapes = ((width, width),) * 4 + ((wide, width), (width, wide))
+    batch, dtype = min(batch, 12), torch.float32
 
     def draw() -> list[Tensor]:
         return [
@@ -582,26 +601,32 @@ def masked_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
                 ("masked_linear_input_grad", input_grad),
                 ("masked_linear_weight_grad", weight_grad),
             ):
-                yield Case(op, what, shape, elements, partial(make, *size))
+                flops = 2 * elements * outputs
+                yield Case(op, what, shape, elements, partial(make, *size), flops)
 
 
 def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """The gradients of attention from its operands alone."""
-    shape = (batch, HEADS, TOKENS, 64)
+    """The gradients of attention from its operands alone: of a ViT's 197 tokens, of causal text."""
 
-    def make() -> Calls:
+    def make(shape: tuple[int, ...], is_causal: bool) -> Calls:
         grad_out, *operands = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
         leaves = [t.detach().requires_grad_() for t in operands]
-        out = F.scaled_dot_product_attention(*leaves)
+        out = F.scaled_dot_product_attention(*leaves, is_causal=is_causal)
         backward = partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
-        options = (None, 0.0, None, False, None, False, False)
+        arguments = (grad_out, *operands, None, 0.0, None, is_causal, None, False, False)
         return {
-            "memtl": partial(OPS.attention_grad, grad_out, *operands, *options),
+            "memtl": partial(OPS.attention_grad, *arguments),
+            RUN_AGAIN: partial(attention_grad, *arguments),
             "backward alone, from all that autograd keeps": backward,
         }
 
-    words, elements = "x".join(map(str, shape)), batch * HEADS * TOKENS * 64
-    yield Case("attention_grad", "", words, elements, make)
+    for what, tokens, is_causal in (("", TOKENS, False), ("causal", 1024, True)):
+        shape = (max(1, batch * TOKENS // tokens), HEADS, tokens, 64)
+        elements = math.prod(shape)
+        # Scores, and the products of dP, dq, dk, dv: what no way of computing them avoids.
+        flops = 5 * 2 * elements * tokens // (2 if is_causal else 1)
+        words, build = "x".join(map(str, shape)), partial(make, shape, is_causal)
+        yield Case("attention_grad", what, words, elements, build, flops)
 
 
 def query_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -9,9 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -83,16 +85,35 @@ def copy_bandwidth(nbytes: int, device: str, timer: Timer, seconds: float = 1.0)
     return 2 * nbytes / interleaved_medians(calls, timer, seconds)["copy"]
 
 
+def product_rate(size: int, device: str, dtype: torch.dtype, timer: Timer) -> float:
+    """Operations a second of the library's product of two square matrices of random numbers."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = interleaved_medians({"product": [lambda: a @ b]}, timer, 1.0)["product"]
+    return 2 * size**3 / seconds
+
+
 def measure(
-    case: Case, device: str, timer: Timer, bandwidth: float, seconds: float, rotate_bytes: int = 0
+    case: Case,
+    device: str,
+    timer: Timer,
+    bandwidth: float,
+    seconds: float,
+    rotate_bytes: int = 0,
+    others: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    product: float | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each baseline of a case.
 
     With ``rotate_bytes`` the case is made on as many different tensors as have that many bytes.
+    ``others``: more functions with the operator's arguments, by name, as baselines. ``product``:
+    the operations a second that the rate of a product is compared with.
     """
     made = [case.make()]
     moved = moved_bytes(made[0]["memtl"])
     made += [case.make() for _ in range(min(7, rotate_bytes // moved))]
+    for calls_of in made:
+        for name, function in others.items():
+            calls_of[name] = partial(function, *calls_of["memtl"].args)  # type: ignore[attr-defined]
     calls = {name: [calls[name] for calls in made] for name in made[0]}
     medians = interleaved_medians(calls, timer, seconds)
     ours = medians.pop("memtl")
@@ -106,6 +127,10 @@ def measure(
             "ns_per_element": ours / case.elements * 1e9,
             "gb_per_s": moved / ours / 1e9,
             "share_of_copy": moved / ours / bandwidth,
+            "moved_bytes": moved,
+            "flops": case.flops,
+            "tflop_per_s": case.flops / ours / 1e12 if case.flops else None,
+            "share_of_product": case.flops / ours / product if case.flops and product else None,
             "baseline": name,
             "baseline_seconds": theirs,
             "ratio": theirs / ours,
@@ -116,16 +141,17 @@ def measure(
 
 HEADER = (
     f"{'operator':23} {'':14} {'shape':>17} {'served by':11} {'ms':>8} {'ns/el':>7} {'GB/s':>7} "
-    f"{'of copy':>7} {'ratio':>7}  baseline"
+    f"{'of copy':>7} {'TFLOP/s':>7} {'ratio':>7}  baseline"
 )
 
 
 def format_row(row: dict[str, Any]) -> str:
     """A row of :func:`measure` under :data:`HEADER`; the ratio is the baseline's time over ours."""
+    rate = "" if row["tflop_per_s"] is None else f"{row['tflop_per_s']:.3g}"
     return (
         f"{row['op']:23} {row['what']:14} {row['shape']:>17} {row['served_by']:11} "
         f"{row['seconds'] * 1e3:8.3f} {row['ns_per_element']:7.3f} {row['gb_per_s']:7.1f} "
-        f"{row['share_of_copy']:7.1%} {row['ratio']:6.2f}x  {row['baseline']}"
+        f"{row['share_of_copy']:7.1%} {rate:>7} {row['ratio']:6.2f}x  {row['baseline']}"
     )
 
 
@@ -157,7 +183,18 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         facts["gpu_capability"] = f"{properties.major}.{properties.minor}"
         facts["gpu_bytes"] = properties.total_memory
         facts["cuda"] = torch.version.cuda
+        facts["driver"] = _says("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["nvcc"] = _says("nvcc", "--version")
     return facts
+
+
+def _says(*command: str) -> str | None:
+    """The last line that a program prints; None where there is no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[-1]
 
 
 def result_path(what: str) -> Path:

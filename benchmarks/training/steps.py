@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A whole training step, its forward alone, the bytes of the gradients in between, and the
-    optimizer."""
+    """A whole training step, its forward alone, the step on a batch of another size, the bytes of
+    the gradients in between, and the optimizer."""
 
     run: Callable[[], None]
     forward: Callable[[], Tensor]
+    run_on: Callable[[int], None]
     gradient_bytes: int
     optimizer: torch.optim.Optimizer
 
@@ -40,28 +42,32 @@ def make_step(
     state.
     """
     torch.manual_seed(SEED)
-    model = workload.build().to(device)
-    inputs, labels = workload.batch_of(model, device)
+    with torch.device(device):
+        model = workload.build()
+    batch = workload.batch_of(model, device)
     mode.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = mode.optimizer(model, parameters)
 
-    def forward() -> Tensor:
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
         gradients = torch.set_grad_enabled(not mode.forward_only)
         with gradients, torch.autocast(device, autocast, enabled=autocast is not None):
             output = model(inputs)
             return F.cross_entropy(getattr(output, "logits", output), labels)
 
-    def run() -> None:
+    def run(inputs: Tensor, labels: Tensor) -> None:
         if mode.forward_only:
-            forward()
+            loss(inputs, labels)
             return
-        forward().backward()
+        loss(inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    def run_on(size: int) -> None:
+        run(*dataclasses.replace(workload, batch=size).batch_of(model, device))
+
     trained = 0 if mode.forward_only else sum(p.nbytes for p in parameters)
-    return Step(run, forward, trained, optimizer)
+    return Step(partial(run, *batch), partial(loss, *batch), run_on, trained, optimizer)
 
 
 def measure_memory(
@@ -100,6 +106,57 @@ def measure_times(
     return harness.interleaved_medians(calls, timer, seconds)
 
 
+def largest(fits: Callable[[int], bool], first: int, most: int = 2**14) -> int:
+    """The largest batch that fits, to an eighth of it; 0 if not even one sample does.
+
+    ``fits`` is asked of ``first``, then of twice or half of what it was asked before, then between
+    the largest that did and the smallest that did not; never of more than ``most``.
+    """
+    good, bad = 0, most + 1
+    size = first
+    while size and bad - good > max(1, good // 8):
+        if fits(size):
+            good = size
+        else:
+            bad = size
+        if good == 0:
+            size //= 2
+        else:
+            size = min(2 * good, most) if bad > most else (good + bad) // 2
+        if size in (good, bad):
+            break
+    return good
+
+
+def largest_batch(
+    workload: Workload, mode: Mode, budget_bytes: int, autocast: torch.dtype | None = None
+) -> int:
+    """The largest batch whose step a GPU with so much memory would take, weights and the
+    optimizer's state included: tried out, the process being refused more."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0))
+    try:
+        step = make_step(dataclasses.replace(workload, batch=1), mode, "cuda", autocast)
+
+        def fits(size: int) -> bool:
+            try:
+                step.run_on(size)
+            except torch.cuda.OutOfMemoryError:
+                return False
+            finally:
+                step.optimizer.zero_grad()
+                gc.collect()
+                torch.cuda.empty_cache()
+            return True
+
+        return largest(fits, workload.batch)
+    except torch.cuda.OutOfMemoryError:  # not even the weights fit
+        return 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def measure(
     pairs: Sequence[tuple[Workload, Sequence[Mode]]],
     device: str,
@@ -128,6 +185,7 @@ def measure(
                 "batch": workload.batch,
                 "seconds": medians[mode.name],
                 "relative_time": medians[mode.name] / medians[modes[0].name],
+                "samples_per_second": workload.batch / medians[mode.name],
                 **next(taken),
             }
             for mode in modes

@@ -121,16 +121,21 @@ def apply_lora(model: Any) -> None:
     """Updates of rank 8 of every projection to queries, keys and values, and the classifier."""
     import peft
 
-    peft.inject_adapter_in_model(peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"]), model)
+    fused = hasattr(model, "get_classifier")  # timm's
+    targets = ["qkv"] if fused else ["query", "key", "value"]
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets)
+    peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    model.get_classifier().requires_grad_(True)
+    classifier = model.get_classifier() if fused else model.classifier
+    classifier.requires_grad_(True)
 
 
+LORA = Mode("LoRA", change=apply_lora)
 FEW_BITS = memtl.FrozenConfig(linear=8, attention=8, norm=8, activation=4)
 
 LORA_MODES = (
-    Mode("LoRA", change=apply_lora),
+    LORA,
     Mode("LoRA, checkpointing", checkpointing=True, change=apply_lora),
     Mode("LoRA, frozen", change=apply_lora, config=memtl.FrozenConfig()),
     Mode("LoRA, frozen, 4-8 bits", change=apply_lora, config=FEW_BITS),
@@ -191,6 +196,28 @@ QUICK = (
     Workload("vit_tiny_patch16_224", 1, options={"depth": 2}),
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
+
+GPU_MODES = (
+    STOCK,
+    CHECKPOINTING,
+    Mode("Back Razor 0.1", config=memtl.BackRazorConfig(keep=0.1)),
+    Mode("Back Razor 0.1, small", config=memtl.BackRazorConfig.preset("small", keep=0.1)),
+    Mode("4 bits, once", config=memtl.LowBitConfig(bits=4)),
+)
+GPU_TRANSFORMER = (*GPU_MODES, LORA)
+GPU_VIT = (*GPU_TRANSFORMER, Mode("VQT, 1 query", config=memtl.VQTConfig(num_queries=1)))
+GPU_CNN = (*GPU_MODES, Mode("Rep-Net", config=memtl.RepNetConfig()))
+GPU_PAIRS = (
+    (Workload("vit_base_patch16_224", 64), GPU_VIT),
+    (Workload("resnet50", 64), GPU_CNN),
+    (Workload("hf:bert", 64), GPU_TRANSFORMER),
+)
+GPU_QUICK_PAIRS = (
+    (QUICK[0], GPU_VIT),
+    (Workload("resnet18", 2), GPU_CNN),
+    (QUICK[1], GPU_TRANSFORMER),
+)
+"""What `make gpu` trains, and small ones to try its code out."""
 
 PAIRS = (*((w, MODES) for w in WORKLOADS), *FROZEN_PAIRS, *TICKET_PAIRS)
 QUICK_PAIRS = (

@@ -25,7 +25,8 @@ struct QuantFusedKernels {
   // x * f'(decoded); x and out have the dtype.
   void (*activation_grad)(DType dtype, const void* x, const uint8_t* codes, const uint16_t* params,
                           int bits, Act act, void* out, int64_t numel, int64_t first, int64_t last);
-  // f'(x), packed as by QuantKernels::pack_range but for the dither, which is that of x.
+  // f'(x), packed as by QuantKernels::pack_range but for the dither, which is that of x. At the
+  // infinities f' is NaN, except hardswish's.
   void (*pack_derivative)(DType dtype, const void* x, int64_t numel, int bits, Act act,
                           QuantRange range, uint32_t seed, uint8_t* codes, int64_t first,
                           int64_t last);

@@ -222,7 +222,11 @@ void pack_derivative(DType dtype, const void* x, int64_t numel, int bits, Act ac
         Floats v[kVectors];
         load(g + i, v);
         MEMTL_UNROLL
-        for (int j = 0; j < kVectors; ++j) store(slopes + i * kGroup + j * kWidth, v[j]);
+        for (int j = 0; j < kVectors; ++j) {
+          // As torch's, f' is NaN at the infinities: x + (x - x).
+          if (act != Act::hardswish) v[j] = add(v[j], sub(v[j], v[j]));
+          store(slopes + i * kGroup + j * kWidth, v[j]);
+        }
       }
       over(act, true, slopes, count * kGroup);
       for (int i = 0; i < count; i += kWidth) {

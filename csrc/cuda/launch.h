@@ -16,10 +16,14 @@
 
 namespace memtl::cuda {
 
+// An error unless this library holds code for the current device, which has that index.
+void check_card(int32_t index);
+
 // The device of a tensor is the current one while this lives; kernels go to its current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
+    check_card(x.get_device_index());
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), &handle));

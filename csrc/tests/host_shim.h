@@ -30,6 +30,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // The two ways in which device code declares shared memory; see cuda/device.cuh.
 #define MEMTL_SHARED(type, name, extents) \

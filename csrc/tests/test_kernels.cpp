@@ -264,6 +264,12 @@ std::vector<std::vector<uint8_t>> fused(const QuantFusedKernels& kernels, DType 
     run([&](uint8_t* out, int64_t first, int64_t last) {
       kernels.activation_grad(dtype, x.data(), codes, params, bits, act, out, numel, first, last);
     });
+    std::vector<uint8_t> slopes = buffer(ceil_div(numel, kGroup) * 8 * bits);
+    in_parts(ceil_div(numel, kGroup), [&](int64_t first, int64_t last) {
+      kernels.pack_derivative(dtype, x.data(), numel, bits, act, range_for(bits), 12345,
+                              slopes.data(), first, last);
+    });
+    results.push_back(slopes);
   }
   run([&](uint8_t* out, int64_t first, int64_t last) {
     kernels.apply_range(dtype, x.data(), ranged.data(), bits, range_for(bits), out, numel, first,

@@ -275,9 +275,7 @@ class Kept(NamedTuple):
     is_derivative: bool
 
 
-def pack_activation(
-    x: Tensor, name: str, parameters: tuple[float, ...], format: Format
-) -> Kept:
+def pack_activation(x: Tensor, name: str, parameters: tuple[float, ...], format: Format) -> Kept:
     """What backward needs of x: what stands for it already; else under a ``Quantized`` format the
     derivative, or x where y is to be rebuilt from it too; under any other format x."""
     if (source := shared(x, format)) is not None:

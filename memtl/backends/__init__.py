@@ -109,8 +109,9 @@ def _load_cuda() -> bool:
     for name in _ops.NAMES:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"memtl::{name}", "CUDA"):
             _owners[name, "cuda"] = "native-cuda"
-    gpu = "" if torch.cuda.is_available() else ", no GPU in this machine"
-    return _record("native-cuda", True, f"CUDA C++{gpu}")
+    archs = build_record().get("_C_cuda", {}).get("archs", "unknown architectures")
+    gpu = "" if torch.cuda.is_available() else "; no GPU in this machine"
+    return _record("native-cuda", True, f"CUDA C++ for {archs}{gpu}")
 
 
 def _load_triton(device: str) -> bool:

@@ -84,7 +84,8 @@ def quant_pack_derivative(
     x: Tensor, bits: int, activation: str, lo: float, hi: float, seed: int
 ) -> Tensor:
     """f'(x) on a fixed range; rounded by the dither of x, which is the same however exactly a
-    kernel computes f'."""
+    kernel computes f'. At the infinities f' is NaN, but for hardswish's; here a kernel's is too, so
+    that they stay visible."""
     _, derivative = ACTIVATIONS[activation]
     groups = in_groups(x)
     return range_codes(derivative(groups), bits, lo, hi, dither(groups, seed))

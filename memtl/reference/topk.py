@@ -134,7 +134,10 @@ def topk_weight_grad(
     k_tail: int,
     bitmap: bool,
 ) -> Tensor:
-    """grad_out^T x [O, D], x [T, D] being the unpacked tensor; accumulated in float32."""
+    """grad_out^T x [O, D], x [T, D] being the unpacked tensor; accumulated in float32.
+
+    On a GPU x may be rounded to a 16-bit grad_out's dtype first, as torch's own gradient reads it.
+    """
     x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)
     return grad_out.float().t() @ x.view(grad_out.shape[0], features)
 
@@ -155,7 +158,10 @@ def topk_conv_weight_grad(
     k_tail: int,
     bitmap: bool,
 ) -> Tensor:
-    """What torch gives for the unpacked input [B, *input_size]; accumulated in float32."""
+    """What torch gives for the unpacked input [B, *input_size]; accumulated in float32.
+
+    On a GPU it may be that in a 16-bit grad_out's dtype, some samples at a time.
+    """
     channels, *spatial = input_size
     n = math.prod(input_size)
     x = topk_unpack(values, positions, scale, counts, n, k, k_tail, bitmap, torch.float32)

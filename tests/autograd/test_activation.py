@@ -13,7 +13,7 @@ from memtl.autograd.activation import ACTIVATIONS, FUSED, activation
 from memtl.autograd.mask import MASKS
 from memtl.memory import saved_bytes
 from memtl.storage import Dense, Packed, Quantized, TopK, pack
-from tests.helpers import assert_same, assert_within, grad_like, leaves, run
+from tests.helpers import assert_same, grad_like, leaves, run
 
 NAMES = {"gelu_tanh": lambda x, **o: M.gelu(x, "tanh", **o)}
 EVERY = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -115,9 +115,6 @@ def test_one_element_that_is_not_finite_leaves_its_neighbours_alone(name):
     step = (activation(name).hi - activation(name).lo) / 254
     assert (grads[0] - grads[1])[others].abs().max() <= step * (1 + 1e-4)
     assert grads[1][10].isnan()
-    if name in FUSED:  # the limits, where torch may have NaN
-        assert_within(grads[1][[70, 150]], torch.tensor([1.0, 0.0]), step)
-        return
     (x,) = leaves([spoiled])
     activation(name).forward(x).sum().backward()
     stock = x.grad.view(-1)

@@ -1,5 +1,6 @@
-"""quant decoded and used at once, in C++: affine maps and fixed ranges against the reference bit
-for bit, activations against float64 within the bound that csrc/cpu/quant_math.h states."""
+"""quant decoded and used at once, or computed and packed, in C++: affine maps and fixed ranges
+against the reference bit for bit, activations against float64 within the bound that
+csrc/cpu/quant_math.h states."""
 
 import itertools
 import math
@@ -12,7 +13,13 @@ from memtl import reference
 from memtl._ops import ACTIVATIONS
 from memtl.reference.fused import ACTIVATIONS as DEFINITIONS
 from tests.csrc.test_quant import BITS, DTYPES, HI, KINDS, LO, SIZES, assert_identical, data
-from tests.helpers import assert_within, gamma, unit
+from tests.helpers import (
+    assert_derivative_codes,
+    assert_within,
+    exact_activation,
+    gamma,
+    unit,
+)
 
 ops = torch.ops.memtl
 BOUND = 5e-7
@@ -85,16 +92,6 @@ def test_pack_normalized_of_strided_arguments(isa):
         assert_identical(a, b)
 
 
-def exact(name, x):
-    """f and f' in float64; at what float64 cannot tell from infinity, the limits."""
-    f, derivative = DEFINITIONS[name]
-    x = x.double()
-    if name == "gelu":  # torch's cancels where x is far below zero
-        return x * torch.special.ndtr(x), derivative(x.clamp(-40, 40))
-    below, inside = x.clamp_min(-800), x.clamp(-800, 800)
-    return f(below), derivative(inside)
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("bits", BITS)
 def test_activations(isa, name, bits):
@@ -102,7 +99,7 @@ def test_activations(isa, name, bits):
         for scale in (1.0, 10.0):
             codes, params = reference.quant_pack(data(kind, n) * scale, bits, 3)
             x = reference.quant_unpack(codes, params, bits, [n], torch.float32)
-            y, slope = exact(name, x)
+            y, slope = exact_activation(name, x)
             found = ops.quant_unpack_activation(codes, params, bits, name, [n], torch.float32)
             grad = ops.quant_activation_grad(torch.ones(n), codes, params, bits, name)
             assert found[x.isnan()].isnan().all() and grad[x.isnan()].isnan().all()
@@ -118,7 +115,7 @@ def test_activations_of_a_fine_grid(isa, name):
     x = torch.linspace(-30, 30, 30_000)
     codes, params = ops.quant_pack(x, 8, 0)
     x = ops.quant_unpack(codes, params, 8, [30_000], torch.float32)
-    y, slope = exact(name, x)
+    y, slope = exact_activation(name, x)
     found = ops.quant_unpack_activation(codes, params, 8, name, [30_000], torch.float32)
     size = x.double().abs().clamp_min(1)
     assert_within(found / size, y / size, BOUND)
@@ -158,6 +155,27 @@ def test_dtypes_are_roundings_of_float32(isa, dtype):
         wide = ops.quant_activation_grad(g.float(), codes, params, bits, "gelu")
         found = ops.quant_activation_grad(g, codes, params, bits, "gelu")
         assert_identical(found, wide.to(dtype))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bits", BITS)
+def test_pack_derivative(isa, name, bits):
+    kinds = ("normal", "relu", "tiny", "wide", "broken")
+    for (kind, dtype), n in itertools.product(itertools.product(kinds, DTYPES), SIZES):
+        x, seed = (data(kind, n).double() * 3).to(dtype), n - 64
+        codes = ops.quant_pack_derivative(x, bits, name, LO, HI, seed)
+        assert_derivative_codes(codes, x, bits, name, LO, HI, seed, BOUND)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_pack_derivative_of_a_fine_grid(isa, name):
+    """Against the definition: a level in a thousand differs at most, by one."""
+    x = torch.linspace(-12, 12, 30_001)
+    arguments = (x, 8, name, LO, HI, 2**40 + 1)
+    codes = ops.quant_pack_derivative(*arguments)
+    assert_derivative_codes(codes, *arguments, BOUND)
+    apart = codes.int() - reference.quant_pack_derivative(*arguments).int()
+    assert apart.abs().max() <= 1 and apart.count_nonzero() <= 30
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -258,6 +276,7 @@ def test_strided_gradients(isa):
         for call in (
             lambda g, c=codes, p=params: ops.quant_activation_grad(g, c, p, 4, "mish"),
             lambda g, c=ranged: ops.quant_apply_range(g, c, 4, LO, HI),
+            lambda g: ops.quant_pack_derivative(g, 3, "silu", LO, HI, 1),
         ):
             found = call(view)
             assert found.is_contiguous()
@@ -280,6 +299,7 @@ def test_instruction_sets_and_threads_agree():
                     ops.quant_unpack_affine(codes, params, 3, w, w, None, 1, [n], torch.float32),
                     *ops.quant_pack_normalized(x, w[:7001], w[7001:14002], 3, 43, 1),
                     *(ops.quant_activation_grad(x, codes, params, 3, a) for a in ACTIVATIONS),
+                    *(ops.quant_pack_derivative(x, 8, a, LO, HI, 1) for a in ACTIVATIONS),
                     *ops.quant_norm_grad(x, codes, params, 3, x[: n // 43], x[:43], 43, True),
                     *ops.quant_channel_norm_grad(x, codes, params, 3, w[:7001], w[:7001], 43),
                     *ops.quant_channel_norm_grad(x, codes, params, 3, w[:43], None, 7001),
@@ -321,6 +341,17 @@ def test_errors_name_the_tensor():
         ops.quant_activation_grad(x, *packed, 4, "relu")
     with pytest.raises(RuntimeError, match=r"130 elements in 4 bits need codes \[3, 32\]"):
         ops.quant_activation_grad(torch.randn(130), *packed, 4, "gelu")
+    derivative = ops.quant_pack_derivative
+    with pytest.raises(RuntimeError, match="expected x in float32, .*, got Long"):
+        derivative(x.long(), 4, "gelu", 0.0, 1.0, 0)
+    with pytest.raises(RuntimeError, match="expected bits 8, 4, 3 or 2, got 5"):
+        derivative(x, 5, "gelu", 0.0, 1.0, 0)
+    with pytest.raises(RuntimeError, match="quant_pack_derivative: expected gelu, .*, got relu"):
+        derivative(x, 4, "relu", 0.0, 1.0, 0)
+    with pytest.raises(RuntimeError, match="quant_pack_derivative: expected lo < hi, got 1 and 0"):
+        derivative(x, 4, "gelu", 1.0, 0.0, 0)
+    with pytest.raises(RuntimeError, match="numbers of float32, got 0 and inf"):
+        derivative(x, 4, "gelu", 0.0, math.inf, 0)
     with pytest.raises(RuntimeError, match="quant_apply_range: expected lo < hi, got 1 and 0"):
         ops.quant_apply_range(x, packed[0], 4, 1.0, 0.0)
 
@@ -329,7 +360,7 @@ def test_the_definitions_are_as_close():
     """torch's own functions in float32, away from the infinities; its sigmoid is off by 1e-6."""
     x = torch.linspace(-20, 20, 10_001)
     for name, (f, derivative) in DEFINITIONS.items():
-        y, slope = exact(name, x)
+        y, slope = exact_activation(name, x)
         size = x.double().abs().clamp_min(1)
         assert_within(f(x) / size, y / size, BOUND)
         assert_within(derivative(x), slope, 1e-6 + unit(torch.float32))

@@ -193,24 +193,3 @@ def test_table_refuses_where_a_test_fails(tmp_path, monkeypatch, capsys):
     assert table.main() == 1
     assert "nothing is measured" in capsys.readouterr().err
     assert not output.exists()
-
-
-def test_gpu_refuses_without_a_gpu():
-    done = run("gpu.py")
-    assert done.returncode == 1
-    assert "torch sees none here" in done.stderr
-
-
-@pytest.mark.slow
-def test_gpu_program_on_a_cpu(tmp_path):
-    pytest.importorskip("timm")
-    output = tmp_path / "gpu.json"
-    done = run("gpu.py", "--device=cpu", "--quick", f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(output.read_text())
-    assert {row["op"] for row in record["rows"]} == set(_ops.NAMES)
-    modes = {row["mode"]: row for row in record["training"]}
-    assert {"stock", "checkpointing", "back razor", "frozen forward", "VQT, 1 query"} < set(modes)
-    stock = modes["stock"]["saved_bytes_per_sample"]
-    assert modes["checkpointing"]["saved_bytes_per_sample"] < stock / 5
-    assert modes["back razor"]["saved_bytes_per_sample"] < stock / 5

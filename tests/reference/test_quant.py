@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from memtl._ops import ACTIVATIONS
 from memtl.reference.quant import bfloat16_down, bfloat16_up, dither
-from tests.helpers import assert_same, assert_within
+from tests.helpers import assert_derivative_codes, assert_same, assert_within
 
 GROUP = 64
 BITS = (8, 4, 3, 2)
@@ -305,6 +307,33 @@ def test_fixed_range_has_a_code_for_nan(ops, bits):
     assert dense.isnan().nonzero().flatten().tolist() == [5, 64, 129]
     integers = decode(codes, bits).flatten()
     assert set(integers[[5, 64, 129]]) == {2**bits - 1}
+
+
+@EVERY_BITS
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivative_is_on_the_level_that_float64_says(ops, bits, name):
+    for n, dtype in itertools.product((0, *SIZES), (torch.float32, torch.bfloat16)):
+        x, lo, hi = (torch.randn(n) * 4).to(dtype), -0.13, 1.13
+        x[5::40] = math.nan
+        codes = ops.quant_pack_derivative(x, bits, name, lo, hi, n)
+        assert_derivative_codes(codes, x, bits, name, lo, hi, n, 2e-6)  # torch's own in float32
+
+
+@EVERY_BITS
+def test_derivative_mean_over_seeds_is_exact(ops, bits):
+    limits, seeds = (-0.13, 1.13), 400
+    x, step = torch.randn(640) * 2, 1.26 / (2**bits - 2)
+    draws = [
+        ops.quant_unpack_range(
+            ops.quant_pack_derivative(x, bits, "gelu", *limits, seed), bits, *limits, [640], x.dtype
+        )
+        for seed in range(seeds)
+    ]
+    wide = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(wide).sum(), wide)
+    errors, bias = (torch.stack(draws).double() - slope) / step, 2**-17 + 2**-13
+    assert_within(errors.mean(0), torch.zeros(640), 6 * 0.5 / math.sqrt(seeds) + bias)
+    assert abs(errors.mean()) < 6 * 0.5 / math.sqrt(seeds * 640) + bias
 
 
 # --------------------------------------------------------------------------------------- bfloat16
