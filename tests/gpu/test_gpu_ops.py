@@ -91,8 +91,12 @@ def quant_pack_cases():
 
 def quant_pack_normalized_cases():
     for x, bits, seed in quant_pack_cases():
-        rows, n = x.numel() // x.shape[-1], x.shape[-1]
-        for size, inner in ((rows, n), (n, 1)):
+        n = x.shape[-1]
+        if n == 0:
+            yield x, draw(1), draw(1), bits, 1, seed
+            continue
+        rows = x.numel() // n
+        for size, inner in ((rows, n), (n, 1), (1, n)):
             yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
 
 
@@ -118,6 +122,10 @@ def quant_unpack_affine_cases():
         mask = reference.bits_pack(draw(*size, seed=2) > 0)
         yield codes, params, bits, w, b, None, 1, size, dtype
         yield codes, params, bits, w[:1], None, mask, 1, size, dtype
+    for inner, channels in itertools.product((3, 49, 64), (1, 5)):
+        packed = reference.quant_pack(draw(4, channels, inner), 4, 1)
+        w, b = draw(channels, seed=1), draw(channels, seed=2)
+        yield *packed, 4, w, b, None, inner, [4, channels, inner], torch.bfloat16
 
 
 def quant_apply_range_cases():
@@ -256,6 +264,51 @@ def test_triton_gives_what_the_definition_gives(name):
     compare(kernels.OPS[name], name)
 
 
+QUANT = [name for name in EXACT if name.startswith("quant")]
+
+
+def anywhere(tensors):
+    """The same on the GPU, one element behind the beginning of their memory."""
+
+    def moved(t):
+        memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)
+        return memory[1:].view(t.shape).copy_(t)
+
+    return tree_map_only(torch.Tensor, moved, list(tensors))
+
+
+def transposed(tensors):
+    """The same on the GPU, matrices lying in memory column by column."""
+
+    def turned(t):
+        return t.to(DEVICE).t().contiguous().t() if t.dim() == 2 else t.to(DEVICE)
+
+    return tree_map_only(torch.Tensor, turned, list(tensors))
+
+
+@pytest.mark.parametrize("way", [anywhere, transposed])
+@pytest.mark.parametrize("name", QUANT)
+def test_any_view_is_taken(name, way):
+    for arguments in itertools.islice(EXACT[name](), 0, None, 7):
+        expected = getattr(reference, name)(*arguments)
+        actual = getattr(torch.ops.memtl, name)(*way(arguments))
+        if isinstance(expected, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a.cpu(), e)
+
+
+@pytest.mark.parametrize("name", QUANT)
+def test_tensors_on_two_devices_are_refused(name):
+    *_, arguments = EXACT[name]()
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    for i in tensors if len(tensors) > 1 else ():
+        given = to_device(arguments)
+        given[i] = given[i].cpu()
+        with pytest.raises(RuntimeError, match="device"):
+            getattr(torch.ops.memtl, name)(*given)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_opcheck(name):
     *_, arguments = EXACT[name]()
@@ -287,28 +340,54 @@ def test_codes_of_a_derivative_are_those_of_float64(activation):
         assert_derivative_codes(codes, *arguments, 4e-6)
 
 
+def assert_norm_gradients(operator, arguments, way):
+    """As the CPU's, in another order of summation."""
+    expected = getattr(reference, operator)(*arguments)
+    actual = getattr(torch.ops.memtl, operator)(*way(arguments))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        unit = torch.finfo(e.dtype).eps
+        assert_within(a.cpu(), e, (1e-4 + unit) * (1 + e.double().abs()))
+
+
+@pytest.mark.parametrize("way", [to_device, anywhere, transposed])
 @pytest.mark.parametrize("centered", [True, False])
-def test_norm_gradients_are_those_of_the_cpu(centered):
-    """In another order of summation."""
-    for bits, n in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+def test_norm_gradients_are_those_of_the_cpu(centered, way):
+    widths = (1, 7, 64, 257, 768, 2052, 8200)
+    for (bits, n), dtype in zip(
+        itertools.product((8, 4, 3, 2), widths), itertools.cycle(_ops.FLOATING), strict=False
+    ):
         packed = reference.quant_pack(draw(33, n), bits, 1)
-        g, rstd, weight = draw(33, n, seed=1), draw(33, seed=2), draw(n, seed=3)
-        arguments = g, *packed, bits, rstd, weight, n, centered
-        expected = reference.quant_norm_grad(*arguments)
-        actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+        g, rstd, weight = draw(33, n, dtype=dtype, seed=1), draw(33, seed=2), draw(n, seed=3)
+        arguments = g, *packed, bits, rstd, None if n == 64 else weight, n, centered
+        assert_norm_gradients("quant_norm_grad", arguments, way)
 
 
-def test_channel_norm_gradients_are_those_of_the_cpu():
-    """In another order of summation."""
-    for bits, inner in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
+@pytest.mark.parametrize("way", [to_device, anywhere, transposed])
+def test_channel_norm_gradients_are_those_of_the_cpu(way):
+    planes = (1, 7, 49, 64, 257, 5001)
+    for (bits, inner), dtype in zip(
+        itertools.product((8, 4, 3, 2), planes), itertools.cycle(_ops.FLOATING), strict=False
+    ):
         packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
-        arguments = draw(3, 5, inner, seed=1), *packed, bits, draw(5, seed=2), draw(5, seed=3)
-        expected = reference.quant_channel_norm_grad(*arguments, inner)
-        actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+        g, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=3)
+        arguments = g, *packed, bits, draw(5, seed=2), None if inner == 64 else weight, inner
+        assert_norm_gradients("quant_channel_norm_grad", arguments, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 3])
+def test_quant_beyond_32_bit_offsets(bits):
+    numel = 2**32 + 4099
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    x = torch.randn(numel, dtype=torch.bfloat16, device=DEVICE)
+    codes, params = torch.ops.memtl.quant_pack(x, bits, 1)
+    y = torch.ops.memtl.quant_unpack(codes, params, bits, [numel], torch.bfloat16)
+    for part in (slice(0, 2**20), slice(2**31 - 64, 2**31 + 64), slice(numel // 64 * 64, None)):
+        scale = params[part.start // 64, 0].float() if part.stop is None else params[:, 0].max()
+        error = (y[part].float() - x[part].float()).abs()
+        assert (error <= scale + 2**-7 * x[part].abs()).all()
 
 
 @pytest.mark.slow
