@@ -8,13 +8,11 @@
 namespace memtl::cuda {
 namespace {
 
-constexpr unsigned kUsualThreads = 256;  // of a block whose rows are shorter
-
 // Calls run.template operator()<kQuads>() with how many times four features a thread holds; 0 where
 // a block cannot hold a row.
 template <class Run>
 void with_quads(int64_t quads, const Run& run) {
-  if (quads <= 128) return run.template operator()<1>();
+  if (quads <= kManyRows / 2) return run.template operator()<1>();
   if (quads <= 2 * kNormThreads) return run.template operator()<2>();
   return run.template operator()<0>();
 }
@@ -47,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_norm_grad_cuda(const Tensor& grad_out, 
   with_quads(quads, [&]<int kQuads>() {
     if constexpr (kQuads > 0) {
       const auto wide = static_cast<unsigned>(kWarp * ceil_div(quads, kWarp * kQuads));
-      const dim3 threads(wide, std::max(1u, kUsualThreads / wide));
+      const dim3 threads(wide, std::max(1u, kManyRows / wide));
       const unsigned blocks = blocks_of(rows, 4 * threads.y, kSumBlocks);
       Tensor partial = new_partial(flat, blocks * features);
       with_bits(dtype, bits, [&]<class T, int kBits>() {

@@ -17,8 +17,9 @@ struct NormRows {
   bool centered;
 };
 
-constexpr int kNormThreads = 1024;  // of a block, at most
-constexpr int kRowThreads = 512;    // of quant_norm_rows_kernel's
+constexpr unsigned kNormThreads = 1024;  // of a block, at most
+constexpr unsigned kManyRows = 256;      // of a block of several rows
+constexpr unsigned kRowThreads = 512;    // of quant_norm_rows_kernel's
 
 // The means of two numbers' sums over the threads of a row, blockDim.x, a multiple of a warp. All
 // threads of a block call this; `turn` is 0 and 1 in turns, so that one barrier is enough.
@@ -53,7 +54,7 @@ __device__ inline void load_weights(const NormRows& norm, Index feature, float (
 // features; threadIdx.y tells the rows of a block apart. partial [blocks, features]: each block's
 // sums over its rows.
 template <class T, int kBits, int kQuads>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kQuads == 1 ? kManyRows : kNormThreads)
     quant_norm_grad_kernel(const T* __restrict__ grad_out, const uint8_t* __restrict__ codes,
                            const uint32_t* __restrict__ params, NormRows norm,
                            T* __restrict__ grad_x, Sums* __restrict__ partial) {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kNormThreads)
     }
   }
   // The sums of the block's other rows come to those of its first, one after the other.
-  MEMTL_SHARED(Sums, others, [4][kNormThreads / 4]);
+  MEMTL_SHARED(Sums, others, [4][kManyRows / 2]);
   for (int k = 0; k < kQuads; ++k) {
     for (unsigned y = 1; y < blockDim.y; ++y) {
       __syncthreads();
