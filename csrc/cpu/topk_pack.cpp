@@ -6,53 +6,21 @@
 #include <tuple>
 #include <vector>
 
-#include "topk_reading.h"
+#include "topk_tensors.h"
 
 namespace memtl {
 namespace {
 
 constexpr uint32_t kLargestKey = 0x7fffffff;
 
-struct Packing {
-  Tensor values, positions, scale;
-  TopkOutput out;
-};
-
-Packing allocate(const Tensor& x, int64_t kept, ScalarType value_dtype, DType value, bool bitmap) {
-  const int64_t rows = x.size(0), n = x.size(1);
-  const int64_t values_size[] = {rows, kept};
-  const int64_t positions_size[] = {rows, bitmap ? ceil_div(n, 8) : kept};
-  const int64_t scale_size[] = {rows, ceil_div(n, kBlock)};
-  const int64_t empty[] = {0};
-  using Size = torch::headeronly::IntHeaderOnlyArrayRef;
-  const Size scale_shape = value == DType::i8 ? Size(scale_size, 2) : Size(empty, 1);
-  Packing packing;
-  packing.values = torch::stable::new_empty(x, values_size, value_dtype);
-  packing.positions = torch::stable::new_empty(x, positions_size, ScalarType::Byte);
-  packing.scale = torch::stable::new_empty(x, scale_shape, ScalarType::BFloat16);
-  packing.out = {value,
-                 packing.values.data_ptr(),
-                 data<uint8_t>(packing.positions),
-                 value == DType::i8 ? data<uint16_t>(packing.scale) : nullptr,
-                 nullptr,
-                 kept,
-                 bitmap};
-  return packing;
-}
-
 std::tuple<Tensor, Tensor, Tensor> topk_pack_cpu(const Tensor& x, int64_t k, int64_t k_tail,
                                                  ScalarType value_dtype, bool bitmap) {
-  STD_TORCH_CHECK(x.dim() == 2, "topk_pack: expected x [R, n], got ", describe(x));
-  const DType dtype = floating("topk_pack", "x", x.scalar_type());
+  const DType dtype = check_rows("topk_pack", x);
   const DType value = value_type("topk_pack", value_dtype);
-  const int64_t rows = x.size(0), n = x.size(1), tail = n % kBlock;
-  STD_TORCH_CHECK(k >= 0 && k <= kBlock, "topk_pack: expected k in [0, 256], got ", k);
-  STD_TORCH_CHECK(tail == 0 || (k_tail >= 0 && k_tail <= tail), "topk_pack: x ", describe(x),
-                  " has a last block of ", tail, " elements: expected k_tail in [0, ", tail,
-                  "], got ", k_tail);
+  check_quota(x, k, k_tail);
+  const int64_t rows = x.size(0), n = x.size(1);
   const Tensor dense = torch::stable::contiguous(x);
-  Packing packing =
-      allocate(dense, n / kBlock * k + (tail ? k_tail : 0), value_dtype, value, bitmap);
+  Packing packing = allocate_packing(dense, kept_of(n, k, k_tail), value_dtype, value, bitmap);
   const void* in = dense.data_ptr();
   const TopkPackKernels& kernels = topk_pack_kernels();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n));
@@ -210,14 +178,12 @@ class SampleRow {
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_pack_sample_cpu(const Tensor& x, int64_t k,
                                                                 ScalarType value_dtype,
                                                                 bool bitmap) {
-  STD_TORCH_CHECK(x.dim() == 2, "topk_pack_sample: expected x [R, n], got ", describe(x));
-  const DType dtype = floating("topk_pack_sample", "x", x.scalar_type());
+  const DType dtype = check_rows("topk_pack_sample", x);
   const DType value = value_type("topk_pack_sample", value_dtype);
   const int64_t rows = x.size(0), n = x.size(1);
-  STD_TORCH_CHECK(k >= 0 && k <= n, "topk_pack_sample: expected k in [0, ", n, "] for x ",
-                  describe(x), ", got ", k);
+  check_sample_quota(x, k);
   const Tensor dense = torch::stable::contiguous(x);
-  Packing packing = allocate(dense, k, value_dtype, value, bitmap);
+  Packing packing = allocate_packing(dense, k, value_dtype, value, bitmap);
   const int64_t counts_size[] = {rows, ceil_div(n, kBlock)};
   Tensor counts = torch::stable::new_empty(dense, counts_size, ScalarType::Short);
   packing.out.counts = data<int16_t>(counts);

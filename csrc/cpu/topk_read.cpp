@@ -3,25 +3,9 @@
 #include <utility>
 
 #include "topk_reading.h"
+#include "topk_tensors.h"
 
 namespace memtl {
-
-DType value_type(const char* op, ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::Char:
-      return DType::i8;
-    default:
-      STD_TORCH_CHECK(false, op, ": expected values in float32, bfloat16, float16 or int8, got ",
-                      torch::headeronly::toString(dtype));
-  }
-  return DType::f32;
-}
 
 Reading::Reading(const char* op, const Tensor& values, const Tensor& positions, const Tensor& scale,
                  const Tensor& counts, int64_t n, int64_t k, int64_t k_tail, bool bitmap)
@@ -32,13 +16,8 @@ Reading::Reading(const char* op, const Tensor& values, const Tensor& positions, 
       counts_(torch::stable::contiguous(counts)) {
   STD_TORCH_CHECK(values.is_cpu() && positions.is_cpu() && scale.is_cpu() && counts.is_cpu(), op,
                   ": expected values, positions, scale and counts on the CPU");
-  STD_TORCH_CHECK(values.dim() == 2, op, ": expected values [R, K], got ", describe(values));
-  STD_TORCH_CHECK(n >= 0, op, ": expected n of 0 or more, got ", n);
-  const DType value = value_type(op, values.scalar_type());
+  const DType value = check_packed(op, values, positions, scale, counts, n, k, k_tail, bitmap);
   const int64_t rows = values.size(0), kept = values.size(1);
-  const int64_t blocks = ceil_div(n, kBlock), bytes = bitmap ? ceil_div(n, 8) : kept;
-  check(positions, "positions", ScalarType::Byte, rows, bytes, n);
-  if (value == DType::i8) check(scale, "scale", ScalarType::BFloat16, rows, blocks, n);
   packed = {value,
             values_.data_ptr(),
             data<uint8_t>(positions_),
@@ -50,17 +29,7 @@ Reading::Reading(const char* op, const Tensor& values, const Tensor& positions, 
             k,
             bitmap};
   if (rows == 0) return;
-  if (counts.numel() > 0) {
-    check(counts, "counts", ScalarType::Short, rows, blocks, n);
-    starts_of_counts();
-  } else if (!bitmap) {
-    const int64_t tail = n % kBlock, wanted = n / kBlock * k + (tail ? k_tail : 0);
-    STD_TORCH_CHECK(k >= 0 && k <= kBlock && (tail == 0 || (k_tail >= 0 && k_tail <= tail)), op,
-                    ": expected k in [0, 256] and k_tail in [0, ", tail, "] for n = ", n, ", got ",
-                    k, " and ", k_tail);
-    STD_TORCH_CHECK(kept == wanted, op, ": expected values [", rows, ", ", wanted, "] for n = ", n,
-                    ", k = ", k, ", k_tail = ", k_tail, ", got ", describe(values));
-  }
+  if (counts.numel() > 0) starts_of_counts();
   if (bitmap) {
     starts_of_bits();
   } else {
@@ -74,14 +43,6 @@ int64_t Reading::place(int64_t row, int64_t block) const {
                         : block < blocks ? block * packed.k
                                          : packed.kept;
   return row * packed.kept + start;
-}
-
-void Reading::check(const Tensor& x, const char* name, ScalarType dtype, int64_t rows,
-                    int64_t columns, int64_t n) const {
-  STD_TORCH_CHECK(
-      x.scalar_type() == dtype && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, op_,
-      ": expected ", name, " ", torch::headeronly::toString(dtype), " [", rows, ", ", columns,
-      "] beside values ", describe(values_), " for n = ", n, ", got ", describe(x));
 }
 
 void Reading::starts_of_counts() {

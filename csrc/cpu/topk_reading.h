@@ -8,8 +8,6 @@
 
 namespace memtl {
 
-DType value_type(const char* op, ScalarType dtype);
-
 // Packed rows whose shapes, counts and bits have been checked, so that no position leads outside.
 // That the positions of a block ascend is checked where they are read.
 class Reading {
@@ -26,8 +24,6 @@ class Reading {
   void check_ascending(bool ascending) const;
 
  private:
-  void check(const Tensor& x, const char* name, ScalarType dtype, int64_t rows, int64_t columns,
-             int64_t n) const;
   void starts_of_counts();
   void starts_of_bits();
   void check_tails() const;

@@ -588,6 +588,7 @@ def test_malformed_bitmap():
     for bad in (more, less, beyond):
         reads((v, bad, s, NO_COUNTS), 603, 26, 9, True, 5, "bits")
     reads((v, p[:, 1:], s, NO_COUNTS), 603, 26, 9, True, 5, "positions")
+    reads((v, p, s, NO_COUNTS), 603, 25, 9, True, 5, "values")
     v, p, s, counts = ops.topk_pack_sample(x, 60, torch.bfloat16, True)
     wrong = counts.clone()
     wrong[0, 0] += 1

@@ -24,11 +24,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+BITS = (8, 4, 3, 2)
 SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
 
 
 def to_device(arguments):
     return tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), list(arguments))
+
+
+def shifted(x):
+    """x on the device, beginning one element behind aligned memory."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
+    return flat[1:].copy_(x.flatten()).view(x.shape)
 
 
 def draw(*size, dtype=torch.float32, special=False, seed=0):
@@ -63,6 +70,11 @@ def topk_pack_sample_cases():
         yield draw(3, n, dtype=dtype, special=True), n // 9, torch.int8, False
     for values, bitmap, k in itertools.product(_ops.VALUE_DTYPES, (False, True), (1, 100, 1000)):
         yield draw(5, 1000, special=True), k, values, bitmap
+    for dtype, n in itertools.product(_ops.FLOATING, (20_000, 70_003)):
+        x = draw(2, n, dtype=dtype, special=True)
+        yield x, n // 10, torch.int8, False
+        yield x.relu(), 3 * n // 4, torch.bfloat16, True  # many zeros are kept
+    yield draw(600, 7).t(), 26, torch.float32, True
 
 
 def packed_cases():
@@ -82,26 +94,29 @@ def topk_unpack_cases():
 
 
 def quant_pack_cases():
-    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 3, 2)):
-        yield draw(n, dtype=dtype), bits, 12345
-    for bits in (8, 4, 3, 2):
+    """Every type in every number of bits, and of every size; a kernel is compiled for each."""
+    for (i, n), (j, bits) in itertools.product(enumerate(SIZES), enumerate(BITS)):
+        yield draw(n, dtype=_ops.FLOATING[(i + j) % 4]), bits, 12345
+    for bits in BITS:
         yield draw(40, 37, special=True), bits, 2**40 + 1
         yield draw(37, 40).t(), bits, 0
 
 
 def quant_pack_normalized_cases():
     for x, bits, seed in quant_pack_cases():
-        n = x.shape[-1]
-        if n == 0:
-            yield x, draw(1), draw(1), bits, 1, seed
-            continue
-        rows = x.numel() // n
-        for size, inner in ((rows, n), (n, 1), (1, n)):
+        rows, n = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        for size, inner in ((rows, n), (n, 1), (1, n)) if n else ((1, 1),):
             yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
 
 
+def with_results(cases):
+    """Each with the type of its result; every type in every number of bits."""
+    for i, case in enumerate(cases):
+        yield case, _ops.FLOATING[i // 5 % 4]
+
+
 def quant_unpack_cases():
-    for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
+    for (x, bits, seed), dtype in with_results(quant_pack_cases()):
         yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
 
 
@@ -111,7 +126,7 @@ def quant_pack_range_cases():
 
 
 def quant_unpack_range_cases():
-    for (x, *rest, seed), dtype in itertools.product(quant_pack_range_cases(), _ops.FLOATING):
+    for (x, *rest, seed), dtype in with_results(quant_pack_range_cases()):
         yield reference.quant_pack_range(x, *rest, seed), *rest, list(x.shape), dtype
 
 
@@ -208,7 +223,7 @@ EXACT = {
     "threshold_magnitude": threshold_magnitude_cases,
     "threshold_mask": threshold_mask_cases,
 }
-CURVES = ("quant_unpack_activation", "quant_activation_grad")
+CURVES = ("quant_unpack_activation", "quant_activation_grad", "quant_pack_derivative")
 
 
 def test_every_operator_is_tested():
@@ -249,6 +264,13 @@ def test_operator_gives_what_its_definition_gives(name):
         "topk_pack",
         "topk_pack_sample",
         "topk_unpack",
+        "quant_pack",
+        "quant_pack_normalized",
+        "quant_unpack",
+        "quant_pack_range",
+        "quant_unpack_range",
+        "quant_unpack_affine",
+        "quant_apply_range",
         "bits_pack",
         "bits_pack_between",
         "bits_apply",
@@ -268,13 +290,8 @@ QUANT = [name for name in EXACT if name.startswith("quant")]
 
 
 def anywhere(tensors):
-    """The same on the GPU, one element behind the beginning of their memory."""
-
-    def moved(t):
-        memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)
-        return memory[1:].view(t.shape).copy_(t)
-
-    return tree_map_only(torch.Tensor, moved, list(tensors))
+    """The same on the device, in memory that is not aligned."""
+    return tree_map_only(torch.Tensor, shifted, list(tensors))
 
 
 def transposed(tensors):
@@ -318,10 +335,14 @@ def test_opcheck(name):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_activations_are_those_of_the_cpu(activation):
     """Up to what either may be off."""
-    for codes, params, bits, size, dtype in quant_unpack_cases():
-        g, u = draw(*size, dtype=dtype, seed=1), torch.finfo(dtype).eps
-        packed = codes, params, bits, activation
-        for op, arguments in zip(CURVES, ((*packed, size, dtype), (g, *packed)), strict=True):
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x, g, u = 4 * draw(40, 37, special=True), draw(40, 37, seed=1), torch.finfo(dtype).eps
+        codes, params = reference.quant_pack(x, bits, 1)
+        packed, g = (codes, params, bits, activation), g.to(dtype)
+        for op, arguments in (
+            ("quant_unpack_activation", (*packed, [40, 37], dtype)),
+            ("quant_activation_grad", (g, *packed)),
+        ):
             expected = getattr(reference, op)(*arguments)
             actual = getattr(torch.ops.memtl, op)(*to_device(arguments)).cpu()
             assert (actual.isnan() == expected.isnan()).all()
@@ -334,45 +355,59 @@ def test_activations_are_those_of_the_cpu(activation):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_codes_of_a_derivative_are_those_of_float64(activation):
     """But where f' is that near to a boundary."""
-    for x, bits, lo, hi, seed in quant_pack_range_cases():
-        arguments = x, bits, activation, lo, hi, seed
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x = 4 * draw(40, 37, dtype=dtype, special=True)
+        arguments = x, bits, activation, -0.13, 1.13, 2**40 + 1
         codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
         assert_derivative_codes(codes, *arguments, 4e-6)
 
 
-def assert_norm_gradients(operator, arguments, way):
-    """As the CPU's, in another order of summation."""
-    expected = getattr(reference, operator)(*arguments)
-    actual = getattr(torch.ops.memtl, operator)(*way(arguments))
+def assert_gradients(name, dtype, way, *arguments):
+    """In another order of summation."""
+    expected = getattr(reference, name)(*arguments)
+    actual = getattr(torch.ops.memtl, name)(*way(arguments))
     for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == e.dtype
-        unit = torch.finfo(e.dtype).eps
-        assert_within(a.cpu(), e, (1e-4 + unit) * (1 + e.double().abs()))
+        bound = 1e-4 + (torch.finfo(dtype).eps if e is expected[0] else 0)
+        assert a.dtype == e.dtype and a.is_contiguous()
+        assert_within(a.cpu(), e, bound * (1 + e.double().abs()))
 
 
 @pytest.mark.parametrize("way", [to_device, anywhere, transposed])
 @pytest.mark.parametrize("centered", [True, False])
 def test_norm_gradients_are_those_of_the_cpu(centered, way):
-    widths = (1, 7, 64, 257, 768, 2052, 8200)
-    for (bits, n), dtype in zip(
-        itertools.product((8, 4, 3, 2), widths), itertools.cycle(_ops.FLOATING), strict=False
-    ):
-        packed = reference.quant_pack(draw(33, n), bits, 1)
+    for i, (bits, n) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 768, 5000, 8200))):
+        packed, dtype = reference.quant_pack(draw(33, n), bits, 1), _ops.FLOATING[i % 4]
         g, rstd, weight = draw(33, n, dtype=dtype, seed=1), draw(33, seed=2), draw(n, seed=3)
-        arguments = g, *packed, bits, rstd, None if n == 64 else weight, n, centered
-        assert_norm_gradients("quant_norm_grad", arguments, way)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, n, centered)
+        assert_gradients("quant_norm_grad", dtype, way, g, *rest)
 
 
 @pytest.mark.parametrize("way", [to_device, anywhere, transposed])
 def test_channel_norm_gradients_are_those_of_the_cpu(way):
-    planes = (1, 7, 49, 64, 257, 5001)
-    for (bits, inner), dtype in zip(
-        itertools.product((8, 4, 3, 2), planes), itertools.cycle(_ops.FLOATING), strict=False
-    ):
-        packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
-        g, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=3)
-        arguments = g, *packed, bits, draw(5, seed=2), None if inner == 64 else weight, inner
-        assert_norm_gradients("quant_channel_norm_grad", arguments, way)
+    for i, (bits, inner) in enumerate(itertools.product(BITS, (1, 7, 49, 64, 257, 5001))):
+        packed, dtype = reference.quant_pack(draw(3, 5, inner), bits, 1), _ops.FLOATING[i % 4]
+        g, rstd, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=2), draw(5, seed=3)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, inner)
+        assert_gradients("quant_channel_norm_grad", dtype, way, g, *rest)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+def test_topk_in_memory_that_is_not_aligned(dtype):
+    x, k, k_tail = draw(5, 776, dtype=dtype, special=True), 26, 3
+    none = torch.empty(0, dtype=torch.int16)
+    for values, bitmap in itertools.product(_ops.VALUE_DTYPES, (False, True)):
+        packed = reference.topk_pack(x, k, k_tail, values, bitmap)
+        sample = reference.topk_pack_sample(x, 70, values, bitmap)
+        for actual, expected in (
+            (torch.ops.memtl.topk_pack(shifted(x), k, k_tail, values, bitmap), packed),
+            (torch.ops.memtl.topk_pack_sample(shifted(x), 70, values, bitmap), sample),
+        ):
+            for a, e in zip(actual, expected, strict=True):
+                assert_same(a.cpu(), e)
+        for arguments in ((*packed, none), sample):
+            options = 776, k, k_tail, bitmap, dtype
+            actual = torch.ops.memtl.topk_unpack(*map(shifted, arguments), *options)
+            assert_same(actual.cpu(), reference.topk_unpack(*arguments, *options))
 
 
 @pytest.mark.slow
@@ -457,6 +492,25 @@ def test_topk_beyond_32_bit_offsets(source):
     assert torch.equal(unpack(*packed, n, k, 0, False, x.dtype), x)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_beyond_32_bit_offsets(bits):
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    if memtl.backends.owner("quant_pack", DEVICE) == "reference":
+        pytest.skip("the definition takes more memory than that")
+    x = torch.empty(2**31 + 4099, dtype=torch.float16, device=DEVICE).uniform_(-1, 1)
+    parts = [slice(0, 2**20), slice(-(2**20), None)]
+    wanted = [x[part].float() for part in parts]
+    packed = torch.ops.memtl.quant_pack(x, bits, 1)
+    y = torch.ops.memtl.quant_unpack(*packed, bits, x.shape, x.dtype)
+    codes = torch.ops.memtl.quant_pack_range(x, bits, -1.0, 1.0, 1)
+    x = torch.ops.memtl.quant_unpack_range(codes, bits, -1.0, 1.0, y.shape, y.dtype)
+    for part, exact in zip(parts, wanted, strict=True):
+        assert_within(y[part].cpu(), exact.cpu(), 2.02 / (2**bits - 1) + 1e-3)
+        assert_within(x[part].cpu(), exact.cpu(), 2 / (2**bits - 2) + 1e-3)
+
+
 # ------------------------------------------------------------------- operators that sum up floats
 
 
@@ -477,9 +531,50 @@ def test_topk_weight_grad(dtype, source):
         actual = from_source("topk_weight_grad", source)(*to_device(arguments))
         assert actual.dtype == torch.float32
         grad_out = grad_out.float().double()
-        # Dot products of T terms in float32, summed in any order.
-        bound = gamma(x.shape[0]) + rounding(dtype, packed[0].dtype)
-        assert_within(actual.cpu(), grad_out.t() @ x, bound * (grad_out.abs().t() @ x.abs()))
+        bound = weight_grad_bound(grad_out, x, dtype, packed[0].dtype)
+        assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+def weight_grad_bound(grad_out, x, dtype, values=None):
+    """Dot products of T terms in float32, summed in any order by units that cut off what does not
+    fit, which is twice an error of rounding; x is rounded before, and may underflow in float16."""
+    size = grad_out.abs().t() @ x.abs()
+    rounded = rounding(dtype, values)
+    underflow = 2.0**-25 * grad_out.abs().sum(0)[:, None] if rounded else 0
+    return (2 * gamma(x.shape[0]) * (1 + rounded) + rounded) * size + underflow
+
+
+WEIGHT_GRADS = (
+    # tokens, outputs, row, features, keep: tiles whole and cut off, few rows and many, rows of
+    # several tokens, blocks of features that are no packed blocks
+    (12_608, 768, 768, 768, 0.1),
+    (4_097, 131, 777, 777, 0.03),
+    (500, 1_000, 2_048, 512, 0.06),
+    (2_000, 96, 768, 384, 0.1),
+    (40_000, 10, 300, 300, 0.25),
+)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+@pytest.mark.parametrize("case", WEIGHT_GRADS, ids=str)
+def test_topk_weight_grad_of_many_tokens(case, dtype):
+    tokens, outputs, n, features, keep = case
+    k, k_tail, bitmap = quota(256, keep), quota(n % 256, keep), keep > 0.125
+    rows = draw(tokens * features // n, n).to(DEVICE)
+    packed = torch.ops.memtl.topk_pack(rows, k, k_tail, torch.int8, bitmap)
+    counts = torch.empty(0, dtype=torch.int16, device=DEVICE)
+    layout = (n, k, k_tail, bitmap)
+    dense = torch.ops.memtl.topk_unpack(*packed, counts, *layout, torch.float64)
+    x = dense.view(tokens, features)
+    grad_out = draw(tokens + 1, outputs, dtype=dtype, seed=1).to(DEVICE)
+    elsewhere = grad_out.flatten()[1 : 1 + tokens * outputs].view(tokens, outputs)
+    for grad in (grad_out[1:], elsewhere, grad_out.t().contiguous().t()[1:]):
+        arguments = (*packed, counts, grad, n, features, k, k_tail, bitmap)
+        actual = torch.ops.memtl.topk_weight_grad(*arguments)
+        assert actual.shape == (outputs, features) and actual.is_contiguous()
+        assert torch.equal(actual, torch.ops.memtl.topk_weight_grad(*arguments)), "not repeatable"
+        grad = grad.float().double()
+        assert_within(actual, grad.t() @ x, weight_grad_bound(grad, x, dtype))
 
 
 @pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)

@@ -22,12 +22,12 @@ from triton.compiler import ASTSource
 
 from memtl import kernels
 
-UNALIGNED = ("scale", "H", "T", "M", "N")
+UNALIGNED = ("scale", "lo", "hi", "step", "seed", "H", "T", "M", "N")
 """Arguments that are no multiples of 16; pointers and sizes are, as those of whole tensors are."""
 VECTOR_LOAD = r"ld\.global\.v[24]|cp\.async\.[^;]*0x10"
 PRODUCT = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
 """Of tensor cores."""
-LAUNCH = ("num_warps", "num_stages")
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 """Constants that are Triton's, not the kernel's."""
 
 
@@ -61,7 +61,7 @@ def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
     constants = {name: value for name, value in constants.items() if name not in LAUNCH}
     aligned = {}
     for i, (name, types) in enumerate(signature.items()):
-        if name not in UNALIGNED:
+        if name not in UNALIGNED and name not in constants:
             paths = [(i, j) for j in range(len(types))] if isinstance(types, tuple) else [(i,)]
             aligned |= {path: [["tt.divisibility", 16]] for path in paths if path not in constants}
     names = [name for name in constants if isinstance(name, str)]
