@@ -13,6 +13,12 @@ constexpr int kTopkThreads = kTopkWarps * static_cast<int>(kWarp);
 constexpr int kEach = kBlock / static_cast<int>(kWarp);  // numbers of a lane
 constexpr int kRun = 4;                                  // blocks of a warp, one after the other
 
+// The elements of block `index` of a row of n.
+__device__ inline int block_size(int64_t n, int64_t index) {
+  const int64_t left = n - index * kBlock;
+  return static_cast<int>(left < kBlock ? left : kBlock);
+}
+
 // The bits that stand for a number of type T: those of half the width as they are, others in
 // float32. As integers without the sign they are ordered as magnitudes are.
 template <class T>

@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kTopkThreads)
   for (; first < all; first += stride) {
     int64_t row = first / blocks, index = first - row * blocks;
     for (int i = 0; i < kRun && first + i < all; ++i) {
-      const int64_t left = n - index * kBlock;
-      const int size = static_cast<int>(left < kBlock ? left : kBlock);
+      const int size = block_size(n, index);
       Incoming<T>(x, row * n + index * kBlock, size, aligned).store(space->block);
       __syncwarp();
       const Keys<T> keys = own_keys<T>(space->block);
