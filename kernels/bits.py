@@ -1,12 +1,16 @@
 """One bit an element, in Triton.
 
 ``bits_pack``   bits[i // 8] |= (mask[i] != 0) << (i % 8); the last byte is filled with zeros.
+``bits_pack_between``  the same of the mask that is set unless x[i] <= lo or x[i] >= hi.
 ``bits_apply``  y[i] = x[i] * scale where bit i % 8 of bits[i // 8] is set, else 0.
 
-Both are bound by memory: numel bytes read and numel / 8 written; itemsize * numel and numel / 8
-read and itemsize * numel written. A program works on a tile [BLOCK, 8]: a row is one byte of bits
-and the eight elements it stands for, so a byte is moved once and no two programs share one.
+All are bound by memory: numel bytes, or itemsize * numel, read and numel / 8 written; itemsize *
+numel and numel / 8 read and itemsize * numel written. A program works on a tile [BLOCK, 8]: a row
+is one byte of bits and the eight elements it stands for, so a byte is moved once and no two
+programs share one.
 """
+
+import math
 
 import torch
 import triton
@@ -15,19 +19,41 @@ from torch import Tensor
 
 from memtl._ops import FLOATING
 
+from .common import check_floating
+
 BYTES_PER_PROGRAM = 8192
 """Of mask or x: four 16-byte loads in flight for each of 128 threads."""
+
+
+@triton.jit
+def _bytes(mask):
+    """A byte for each row of eight."""
+    bits = mask.to(tl.int32) << tl.arange(0, 8)[None, :]
+    return tl.sum(bits, axis=1).to(tl.uint8)
 
 
 @triton.jit
 def _bits_pack_kernel(mask_ptr, bits_ptr, numel, BLOCK: tl.constexpr):
     """bits[b] = sum over i of (mask[8 b + i] != 0) << i, for BLOCK bytes b."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    lane = tl.arange(0, 8)
-    element = byte[:, None] * 8 + lane[None, :]
+    element = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     mask = tl.load(mask_ptr + element, mask=element < numel, other=0)
-    bits = tl.sum((mask != 0).to(tl.int32) << lane[None, :], axis=1)
-    tl.store(bits_ptr + byte, bits.to(tl.uint8), mask=byte * 8 < numel)
+    tl.store(bits_ptr + byte, _bytes(mask != 0), mask=byte * 8 < numel)
+
+
+@triton.jit
+def _bits_pack_between_kernel(
+    x_ptr, bits_ptr, lo: tl.float64, hi: tl.float64, numel, BLOCK: tl.constexpr
+):
+    """Bit i of bits[b] is set unless x[8 b + i] <= lo or >= hi, for BLOCK bytes b."""
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = element < numel
+    x = tl.load(x_ptr + element, mask=inside, other=0)
+    if x_ptr.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)
+    outside = (x <= tl.full((1, 1), lo, x.dtype)) | (x >= tl.full((1, 1), hi, x.dtype))
+    tl.store(bits_ptr + byte, _bytes(inside & (outside == 0)), mask=byte * 8 < numel)
 
 
 @triton.jit
@@ -66,6 +92,26 @@ def bits_pack(mask: Tensor) -> Tensor:
         with torch.cuda.device_of(mask):
             grid = (triton.cdiv(bits.numel(), block),)
             _bits_pack_kernel[grid](mask.view(torch.uint8), bits, mask.numel(), BLOCK=block)
+    return bits
+
+
+def _bound(value: float | None, dtype: torch.dtype) -> float:
+    """As torch compares a tensor with it, rounded to its dtype; NaN, which nothing is beyond, for
+    none."""
+    return math.nan if value is None else torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def bits_pack_between(x: Tensor, lo: float | None, hi: float | None) -> Tensor:
+    """x, any shape -> uint8 [ceil(numel / 8)]: set unless x <= lo or x >= hi, so where x is NaN."""
+    check_floating("bits_pack_between", x=x)
+    x = x.contiguous()
+    bits = x.new_empty((triton.cdiv(x.numel(), 8),), dtype=torch.uint8)
+    block = _block(x.itemsize)
+    if bits.numel():
+        with torch.cuda.device_of(x):
+            grid = (triton.cdiv(bits.numel(), block),)
+            bounds = _bound(lo, x.dtype), _bound(hi, x.dtype)
+            _bits_pack_between_kernel[grid](x, bits, *bounds, x.numel(), BLOCK=block)
     return bits
 
 

@@ -16,9 +16,10 @@ W W' / (W + W') (m' - m) (m' - m)^T: a block is centered on its own mean, and th
 J is 2 N operations for each of B H T d e elements; a program makes a tile of that of one query.
 The others are bound by reading k and v; a program takes 16 queries, which share what is read.
 
-All is computed in float32, in float64 for float64. The tensor cores' tf32 has 11 bits, which are
-all that two 16-bit numbers have, so the scores of such are exact in it, and what is summed up by
-weights takes three products of it (tf32x3). float32 keeps to the other cores: its gradients are
+All is computed in float32, in float64 for float64. Products of two 16-bit numbers are exact in it,
+so the tensor cores make scores of such as they are. Sums by weights they make in tf32, whose 11
+bits are all that a 16-bit number has: a weight is two of those, which makes two products, and
+beside what is centered, in J, three (tf32x3). float32 keeps to the other cores: its gradients are
 to be as close as the plain formula's.
 """
 
@@ -33,6 +34,14 @@ from memtl._ops import FLOATING, _check_query_attention
 
 QUERIES = 16
 """Of a program that makes no J: the rows of a tensor core."""
+FACTORS = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    # Triton's interpreter would multiply its bits.
+    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+}
+"""What queries and keys are multiplied as."""
 
 
 @triton.jit
@@ -68,11 +77,17 @@ def _rows(ptr, batch, head, row, strides):
 
 
 @triton.jit
-def _tile(rows, inside, column, columns, stride):
-    """rows[:, column], wide; 0 outside."""
+def _load(rows, inside, column, columns, stride):
+    """rows[:, column]; 0 outside."""
     ptr = rows[:, None] + column[None, :].to(tl.int64) * stride
     mask = inside[:, None] & (column < columns)[None, :]
-    return _wide(tl.load(ptr, mask=mask, other=0.0))
+    return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def _tile(rows, inside, column, columns, stride):
+    """The same, wide."""
+    return _wide(_load(rows, inside, column, columns, stride))
 
 
 @triton.jit
@@ -87,15 +102,29 @@ def _products(
     WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
-    """a b^T, of rows at a and at b; WIDTH is ``columns`` rounded up to whole blocks."""
+    """a b^T, of rows at a and at b, multiplied as FACTOR; WIDTH is ``columns`` rounded up to whole
+    blocks."""
     products = tl.zeros((a.shape[0], b.shape[0]), WIDE)
     for first in range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = _tile(a, a_inside, column, columns, a_stride)
-        y = tl.trans(_tile(b, b_inside, column, columns, b_stride))
-        products = tl.dot(x, y, products, input_precision=PRECISION, out_dtype=WIDE)
+        x = _load(a, a_inside, column, columns, a_stride).to(FACTOR)
+        y = tl.trans(_load(b, b_inside, column, columns, b_stride).to(FACTOR))
+        products = tl.dot(x, y, products, input_precision="ieee", out_dtype=WIDE)
+    return products
+
+
+@triton.jit
+def _weighted(weights, x, PRECISION: tl.constexpr):
+    """weights x, of x in 16 bits, or of any x in PRECISION "ieee"."""
+    if PRECISION == "ieee":
+        products = tl.dot(weights, x, input_precision=PRECISION, out_dtype=x.dtype)
+    else:
+        bits = weights.to(tl.int32, bitcast=True)
+        high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # rounded to 11 bits
+        products = tl.dot(high, x, input_precision="tf32")
+        products = tl.dot(weights - high, x, products, input_precision="tf32")
     return products
 
 
@@ -128,7 +157,7 @@ def _out_kernel(
     v_strides,
     mask_strides,
     WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
+    FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -151,7 +180,7 @@ def _out_kernel(
         keys = _rows(k_ptr, batch, head, n, k_strides)
         values = _rows(v_ptr, batch, head, n, v_strides)
         products = _products(
-            queries, t < T, q_strides[3], keys, n < N, k_strides[3], d, WIDE, WIDTH, BLOCK_D, EXACT
+            queries, t < T, q_strides[3], keys, n < N, k_strides[3], d, WIDE, WIDTH, BLOCK_D, FACTOR
         )
         added = _added(mask_ptr, batch, head, n, mask_strides, N, WIDE)
         scores = products * tl.full((1, 1), scale, WIDE) + added[None, :]
@@ -160,7 +189,7 @@ def _out_kernel(
         weights = tl.exp(scores - _shift(new)[:, None])
         v = _tile(values, n < N, j, e, v_strides[3])
         sums *= fade[:, None]
-        sums += tl.dot(weights, v, input_precision=PRECISION, out_dtype=WIDE)
+        sums += _weighted(weights, v, PRECISION)
         total = total * fade + tl.sum(weights, 1)
         best = new
     out = sums * _inverse(total)[:, None]
@@ -272,7 +301,7 @@ def _grad_kernel(
     v_strides,
     mask_strides,
     WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
+    FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH_D: tl.constexpr,
     WIDTH_E: tl.constexpr,
@@ -311,7 +340,7 @@ def _grad_kernel(
             WIDE,
             WIDTH_D,
             BLOCK_D,
-            EXACT,
+            FACTOR,
         )
         g = _products(
             grads_out,
@@ -324,7 +353,7 @@ def _grad_kernel(
             WIDE,
             WIDTH_E,
             BLOCK_E,
-            EXACT,
+            FACTOR,
         )
         added = _added(mask_ptr, batch, head, n, mask_strides, N, WIDE)
         scores = products * tl.full((1, 1), scale, WIDE) + added[None, :]
@@ -334,7 +363,7 @@ def _grad_kernel(
         k = _tile(keys, n < N, i, d, k_strides[3])
         weight = tl.sum(weights, 1)
         block_g = tl.sum(weights * g, 1)
-        block_k = tl.dot(weights, k, input_precision=PRECISION, out_dtype=WIDE)
+        block_k = _weighted(weights, k, PRECISION)
         total *= fade
         sum_g *= fade
         sum_k *= fade[:, None]
@@ -344,7 +373,7 @@ def _grad_kernel(
         apart_k = block_k * _inverse(weight)[:, None] - sum_k * _inverse(total)[:, None]
         weights *= g - mean_g[:, None]
         covariance = covariance * fade[:, None] + apart_g[:, None] * apart_k
-        covariance += tl.dot(weights, k, input_precision=PRECISION, out_dtype=WIDE)
+        covariance += _weighted(weights, k, PRECISION)
         total += weight
         sum_g += block_g
         sum_k += block_k
@@ -378,7 +407,7 @@ def _options(dtype: torch.dtype) -> dict[str, Any]:
 def _out_options(dtype: torch.dtype, d: int, e: int) -> dict[str, Any]:
     block = _block(d, dtype.itemsize)
     return _options(dtype) | {
-        "EXACT": "tf32" if dtype.itemsize == 2 else "ieee",
+        "FACTOR": FACTORS[dtype],
         "WIDTH": _tiles(d, block) * block,
         "BLOCK_D": block,
         "BLOCK_E": _block(e, dtype.itemsize),
@@ -400,7 +429,7 @@ def _jacobian_options(dtype: torch.dtype, d: int, e: int) -> dict[str, Any]:
 def _grad_options(dtype: torch.dtype, d: int, e: int) -> dict[str, Any]:
     block_d, block_e = _block(d, dtype.itemsize), _block(e, dtype.itemsize)
     return _options(dtype) | {
-        "EXACT": "tf32" if dtype.itemsize == 2 else "ieee",
+        "FACTOR": FACTORS[dtype],
         "WIDTH_D": _tiles(d, block_d) * block_d,
         "WIDTH_E": _tiles(e, block_e) * block_e,
         "BLOCK_D": block_d,

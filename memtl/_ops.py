@@ -516,10 +516,7 @@ def _check_masked_weight(name: str, weight: Tensor, mask: Tensor) -> None:
     _check_mask(name, mask, *weight.shape)
 
 
-@_define("masked_linear", "(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor")
-def _(x, weight, mask, bias):
-    """x [T, I], weight [O, I] -> x (weight * mask)^T + bias, [T, O] in the dtype of x; accumulated
-    in float32 (float64 for float64)."""
+def _check_masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
     name = "masked_linear"
     _check_masked_weight(name, weight, mask)
     outputs, inputs = weight.shape
@@ -530,24 +527,15 @@ def _(x, weight, mask, bias):
             bias.shape == (outputs,),
             lambda: f"{name}: expected bias [{outputs}], got {tuple(bias.shape)}",
         )
-    return x.new_empty((x.shape[0], outputs))
 
 
-@_define("masked_linear_input_grad", "(Tensor grad_out, Tensor weight, Tensor mask) -> Tensor")
-def _(grad_out, weight, mask):
-    """grad_out [T, O], weight [O, I] -> grad_out (weight * mask), [T, I] in the dtype of grad_out;
-    accumulated as for masked_linear."""
+def _check_masked_input_grad(grad_out: Tensor, weight: Tensor, mask: Tensor) -> None:
     name = "masked_linear_input_grad"
     _check_masked_weight(name, weight, mask)
-    outputs, inputs = weight.shape
-    _check_rows(name, "grad_out", grad_out, outputs)
-    return grad_out.new_empty((grad_out.shape[0], inputs))
+    _check_rows(name, "grad_out", grad_out, weight.shape[0])
 
 
-@_define("masked_linear_weight_grad", "(Tensor grad_out, Tensor x, Tensor mask) -> Tensor")
-def _(grad_out, x, mask):
-    """grad_out [T, O], x [T, I] of the same dtype -> grad_out^T x where a bit of the mask is set,
-    0 elsewhere, [O, I] in float32 (float64 for float64)."""
+def _check_masked_weight_grad(grad_out: Tensor, x: Tensor, mask: Tensor) -> None:
     name = "masked_linear_weight_grad"
     torch._check(
         x.dim() == 2 and grad_out.dim() == 2 and x.shape[0] == grad_out.shape[0],
@@ -561,9 +549,32 @@ def _(grad_out, x, mask):
         lambda: f"{name}: expected grad_out and x of one dtype, got {grad_out.dtype} and {x.dtype}",
     )
     _check_floating(name, x)
-    outputs, inputs = grad_out.shape[1], x.shape[1]
-    _check_mask(name, mask, outputs, inputs)
-    return x.new_empty((outputs, inputs), dtype=torch.promote_types(x.dtype, torch.float32))
+    _check_mask(name, mask, grad_out.shape[1], x.shape[1])
+
+
+@_define("masked_linear", "(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor")
+def _(x, weight, mask, bias):
+    """x [T, I], weight [O, I] -> x (weight * mask)^T + bias, [T, O] in the dtype of x; accumulated
+    in float32 (float64 for float64)."""
+    _check_masked_linear(x, weight, mask, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_define("masked_linear_input_grad", "(Tensor grad_out, Tensor weight, Tensor mask) -> Tensor")
+def _(grad_out, weight, mask):
+    """grad_out [T, O], weight [O, I] -> grad_out (weight * mask), [T, I] in the dtype of grad_out;
+    accumulated as for masked_linear."""
+    _check_masked_input_grad(grad_out, weight, mask)
+    return grad_out.new_empty((grad_out.shape[0], weight.shape[1]))
+
+
+@_define("masked_linear_weight_grad", "(Tensor grad_out, Tensor x, Tensor mask) -> Tensor")
+def _(grad_out, x, mask):
+    """grad_out [T, O], x [T, I] of the same dtype -> grad_out^T x where a bit of the mask is set,
+    0 elsewhere, [O, I] in float32 (float64 for float64)."""
+    _check_masked_weight_grad(grad_out, x, mask)
+    size = grad_out.shape[1], x.shape[1]
+    return x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 # -------------------------------------------------------------------------------------- attention

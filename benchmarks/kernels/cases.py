@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtl._attention import attention_grad
 from memtl.storage.convolution import ConvGeometry, library_weight_grad
 from memtl.storage.topk import TopK, quota
 
@@ -23,6 +24,7 @@ TOKENS = 197
 WIDTHS = (768, 3072)
 HEADS = 12
 SCALE = 1 / 0.9
+RUN_AGAIN = "torch's attention run again, then its backward"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -604,23 +606,27 @@ def masked_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """The gradients of attention from its operands alone."""
-    shape = (batch, HEADS, TOKENS, 64)
+    """The gradients of attention from its operands alone: of a ViT's 197 tokens, of causal text."""
 
-    def make() -> Calls:
+    def make(shape: tuple[int, ...], is_causal: bool) -> Calls:
         grad_out, *operands = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
         leaves = [t.detach().requires_grad_() for t in operands]
-        out = F.scaled_dot_product_attention(*leaves)
+        out = F.scaled_dot_product_attention(*leaves, is_causal=is_causal)
         backward = partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
-        options = (None, 0.0, None, False, None, False, False)
+        arguments = (grad_out, *operands, None, 0.0, None, is_causal, None, False, False)
         return {
-            "memtl": partial(OPS.attention_grad, grad_out, *operands, *options),
+            "memtl": partial(OPS.attention_grad, *arguments),
+            RUN_AGAIN: partial(attention_grad, *arguments),
             "backward alone, from all that autograd keeps": backward,
         }
 
-    words, elements = "x".join(map(str, shape)), batch * HEADS * TOKENS * 64
-    # Scores, and the products of dP, dq, dk, dv: what no way of computing them avoids.
-    yield Case("attention_grad", "", words, elements, make, 5 * 2 * elements * TOKENS)
+    for what, tokens, is_causal in (("", TOKENS, False), ("causal", 1024, True)):
+        shape = (max(1, batch * TOKENS // tokens), HEADS, tokens, 64)
+        elements = math.prod(shape)
+        # Scores, and the products of dP, dq, dk, dv: what no way of computing them avoids.
+        flops = 5 * 2 * elements * tokens // (2 if is_causal else 1)
+        words, build = "x".join(map(str, shape)), partial(make, shape, is_causal)
+        yield Case("attention_grad", what, words, elements, build, flops)
 
 
 def query_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:

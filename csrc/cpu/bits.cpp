@@ -1,17 +1,16 @@
 #include "bits.h"
 
-#include <limits>
 #include <optional>
 #include <vector>
 
+#include "bits_checks.h"
 #include "tensor.h"
 
 namespace memtl {
 namespace {
 
 Tensor bits_pack_cpu(const Tensor& mask) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "bits_pack: expected mask of bool, got ",
-                  describe(mask));
+  check_bool("bits_pack", mask);
   const Tensor flat = torch::stable::contiguous(mask);
   const int64_t numel = flat.numel();
   const int64_t size[] = {ceil_div(numel, 8)};
@@ -23,16 +22,6 @@ Tensor bits_pack_cpu(const Tensor& mask) {
     kernels.pack(in, numel, out, first, last);
   });
   return bits;
-}
-
-// A bound as a number of dtype, as torch compares a tensor with it; NaN for none.
-double bound(std::optional<double> value, DType dtype) {
-  if (!value) return std::numeric_limits<double>::quiet_NaN();
-  if (dtype == DType::f64) return *value;
-  const auto narrow = static_cast<float>(*value);
-  if (dtype == DType::bf16) return bfloat16_to_float(float_to_bfloat16(narrow));
-  if (dtype == DType::f16) return half_to_float(float_to_half(narrow));
-  return narrow;
 }
 
 Tensor bits_pack_between_cpu(const Tensor& x, std::optional<double> lo, std::optional<double> hi) {
@@ -122,8 +111,7 @@ Tensor bits_select_cpu(const Tensor& x, const Tensor& bits, int64_t count) {
 
 Tensor bits_expand_cpu(const Tensor& values, const Tensor& bits, std::vector<int64_t> sizes) {
   const int64_t size = size_of(floating("bits_expand", "values", values.scalar_type()));
-  STD_TORCH_CHECK(values.dim() == 1, "bits_expand: expected values [count], got ",
-                  describe(values));
+  check_values("bits_expand", values);
   Tensor result = torch::stable::new_empty(values, sizes);
   check_bits_of("bits_expand", result, bits);
   const int64_t numel = result.numel();

@@ -14,6 +14,7 @@
 
 #include "bits.h"
 #include "tensor.h"
+#include "threshold_checks.h"
 
 namespace memtl {
 namespace {
@@ -254,23 +255,16 @@ Tensor value_of(DType dtype, uint64_t key, const Tensor& like) {
 std::tuple<Tensor, Tensor> threshold_magnitude_cpu(const std::vector<Tensor>& xs,
                                                    const std::vector<Tensor>& masks, int64_t k) {
   constexpr const char* kOp = "threshold_magnitude";
-  STD_TORCH_CHECK(!xs.empty(), kOp, ": expected one tensor or more, got none");
-  STD_TORCH_CHECK(masks.empty() || masks.size() == xs.size(), kOp, ": expected no masks, or ",
-                  xs.size(), " as there are tensors, got ", masks.size());
-  const DType dtype = floating(kOp, "xs", xs[0].scalar_type());
+  const DType dtype = check_lists(kOp, xs, masks);
   std::vector<Tensor> read;  // contiguous ones; they live as long as the search
   std::vector<Part> parts;
   int64_t total = 0;
   for (size_t t = 0; t < xs.size(); ++t) {
-    STD_TORCH_CHECK(xs[t].scalar_type() == xs[0].scalar_type(), kOp,
-                    ": expected tensors of one dtype, got ", describe(xs[0]), " and ",
-                    describe(xs[t]));
     const int64_t numel = xs[t].numel();
     read.push_back(torch::stable::contiguous(xs[t]));
     const void* x = read.back().const_data_ptr();
     const uint8_t* mask = nullptr;
     if (!masks.empty()) {
-      check_bits_of(kOp, xs[t], masks[t]);
       read.push_back(torch::stable::contiguous(masks[t]));
       mask = static_cast<const uint8_t*>(read.back().const_data_ptr());
     }
@@ -279,8 +273,7 @@ std::tuple<Tensor, Tensor> threshold_magnitude_cpu(const std::vector<Tensor>& xs
       parts.push_back({x, mask, first, std::min(first + kPart, numel), static_cast<int64_t>(t)});
     }
   }
-  STD_TORCH_CHECK(0 <= k && k <= total, kOp, ": expected k from 0 to ", total,
-                  ", as there are elements, got ", k);
+  check_k(kOp, k, total);
   const auto tensors = static_cast<int64_t>(xs.size());
   Tensor ties = torch::stable::new_zeros(xs[0], {tensors}, ScalarType::Long);
   uint64_t key = infinite_key(dtype);
@@ -290,14 +283,7 @@ std::tuple<Tensor, Tensor> threshold_magnitude_cpu(const std::vector<Tensor>& xs
 
 Tensor threshold_mask_cpu(const Tensor& x, const std::optional<Tensor>& mask, const Tensor& value,
                           const Tensor& ties) {
-  constexpr const char* kOp = "threshold_mask";
-  const DType dtype = floating(kOp, "x", x.scalar_type());
-  if (mask) check_bits_of(kOp, x, *mask);
-  STD_TORCH_CHECK(value.scalar_type() == x.scalar_type() && value.numel() == 1, kOp,
-                  ": expected one value in the dtype of x, got ", describe(value), " for x ",
-                  describe(x));
-  STD_TORCH_CHECK(ties.scalar_type() == ScalarType::Long && ties.numel() == 1, kOp,
-                  ": expected one number of ties of int64, got ", describe(ties));
+  const DType dtype = check_threshold("threshold_mask", x, mask, value, ties);
   const Tensor flat = torch::stable::contiguous(x);
   const Tensor packed = mask ? torch::stable::contiguous(*mask) : flat;
   const auto* outer = mask ? static_cast<const uint8_t*>(packed.const_data_ptr()) : nullptr;

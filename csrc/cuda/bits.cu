@@ -1,11 +1,41 @@
 #include "cuda/bits.cuh"
 
-#include "cuda/launch.h"
+#include "cpu/bits_checks.h"
+#include "cuda/tiles.h"
 
 namespace memtl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+// A block for each tile of x, and the bits.
+template <class T, class Test>
+Tensor pack(const Tensor& x, const Test& test) {
+  const OnDevice on(x);
+  const Tensor flat = torch::stable::contiguous(x);
+  const int64_t numel = flat.numel();
+  Tensor bits = torch::stable::new_empty(flat, {ceil_div(numel, 8)}, ScalarType::Byte);
+  if (numel == 0) return bits;
+  bits_pack_kernel<T, Test><<<tiles_of<T>(numel), kTileThreads, 0, on.stream()>>>(
+      static_cast<const T*>(flat.const_data_ptr()), test, numel,
+      static_cast<uint8_t*>(bits.mutable_data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return bits;
+}
+
+Tensor bits_pack_cuda(const Tensor& mask) {
+  check_bool("bits_pack", mask);
+  return pack<uint8_t>(mask, IsSet{});
+}
+
+Tensor bits_pack_between_cuda(const Tensor& x, std::optional<double> lo, std::optional<double> hi) {
+  const DType dtype = floating("bits_pack_between", "x", x.scalar_type());
+  const double low = bound(lo, dtype), high = bound(hi, dtype);
+  Tensor bits;
+  with_type(dtype, [&]<class T, class Math>() {
+    const IsBetween<T, Math> between{static_cast<Math>(low), static_cast<Math>(high)};
+    bits = pack<T>(x, between);
+  });
+  return bits;
+}
 
 Tensor bits_apply_cuda(const Tensor& x, const Tensor& bits, double scale) {
   const DType dtype = floating("bits_apply", "x", x.scalar_type());
@@ -17,7 +47,7 @@ Tensor bits_apply_cuda(const Tensor& x, const Tensor& bits, double scale) {
   const int64_t numel = flat.numel();
   if (numel == 0) return out;
   with_type(dtype, [&]<class T, class Math>() {
-    bits_apply_kernel<T, Math><<<blocks_of(numel, kThreads), kThreads, 0, on.stream()>>>(
+    bits_apply_kernel<T, Math><<<tiles_of<T>(numel), kTileThreads, 0, on.stream()>>>(
         static_cast<const T*>(flat.const_data_ptr()),
         static_cast<const uint8_t*>(packed.const_data_ptr()), static_cast<Math>(scale), numel,
         static_cast<T*>(out.mutable_data_ptr()));
@@ -30,5 +60,7 @@ Tensor bits_apply_cuda(const Tensor& x, const Tensor& bits, double scale) {
 }  // namespace memtl::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(memtl, CUDA, m) {
+  m.impl("bits_pack", TORCH_BOX(&memtl::cuda::bits_pack_cuda));
+  m.impl("bits_pack_between", TORCH_BOX(&memtl::cuda::bits_pack_between_cuda));
   m.impl("bits_apply", TORCH_BOX(&memtl::cuda::bits_apply_cuda));
 }

@@ -11,7 +11,7 @@
 // MEMTL_SHARED(float, tile, [32][33]): a __shared__ array that begins at 16 bytes.
 #define MEMTL_SHARED(type, name, extents) __shared__ alignas(16) type name extents
 // MEMTL_DYNAMIC_SHARED(bytes): those that the launch asked for.
-#define MEMTL_DYNAMIC_SHARED(name) extern __shared__ alignas(16) unsigned char name[]
+#define MEMTL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
 namespace memtl::cuda {

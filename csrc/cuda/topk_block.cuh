@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "cuda/device.cuh"
+#include "cuda/prefix.cuh"
 
 namespace memtl::cuda {
 
@@ -107,18 +107,6 @@ struct Incoming {
     }
   }
 };
-
-// The sum of x over this lane and those before it.
-template <class T>
-__device__ inline T warp_prefix(T x) {
-  const unsigned lane = lane_of_thread();
-#pragma unroll
-  for (unsigned step = 1; step < kWarp; step *= 2) {
-    const T below = __shfl_up_sync(kAllLanes, x, step);
-    if (lane >= step) x += below;
-  }
-  return x;
-}
 
 // Puts the positions of this lane's set bits to their places among those of the warp.
 __device__ inline void list_positions(uint32_t bits, int before, uint8_t* positions) {

@@ -49,7 +49,7 @@ class Writer {
   // in its row. The block is in shared memory; all lanes may read it.
   __device__ void add(uint32_t bits, int64_t row, int64_t index, int64_t start) {
     const int lane = static_cast<int>(lane_of_thread());
-    const int own = __popc(bits), through = warp_prefix(own);
+    const int own = __popc(bits), through = warp_sum_up_to(own);
     const int count = __shfl_sync(kAllLanes, through, kWarp - 1);
     if ((waiting_ + count) * static_cast<int>(size_of(out_.value)) > PackSpace<T>::kBytes) flush();
     if (waiting_ == 0) place_ = row * out_.kept + start;

@@ -86,7 +86,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
   if (rows.bitmap) {
     const int64_t byte = row * ceil_div(rows.n, 8) + index * (kBlock / 8) + lane;
     const uint32_t bits = lane * 8 < size ? rows.positions[byte] : 0;
-    const int own = __popc(bits), through = warp_prefix(own);
+    const int own = __popc(bits), through = warp_sum_up_to(own);
     list_positions(bits, through - own, space->positions);
     positions = space->positions;
     const int set = __shfl_sync(kAllLanes, through, kWarp - 1);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kTopkThreads)
       if (mine < blocks) own = rows.count(row, mine);
       before = rows.before[row * ceil_div(blocks, kChunk) + chunk];
     }
-    const int through = warp_prefix(own);
+    const int through = warp_sum_up_to(own);
     for (int i = 0; i < kRun && first + i < blocks; ++i) {
       const int64_t index = first + i;
       int64_t start = index * rows.k;

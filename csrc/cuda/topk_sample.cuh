@@ -74,10 +74,9 @@ __device__ inline bool is_last(unsigned* done, int64_t parts) {
 }
 
 // Writes what is known of the threshold with one more digit: count(digit) keys have it. Keys that
-// are zero need not be counted.
+// are zero need not be counted. All threads of a block call it, and meet after it.
 template <class Count>
 __device__ void choose_digit(const Count& count, Pass pass, Threshold known, Threshold* threshold) {
-  MEMTL_SHARED(int64_t, sums, [kTopkWarps]);
   constexpr int kOwn = kDigits / kTopkThreads;
   int64_t own[kOwn], sum = 0;  // from the largest digit on
   const int largest = (1 << pass.bits) - 1 - static_cast<int>(threadIdx.x) * kOwn;
@@ -87,7 +86,7 @@ __device__ void choose_digit(const Count& count, Pass pass, Threshold known, Thr
     own[i] = digit > 0 ? count(digit) : digit == 0 ? known.ties : 0;
     sum += own[i];
   }
-  int64_t total, before = thread_prefix(sum, sums, &total) - sum;
+  int64_t before = sum_of_threads(sum).before;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     if (before < known.ties && before + own[i] >= known.ties) {
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(kTopkThreads)
     // Every lane has the counts of one block of the chunk.
     const int64_t mine = chunk * kChunk + lane_of_thread();
     const uint32_t own = mine < blocks ? counts.blocks[row * blocks + mine] : 0;
-    const uint32_t through = warp_prefix(own);
+    const uint32_t through = warp_sum_up_to(own);
     const int64_t above_before = counts.above[row * chunks + chunk];
     const int64_t equal_before = counts.equal[row * chunks + chunk];
     for (int i = 0; i < kRun && first + i < blocks; ++i) {

@@ -142,7 +142,7 @@ void test_packs(Random& random) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {0, 1, 8, 26, 128, 255, 256}) {
         for_types([&]<class T>() {
-          if (!drawn(4, random)) return;
+          if (!drawn(6, random)) return;
           test_pack<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
                        {unsigned(1 + random() % 2)}, random);
         });
@@ -241,7 +241,7 @@ void test_samples(Random& random) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {int64_t{0}, (n + 9) / 10, n}) {
         for_types([&]<class T>() {
-          if (!drawn(n < 1000 ? 2 : 4, random)) return;
+          if (!drawn(n < 1000 ? 3 : 6, random)) return;
           const int64_t parts = n < 1000 ? 1 : 1 + random() % 3;
           test_sample<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
                          parts, random);
@@ -355,7 +355,7 @@ void test_unpacks(Random& random) {
     for (const DType value : kValues) {
       for (const int64_t k : {0, 26, 256}) {
         for_types([&]<class Out>() {
-          if (!drawn(2, random)) return;
+          if (!drawn(3, random)) return;
           test_unpack<Out>(n, random() % 3 ? Kind::special : Kind::ties, value, k, random() % 2,
                            random() % 2, shift_drawn(random), random);
         });

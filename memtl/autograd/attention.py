@@ -76,7 +76,7 @@ class Attended:
 
 
 class AttentionFunction(Function):
-    """softmax(scale q k^T + mask) v, kept as q, k, v alone; backward runs torch's attention again.
+    """softmax(scale q k^T + mask) v, kept as q, k, v alone; backward computes it again.
 
     Memory: ``format.nbytes`` of q, k and v, a reference to the mask, the generator's state when
     there is dropout; neither the map nor the output nor the log-sum.

@@ -82,7 +82,7 @@ class BatchNormFunction(Function):
         return *cast_needed(ctx, grads), *(None,) * 8
 
 
-FUSED_INNER = 256  # elements of a plane from which the fused gradients are faster
+FUSED_INNER = 256  # elements of a plane from which the fused gradients are faster on a CPU
 
 
 def _fused_grads(
@@ -91,9 +91,9 @@ def _fused_grads(
     """The gradients of x, weight and bias from codes; None where x-hat is not in groups with their
     own scale, or no gradient of x is asked for, or the plain way is faster or of another dtype."""
     codes, inner = grouped(x_hat), grad_out.shape[2:].numel()
-    if codes is None or rstd is None or inner < FUSED_INNER or not grad_out.is_contiguous():
+    if codes is None or rstd is None or inner < (1 if grad_out.is_cuda else FUSED_INNER):
         return None
-    if grad_out.is_cuda or grad_out.dtype == torch.float64:
+    if grad_out.dtype == torch.float64 or not grad_out.is_contiguous():
         return None
     return torch.ops.memtl.quant_channel_norm_grad(grad_out, *codes, rstd, weight, inner)
 

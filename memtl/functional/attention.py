@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
     """``F.scaled_dot_product_attention``, with its operands kept in ``format``.
 
     The gradients of query, key, value and a mask that trains are taken from the stored operands:
-    backward runs torch's own fused attention on them again. Under a ``TopK`` format the
+    backward computes attention from them again. Under a ``TopK`` format the
     probabilities are kept as well, in that format, since a softmax recomputed from pruned operands
     would be far off.
 

@@ -83,7 +83,7 @@ def pack_normalized(
     mean (i // inner) % C of C. None where that is not what the format or the dtype asks for."""
     if type(format) is not Quantized or format.range is not None or inner == 0:
         return None
-    if x.is_cuda or torch.float64 in (x.dtype, mean.dtype, rstd.dtype):
+    if torch.float64 in (x.dtype, mean.dtype, rstd.dtype):
         return None
     packed = torch.ops.memtl.quant_pack_normalized(x, mean, rstd, format.bits, inner, format.seed)
     return Packed(format, packed, x.shape, torch.float32)

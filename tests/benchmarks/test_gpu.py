@@ -108,7 +108,7 @@ def test_every_goal_finds_its_row():
 def test_owners_that_are_slower_are_named():
     rows = [row(baseline="triton", ratio=0.8), row(baseline="triton", ratio=1.2), row(ratio=0.5)]
     (line,) = gpu.slower_owners(rows)
-    assert line == "topk_pack keep 0.1 int8: native-cuda takes 1.25x triton's time"
+    assert line == "topk_pack keep 0.1 int8: native-cuda takes 1.25x the time of triton"
 
 
 def test_no_time_left_is_said():

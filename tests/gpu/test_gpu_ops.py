@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+BITS = (8, 4, 3, 2)
 SIZES = (0, 1, 7, 64, 255, 256, 257, 1000, 4099)
 
 
@@ -87,22 +88,29 @@ def topk_unpack_cases():
 
 
 def quant_pack_cases():
-    for dtype, n, bits in itertools.product(_ops.FLOATING, SIZES, (8, 4, 3, 2)):
-        yield draw(n, dtype=dtype), bits, 12345
-    for bits in (8, 4, 3, 2):
+    """Every type in every number of bits, and of every size; a kernel is compiled for each."""
+    for (i, n), (j, bits) in itertools.product(enumerate(SIZES), enumerate(BITS)):
+        yield draw(n, dtype=_ops.FLOATING[(i + j) % 4]), bits, 12345
+    for bits in BITS:
         yield draw(40, 37, special=True), bits, 2**40 + 1
         yield draw(37, 40).t(), bits, 0
 
 
 def quant_pack_normalized_cases():
     for x, bits, seed in quant_pack_cases():
-        rows, n = x.numel() // x.shape[-1], x.shape[-1]
-        for size, inner in ((rows, n), (n, 1)):
+        rows, n = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        for size, inner in ((rows, n), (n, 1)) if n else ((1, 1),):
             yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
 
 
+def with_results(cases):
+    """Each with the type of its result; every type in every number of bits."""
+    for i, case in enumerate(cases):
+        yield case, _ops.FLOATING[i // 5 % 4]
+
+
 def quant_unpack_cases():
-    for (x, bits, seed), dtype in itertools.product(quant_pack_cases(), _ops.FLOATING):
+    for (x, bits, seed), dtype in with_results(quant_pack_cases()):
         yield *reference.quant_pack(x, bits, seed), bits, list(x.shape), dtype
 
 
@@ -112,7 +120,7 @@ def quant_pack_range_cases():
 
 
 def quant_unpack_range_cases():
-    for (x, *rest, seed), dtype in itertools.product(quant_pack_range_cases(), _ops.FLOATING):
+    for (x, *rest, seed), dtype in with_results(quant_pack_range_cases()):
         yield reference.quant_pack_range(x, *rest, seed), *rest, list(x.shape), dtype
 
 
@@ -172,6 +180,11 @@ def threshold_magnitude_cases():
         for k in (0, 1, 100, 3000, 50_000):
             yield xs, [], k
             yield xs, masks, k
+    # More tensors than a kernel takes; and those whose keys begin alike, of which many are equal.
+    yield [draw(n % 37, seed=n) for n in range(300)], [], 1000
+    alike = [1 + draw(5000).abs() / 4096, torch.full((70_001,), 1 + 2.0**-12)]
+    for k in (500, 5000, 60_000):
+        yield alike, [], k
 
 
 def threshold_mask_cases():
@@ -200,7 +213,7 @@ EXACT = {
     "threshold_magnitude": threshold_magnitude_cases,
     "threshold_mask": threshold_mask_cases,
 }
-CURVES = ("quant_unpack_activation", "quant_activation_grad")
+CURVES = ("quant_unpack_activation", "quant_activation_grad", "quant_pack_derivative")
 
 
 def test_every_operator_is_tested():
@@ -241,7 +254,15 @@ def test_operator_gives_what_its_definition_gives(name):
         "topk_pack",
         "topk_pack_sample",
         "topk_unpack",
+        "quant_pack",
+        "quant_pack_normalized",
+        "quant_unpack",
+        "quant_pack_range",
+        "quant_unpack_range",
+        "quant_unpack_affine",
+        "quant_apply_range",
         "bits_pack",
+        "bits_pack_between",
         "bits_apply",
         "bits_select",
         "bits_expand",
@@ -264,10 +285,14 @@ def test_opcheck(name):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_activations_are_those_of_the_cpu(activation):
     """Up to what either may be off."""
-    for codes, params, bits, size, dtype in quant_unpack_cases():
-        g, u = draw(*size, dtype=dtype, seed=1), torch.finfo(dtype).eps
-        packed = codes, params, bits, activation
-        for op, arguments in zip(CURVES, ((*packed, size, dtype), (g, *packed)), strict=True):
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x, g, u = 4 * draw(40, 37, special=True), draw(40, 37, seed=1), torch.finfo(dtype).eps
+        codes, params = reference.quant_pack(x, bits, 1)
+        packed, g = (codes, params, bits, activation), g.to(dtype)
+        for op, arguments in (
+            ("quant_unpack_activation", (*packed, [40, 37], dtype)),
+            ("quant_activation_grad", (g, *packed)),
+        ):
             expected = getattr(reference, op)(*arguments)
             actual = getattr(torch.ops.memtl, op)(*to_device(arguments)).cpu()
             assert (actual.isnan() == expected.isnan()).all()
@@ -280,34 +305,38 @@ def test_activations_are_those_of_the_cpu(activation):
 @pytest.mark.parametrize("activation", _ops.ACTIVATIONS)
 def test_codes_of_a_derivative_are_those_of_float64(activation):
     """But where f' is that near to a boundary."""
-    for x, bits, lo, hi, seed in quant_pack_range_cases():
-        arguments = x, bits, activation, lo, hi, seed
+    for bits, dtype in zip(BITS, _ops.FLOATING, strict=True):
+        x = 4 * draw(40, 37, dtype=dtype, special=True)
+        arguments = x, bits, activation, -0.13, 1.13, 2**40 + 1
         codes = torch.ops.memtl.quant_pack_derivative(*to_device(arguments)).cpu()
         assert_derivative_codes(codes, *arguments, 4e-6)
 
 
+def assert_gradients(name, dtype, *arguments):
+    """In another order of summation."""
+    expected = getattr(reference, name)(*arguments)
+    actual = getattr(torch.ops.memtl, name)(*to_device(arguments))
+    for a, e in zip(actual, expected, strict=True):
+        bound = 1e-4 + (torch.finfo(dtype).eps if e is expected[0] else 0)
+        assert a.dtype == e.dtype and a.is_contiguous()
+        assert_within(a.cpu(), e, bound * (1 + e.double().abs()))
+
+
 @pytest.mark.parametrize("centered", [True, False])
 def test_norm_gradients_are_those_of_the_cpu(centered):
-    """In another order of summation."""
-    for bits, n in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
-        packed = reference.quant_pack(draw(33, n), bits, 1)
-        g, rstd, weight = draw(33, n, seed=1), draw(33, seed=2), draw(n, seed=3)
-        arguments = g, *packed, bits, rstd, weight, n, centered
-        expected = reference.quant_norm_grad(*arguments)
-        actual = torch.ops.memtl.quant_norm_grad(*to_device(arguments))
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+    for i, (bits, n) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 5000))):
+        packed, dtype = reference.quant_pack(draw(33, n), bits, 1), _ops.FLOATING[i % 4]
+        g, rstd, weight = draw(33, n, dtype=dtype, seed=1), draw(33, seed=2), draw(n, seed=3)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, n, centered)
+        assert_gradients("quant_norm_grad", dtype, g, *rest)
 
 
 def test_channel_norm_gradients_are_those_of_the_cpu():
-    """In another order of summation."""
-    for bits, inner in itertools.product((8, 4, 3, 2), (1, 7, 64, 257)):
-        packed = reference.quant_pack(draw(3, 5, inner), bits, 1)
-        arguments = draw(3, 5, inner, seed=1), *packed, bits, draw(5, seed=2), draw(5, seed=3)
-        expected = reference.quant_channel_norm_grad(*arguments, inner)
-        actual = torch.ops.memtl.quant_channel_norm_grad(*to_device(arguments), inner)
-        for a, e in zip(actual, expected, strict=True):
-            assert_within(a.cpu(), e, 1e-4 * (1 + e.double().abs()))
+    for i, (bits, inner) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 3136))):
+        packed, dtype = reference.quant_pack(draw(3, 5, inner), bits, 1), _ops.FLOATING[i % 4]
+        g, rstd, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=2), draw(5, seed=3)
+        rest = (*packed, bits, rstd, weight if i % 3 else None, inner)
+        assert_gradients("quant_channel_norm_grad", dtype, g, *rest)
 
 
 def shifted(x):
@@ -337,11 +366,13 @@ def test_topk_in_memory_that_is_not_aligned(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["registered", "triton"])
-def test_bits_beyond_32_bit_offsets(source):
+def test_beyond_32_bit_offsets(source):
     numel = 2**31 + 4099
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
-    operators = {"bits_pack": torch.ops.memtl.bits_pack, "bits_apply": torch.ops.memtl.bits_apply}
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    names = (*(f"bits_{verb}" for verb in ("pack", "apply", "select", "expand")),)
+    names += ("threshold_magnitude", "threshold_mask")
+    operators = {name: getattr(torch.ops.memtl, name) for name in names}
     if source == "triton":
         operators = pytest.importorskip("memtl.kernels").OPS
     mask = torch.zeros(numel, dtype=torch.bool, device=DEVICE)
@@ -354,6 +385,20 @@ def test_bits_beyond_32_bit_offsets(source):
     for part in (slice(0, 2**20), slice(-(2**20), None)):
         assert torch.equal(y[part], 2 * mask[part].half())
     assert y.count_nonzero() == mask.count_nonzero()
+    del y, mask
+
+    x = torch.arange(1, 2048, dtype=torch.float16, device=DEVICE).repeat(numel // 2047 + 1)[:numel]
+    values = operators["bits_select"](x, bits, len(range(0, numel, 3)))
+    assert torch.equal(values, x[::3])
+    dense = operators["bits_expand"](values, bits, [numel])
+    assert torch.equal(dense[::3], values) and dense.count_nonzero() == values.numel()
+    del values, dense
+
+    k = numel // 5
+    value, ties = operators["threshold_magnitude"]([x], [], k)
+    assert value == 2047 - k // (numel // 2047 + 1)
+    bits = operators["threshold_mask"](x, None, value, ties[0])
+    assert operators["bits_apply"](x, bits, 1.0).count_nonzero() == k
 
 
 @pytest.mark.slow
@@ -386,6 +431,25 @@ def test_topk_beyond_32_bit_offsets(source):
     assert torch.equal(unpack(*packed, n, k, 0, False, x.dtype), x)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_beyond_32_bit_offsets(bits):
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    if memtl.backends.owner("quant_pack", DEVICE) == "reference":
+        pytest.skip("the definition takes more memory than that")
+    x = torch.empty(2**31 + 4099, dtype=torch.float16, device=DEVICE).uniform_(-1, 1)
+    parts = [slice(0, 2**20), slice(-(2**20), None)]
+    wanted = [x[part].float() for part in parts]
+    packed = torch.ops.memtl.quant_pack(x, bits, 1)
+    y = torch.ops.memtl.quant_unpack(*packed, bits, x.shape, x.dtype)
+    codes = torch.ops.memtl.quant_pack_range(x, bits, -1.0, 1.0, 1)
+    x = torch.ops.memtl.quant_unpack_range(codes, bits, -1.0, 1.0, y.shape, y.dtype)
+    for part, exact in zip(parts, wanted, strict=True):
+        assert_within(y[part].cpu(), exact.cpu(), 2.02 / (2**bits - 1) + 1e-3)
+        assert_within(x[part].cpu(), exact.cpu(), 2 / (2**bits - 2) + 1e-3)
+
+
 # ------------------------------------------------------------------- operators that sum up floats
 
 
@@ -416,10 +480,15 @@ def test_masked_linear(dtype):
     x, weight, bias = draw(70, 130, dtype=dtype), draw(33, 130, seed=1), draw(33, seed=2)
     grad_out = draw(70, 33, dtype=dtype, seed=3)
     mask = reference.bits_pack(draw(33, 130, seed=4) > 1)
+    same = weight.to(dtype), mask
     for name, arguments in (
         ("masked_linear", (x, weight, mask, bias)),
         ("masked_linear_input_grad", (grad_out, weight, mask)),
+        ("masked_linear", (x, *same, bias.to(dtype))),
+        ("masked_linear", (x, *same, None)),
+        ("masked_linear_input_grad", (grad_out, *same)),
         ("masked_linear_weight_grad", (grad_out, x, mask)),
+        ("masked_linear_weight_grad", (grad_out[:0], x[:0], mask)),
     ):
         actual = getattr(torch.ops.memtl, name)(*to_device(arguments)).cpu()
         exact = [a.double() if a.is_floating_point() else a for a in arguments]
@@ -514,6 +583,66 @@ def test_attention_grad(case, dtype):
         # Twice the error of torch's own kernels in this dtype, and one rounding of the result.
         band = torch.finfo(dtype).eps * e.abs().max()
         assert (a - e).abs().max() <= 2 * (p - e).abs().max() + band
+
+
+# queries, keys, d, e: keys in one block of 128 or 256, or in several; widths padded to a power of
+# two; those too wide for float32, and for any kernel.
+ATTENTION_SIZES = (
+    (1, 1, 1, 1),
+    (100, 100, 64, 64),
+    (197, 197, 64, 64),
+    (70, 300, 32, 32),
+    (300, 70, 64, 64),
+    (130, 513, 40, 24),
+    (65, 300, 80, 80),
+    (65, 300, 128, 128),
+    (33, 129, 256, 256),
+    (9, 17, 264, 264),
+)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("all", "causal"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids=str)
+def test_attention_grad_at_sizes(size, dtype, is_causal):
+    queries, keys, d, e = size
+    shapes = ((queries, d), (keys, d), (keys, e), (queries, e))
+    operands = [draw(2, *s[:1], 3, *s[1:], seed=i) for i, s in enumerate(shapes)]
+    q, k, v, grad_out = (t.to(DEVICE, dtype).transpose(1, 2) for t in operands)  # not contiguous
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = sdpa_grads(q, k, v, grad_out, None, is_causal=is_causal)
+        double = [t.double() for t in (q, k, v, grad_out)]
+        exact = sdpa_grads(*double, None, is_causal=is_causal)
+    arguments = grad_out, q, k, v, None, 0.0, None, is_causal, None, False, False
+    actual = torch.ops.memtl.attention_grad(*arguments)
+    for a, p, x in zip(actual, plain, exact, strict=False):
+        assert a.dtype == dtype and a.shape == x.shape and a.is_contiguous()
+        band = torch.finfo(dtype).eps * x.abs().max()  # as above
+        assert (a - x).abs().max() <= 2 * (p - x).abs().max() + band
+    if max(d, e) <= 64:  # every result of a kernel has one writer
+        again = torch.ops.memtl.attention_grad(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_attention_grad_beyond_32_bit_offsets(dtype):
+    """The first and the last row are more than 2^31 numbers apart."""
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    apart = 2**31 // 128 + 64
+    room = torch.empty(129 * apart, dtype=dtype, device=DEVICE)
+    small = [draw(1, 1, 129, 64, seed=i).to(DEVICE, dtype) for i in range(4)]
+    results = []
+    for i in range(3):  # grad_out, q, k in turn
+        far = room.as_strided((1, 1, 129, 64), (0, 0, apart, 1)).copy_(small[i])
+        arguments = [*small[:i], far, *small[i + 1 :]]
+        results.append(
+            torch.ops.memtl.attention_grad(*arguments, None, 0.0, None, False, None, False, False)
+        )
+    near = torch.ops.memtl.attention_grad(*small, None, 0.0, None, False, None, False, False)
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, near, strict=True))
 
 
 def test_attention_grad_replays_dropout():

@@ -1,10 +1,13 @@
 """Compiles every Triton kernel for the compute capabilities given, and prints as JSON what came out
 and the names of all kernels there are. A program of its own, run by test_aot.py: what Triton
-interprets it cannot compile.
+interprets it cannot compile. One process for each processor shares the work.
 """
 
 import importlib
+import itertools
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import runpy
@@ -19,10 +22,12 @@ from triton.compiler import ASTSource
 
 from memtl import kernels
 
-UNALIGNED = ("scale", "H", "T", "N")
+UNALIGNED = ("scale", "lo", "hi", "step", "seed", "H", "T", "M", "N")
 """Arguments that are no multiples of 16; pointers and sizes are, as those of whole tensors are."""
 VECTOR_LOAD = r"ld\.global\.v[24]|cp\.async\.[^;]*0x10"
-LAUNCH = ("num_warps", "num_stages")
+PRODUCT = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
+"""Of tensor cores."""
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 """Constants that are Triton's, not the kernel's."""
 
 
@@ -33,8 +38,9 @@ def variants():
         yield from runpy.run_path(str(path))["variants"]()
 
 
-def local_bytes(cubin: bytes) -> int | None:
-    """Bytes a thread keeps outside its registers; None without cuobjdump."""
+def usage(cubin: bytes) -> dict[str, int] | None:
+    """Registers of a thread, and the bytes that it keeps outside of them (STACK, LOCAL); None
+    without cuobjdump."""
     try:
         tool = triton.knobs.nvidia.cuobjdump.path
     except RuntimeError:
@@ -43,8 +49,9 @@ def local_bytes(cubin: bytes) -> int | None:
         file.write(cubin)
         file.flush()
         command = [tool, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listed)}
+    return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
 
 
 def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
@@ -54,7 +61,7 @@ def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
     constants = {name: value for name, value in constants.items() if name not in LAUNCH}
     aligned = {}
     for i, (name, types) in enumerate(signature.items()):
-        if name not in UNALIGNED:
+        if name not in UNALIGNED and name not in constants:
             paths = [(i, j) for j in range(len(types))] if isinstance(types, tuple) else [(i,)]
             aligned |= {path: [["tt.divisibility", 16]] for path in paths if path not in constants}
     names = [name for name in constants if isinstance(name, str)]
@@ -68,7 +75,10 @@ def compile_kernel(capability, kernel, dtype, signature, constants) -> dict:
         "constants": ", ".join(f"{k}={v}" for k, v in constants.items()),
         "cubin_bytes": len(result.asm["cubin"]),
         "shared": result.metadata.shared,
-        "local_bytes": local_bytes(result.asm["cubin"]),
+        "warps": result.metadata.num_warps,
+        "usage": usage(result.asm["cubin"]),
+        "multiplies": "tl.dot(" in kernel.src,
+        "products": len(re.findall(PRODUCT, result.asm["ptx"])),
         "vector_loads": len(re.findall(VECTOR_LOAD, result.asm["ptx"])),
         "rounds_to_nearest": len(re.findall(r"cvt\.rn\.bf16", result.asm["ptx"])),
     }
@@ -82,6 +92,17 @@ def written() -> list[str]:
     return sorted(name for name in functions if name.endswith("_kernel"))
 
 
+WORK: list[tuple] = []
+"""capability, variant; processes inherit it, for kernels cannot be pickled."""
+
+
+def compile_nth(n: int) -> dict:
+    capability, variant = WORK[n]
+    return compile_kernel(capability, *variant)
+
+
 if __name__ == "__main__":
-    compiled = [compile_kernel(int(c), *v) for c in sys.argv[1:] for v in variants()]
+    WORK += itertools.product([int(c) for c in sys.argv[1:]], variants())
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        compiled = pool.map(compile_nth, range(len(WORK)), chunksize=1)
     print(json.dumps({"written": written(), "compiled": compiled}))

@@ -1,4 +1,4 @@
-"""bits_pack and bits_apply in Triton's interpreter; test_interpreter.py runs this file."""
+"""Packing bits and applying them in Triton's interpreter; test_interpreter.py runs this file."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from memtl import kernels, reference
 SIZES = (0, 1, 7, 8, 9, 255, 256, 257, 1000, 4099)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 pack, apply = torch.ops.memtl.bits_pack, torch.ops.memtl.bits_apply
+between = torch.ops.memtl.bits_pack_between
 
 
 def masked(size, seed=0):
@@ -43,6 +44,15 @@ def test_pack(size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
+def test_pack_between(size, dtype):
+    x = masked(size)[0].to(dtype)
+    x[::5], x[1::7], x[2::11], x[3::13] = 0.1, -torch.inf, torch.nan, -0.0
+    for lo, hi in ((0.0, None), (None, 0.1), (-0.3, 0.1), (0.1, 1e6), (None, None)):
+        assert_identical(between(x, lo, hi), reference.bits_pack_between(x, lo, hi))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
 def test_apply(size, dtype):
     x, mask = masked(size)
     bits = reference.bits_pack(mask)
@@ -67,6 +77,7 @@ def test_strided_arguments():
     x, mask = x.t(), mask[:, ::2]
     assert not x.is_contiguous() and not mask.is_contiguous()
     assert_identical(pack(mask), reference.bits_pack(mask))
+    assert_identical(between(x, -0.3, 0.5), reference.bits_pack_between(x, -0.3, 0.5))
     bits = pack(masked(x.shape)[1]).repeat_interleave(2)[::2]
     assert not bits.is_contiguous()
     assert_identical(apply(x, bits, 0.3), reference.bits_apply(x, bits, 0.3))
@@ -95,6 +106,8 @@ def test_arguments_of_another_size_or_type():
         apply(x, torch.zeros(2, dtype=torch.int32), 1.0)
     with pytest.raises(TypeError, match=r"bits_apply: expected .* got torch\.int64"):
         apply(x.long(), bits, 1.0)
+    with pytest.raises(TypeError, match=r"bits_pack_between: expected .* got torch\.int64"):
+        between(x.long(), 0.0, None)
     with pytest.raises(TypeError, match=r"bits_pack: expected a bool tensor, got torch\.uint8"):
         pack(bits)
 
@@ -102,6 +115,7 @@ def test_arguments_of_another_size_or_type():
 def test_opcheck():
     x, mask = masked((3, 13))
     torch.library.opcheck(pack, (mask,))
+    torch.library.opcheck(between, (x, None, 0.5))
     torch.library.opcheck(apply, (x, pack(mask), 1.25))
 
 

@@ -12,6 +12,14 @@ pytest.importorskip("triton")
 
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = 48 * 1024  # bytes a block gets on every card without asking for more
+PRODUCT_LIMIT = 99 * 1024  # and those that multiply, on every card since sm_80 for asking
+REGISTERS = 64 * 1024  # of a multiprocessor
+SHARED = {
+    80: 164 * 1024,
+    90: 228 * 1024,
+    100: 228 * 1024,
+}  # of a multiprocessor; 1 KiB a block more
+WARPS = 8  # two for each of its four schedulers
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +59,38 @@ def test_machine_code_comes_out(compiled):
 
 
 def test_shared_memory_fits(compiled):
-    over = {name(k): k["shared"] for k in compiled if k["shared"] > SHARED_LIMIT}
-    assert not over
+    limits = {True: PRODUCT_LIMIT, False: SHARED_LIMIT}
+    assert not {name(k): k["shared"] for k in compiled if k["shared"] > limits[k["multiplies"]]}
 
 
-def test_nothing_to_speak_of_is_spilled(compiled):
-    if any(kernel["local_bytes"] is None for kernel in compiled):
+@pytest.fixture
+def used(compiled) -> list[dict]:
+    if any(kernel["usage"] is None for kernel in compiled):
         pytest.skip("Triton came without cuobjdump")
-    # Nothing with Triton 3.8; with 3.6 two of the widest variants of query_attention, 8 and 24.
-    assert not {name(k): k["local_bytes"] for k in compiled if k["local_bytes"] > 24}
+    return [kernel | kernel["usage"] for kernel in compiled]
+
+
+def test_nothing_to_speak_of_is_spilled(used):
+    # Nothing with Triton 3.8; with 3.6 the widest variants of attention, 8 to 24 bytes.
+    assert not {name(k): k["local_bytes"] for k in used if k["local_bytes"] > 24}
+
+
+def test_enough_warps_fit_on_a_multiprocessor(used):
+    few = {}
+    for kernel in used:
+        # Registers are given out to a warp, 256 at a time.
+        of_program = kernel["warps"] * -(-32 * kernel["registers"] // 256) * 256
+        by_shared = SHARED[kernel["capability"]] // (kernel["shared"] + 1024)
+        warps = kernel["warps"] * min(REGISTERS // of_program, by_shared)
+        if warps < WARPS:
+            few[name(kernel)] = warps
+    assert not few
+
+
+def test_products_of_16_bits_are_those_of_tensor_cores(compiled):
+    products = [k for k in compiled if k["multiplies"] and k["dtype"] in ("bf16", "fp16")]
+    assert products
+    assert not [name(kernel) for kernel in products if not kernel["products"]]
 
 
 def test_aligned_tensors_are_read_in_whole_vectors(compiled):

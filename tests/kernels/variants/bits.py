@@ -1,4 +1,4 @@
-"""Of bits_pack and bits_apply."""
+"""Of bits_pack, bits_pack_between and bits_apply."""
 
 from memtl.kernels import bits
 
@@ -12,4 +12,6 @@ def variants():
         x = f"*{dtype}"
         signature = {"x_ptr": x, "bits_ptr": "*u8", "y_ptr": x, "scale": "fp64", "numel": "i64"}
         block = bits._block(itemsize)
+        between = {"x_ptr": x, "bits_ptr": "*u8", "lo": "fp64", "hi": "fp64", "numel": "i64"}
+        yield bits._bits_pack_between_kernel, f"{dtype} read", between, {"BLOCK": block}
         yield bits._bits_apply_kernel, dtype, signature, {"BLOCK": block}
