@@ -137,7 +137,9 @@ def _(values, positions, scale, counts, n, k, k_tail, bitmap, dtype):
 )
 def _(values, positions, scale, counts, grad_out, n, features, k, k_tail, bitmap):
     """grad_out [T, O] -> grad_out^T x [O, D] in float32; x [T, D] is what was packed: a row of n
-    elements holds n / D tokens, D being ``features``. x is never rebuilt."""
+    elements holds n / D tokens, D being ``features``. x is never rebuilt. On a GPU it is rounded to
+    the dtype of a grad_out of 16 bits, where it was computed with; products are exact, sums in
+    float32."""
     _check_floating("topk_weight_grad", grad_out)
     torch._check(
         grad_out.dim() == 2,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "topk_grad_checks.h"
 #include "topk_product.h"
 #include "topk_reading.h"
 
@@ -59,17 +60,10 @@ void dense_weight_grad(const Reading& reading, Tensor grad_out, int64_t features
 Tensor topk_weight_grad_cpu(const Tensor& values, const Tensor& positions, const Tensor& scale,
                             const Tensor& counts, const Tensor& grad_out, int64_t n,
                             int64_t features, int64_t k, int64_t k_tail, bool bitmap) {
-  STD_TORCH_CHECK(grad_out.dim() == 2, "topk_weight_grad: expected grad_out [T, O], got ",
-                  describe(grad_out));
   STD_TORCH_CHECK(grad_out.is_cpu(), "topk_weight_grad: expected grad_out on the CPU");
-  const DType dtype = floating("topk_weight_grad", "grad_out", grad_out.scalar_type());
-  const int64_t tokens = grad_out.size(0), outputs = grad_out.size(1);
-  STD_TORCH_CHECK(features >= 0 && features < (int64_t{1} << 24),
-                  "topk_weight_grad: expected features in [0, 2^24), got ", features);
   const Reading reading("topk_weight_grad", values, positions, scale, counts, n, k, k_tail, bitmap);
-  STD_TORCH_CHECK(tokens * features == values.size(0) * n, "topk_weight_grad: ", values.size(0),
-                  " rows of ", n, " are not ", tokens, " tokens of ", features,
-                  " features, those of grad_out ", describe(grad_out));
+  const DType dtype = check_grad_out(grad_out, values, n, features);
+  const int64_t tokens = grad_out.size(0), outputs = grad_out.size(1);
   const int64_t size[] = {outputs, features};
   Tensor out = torch::stable::new_empty(grad_out, size, ScalarType::Float);
   if (out.numel() == 0) return out;

@@ -470,9 +470,50 @@ def test_topk_weight_grad(dtype, source):
         actual = from_source("topk_weight_grad", source)(*to_device(arguments))
         assert actual.dtype == torch.float32
         grad_out = grad_out.float().double()
-        # Dot products of T terms in float32, summed in any order.
-        bound = gamma(x.shape[0]) + rounding(dtype, packed[0].dtype)
-        assert_within(actual.cpu(), grad_out.t() @ x, bound * (grad_out.abs().t() @ x.abs()))
+        bound = weight_grad_bound(grad_out, x, dtype, packed[0].dtype)
+        assert_within(actual.cpu(), grad_out.t() @ x, bound)
+
+
+def weight_grad_bound(grad_out, x, dtype, values=None):
+    """Dot products of T terms in float32, summed in any order by units that cut off what does not
+    fit, which is twice an error of rounding; x is rounded before, and may underflow in float16."""
+    size = grad_out.abs().t() @ x.abs()
+    rounded = rounding(dtype, values)
+    underflow = 2.0**-25 * grad_out.abs().sum(0)[:, None] if rounded else 0
+    return (2 * gamma(x.shape[0]) * (1 + rounded) + rounded) * size + underflow
+
+
+WEIGHT_GRADS = (
+    # tokens, outputs, row, features, keep: tiles whole and cut off, few rows and many, rows of
+    # several tokens, blocks of features that are no packed blocks
+    (12_608, 768, 768, 768, 0.1),
+    (4_097, 131, 777, 777, 0.03),
+    (500, 1_000, 2_048, 512, 0.06),
+    (2_000, 96, 768, 384, 0.1),
+    (40_000, 10, 300, 300, 0.25),
+)
+
+
+@pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
+@pytest.mark.parametrize("case", WEIGHT_GRADS, ids=str)
+def test_topk_weight_grad_of_many_tokens(case, dtype):
+    tokens, outputs, n, features, keep = case
+    k, k_tail, bitmap = quota(256, keep), quota(n % 256, keep), keep > 0.125
+    rows = draw(tokens * features // n, n).to(DEVICE)
+    packed = torch.ops.memtl.topk_pack(rows, k, k_tail, torch.int8, bitmap)
+    counts = torch.empty(0, dtype=torch.int16, device=DEVICE)
+    layout = (n, k, k_tail, bitmap)
+    dense = torch.ops.memtl.topk_unpack(*packed, counts, *layout, torch.float64)
+    x = dense.view(tokens, features)
+    grad_out = draw(tokens + 1, outputs, dtype=dtype, seed=1).to(DEVICE)
+    elsewhere = grad_out.flatten()[1 : 1 + tokens * outputs].view(tokens, outputs)
+    for grad in (grad_out[1:], elsewhere, grad_out.t().contiguous().t()[1:]):
+        arguments = (*packed, counts, grad, n, features, k, k_tail, bitmap)
+        actual = torch.ops.memtl.topk_weight_grad(*arguments)
+        assert actual.shape == (outputs, features) and actual.is_contiguous()
+        assert torch.equal(actual, torch.ops.memtl.topk_weight_grad(*arguments)), "not repeatable"
+        grad = grad.float().double()
+        assert_within(actual, grad.t() @ x, weight_grad_bound(grad, x, dtype))
 
 
 @pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
