@@ -149,7 +149,7 @@ class Writer {
 // The k largest magnitudes of every block of 256 of x [rows, n], k_tail of a shorter last one;
 // `aligned`: whole blocks begin at 16 bytes. Any grid of one dimension of kTopkThreads threads.
 template <class T>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 5)
     topk_pack_kernel(const T* __restrict__ x, int64_t rows, int64_t n, int k, int k_tail,
                      bool aligned, TopkOutput out) {
   MEMTL_SHARED(PackSpace<T>, spaces, [kTopkWarps]);

@@ -117,7 +117,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
 // out [rows, n]; `aligned`: whole blocks begin at 16 bytes. A warp unpacks blocks of a row that
 // follow each other. Any grid of one dimension.
 template <class Out>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 5)
     topk_unpack_kernel(PackedRows rows, bool aligned, Out* __restrict__ out) {
   MEMTL_SHARED(UnpackSpace<Out>, spaces, [kTopkWarps]);
   UnpackSpace<Out>* space = &spaces[warp_of_thread()];

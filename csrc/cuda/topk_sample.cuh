@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kTopkThreads)
 
 // Packs the rows; a warp packs kRun blocks of a row. Any grid of one dimension.
 template <class T>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 4)
     sample_pack_kernel(const T* __restrict__ x, SampleRows rows, int64_t k, bool aligned,
                        const Threshold* __restrict__ thresholds, SampleCounts counts,
                        TopkOutput out) {
