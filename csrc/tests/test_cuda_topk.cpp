@@ -126,7 +126,7 @@ void test_pack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t
   Packed got(rows, n, kept, value, bitmap, shift), wanted(rows, n, kept, value, bitmap);
   const bool aligned = aligned_rows(x.data(), n * int64_t(sizeof(T)));
   launch(&cuda::topk_pack_kernel<T>, {grid, {cuda::kTopkThreads}}, x.data(), rows, n, k, k_tail,
-         aligned, got.output(false));
+         aligned, 1 + int(random() % 3), got.output(false));
   kPack.pack(kDType<T>, x.data(), n, k, k_tail, wanted.output(false), 0, rows);
   CHECK(got.same(wanted), "dtype %d n %d kind %d value %d k %d bitmap %d shift %d", int(kDType<T>),
         int(n), int(kind), int(value), int(k), bitmap, int(shift));
@@ -155,7 +155,8 @@ void test_packs(Random& random) {
 void test_large_pack(Random& random) {
   const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
                 kept = k + k_tail;
-  const int64_t blocks = 2 * rows, each = cuda::kTopkWarps * cuda::kRun;
+  const int64_t blocks = 2 * rows, run = 2;
+  const int64_t each = cuda::kTopkWarps * cuda::kTogether<BFloat16> * run;
   Huge<BFloat16> x(rows * n);
   Huge<uint8_t> values(rows * kept), positions(rows * kept);
   Huge<uint16_t> scale(blocks);
@@ -166,7 +167,7 @@ void test_large_pack(Random& random) {
                           kept,      false};
   const auto grid = static_cast<unsigned>(ceil_div(blocks, each));
   launch_block(&cuda::topk_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
-               x.data(), rows, n, k, k_tail, true, out);
+               x.data(), rows, n, k, k_tail, true, run, out);
   Packed wanted(40, n, kept, DType::i8, false);
   kPack.pack(DType::bf16, x.data() + first * n, n, k, k_tail, wanted.output(false), 0, 40);
   const int64_t done = (blocks - int64_t{grid - 1} * each) / 2, start = (40 - done) * kept;
@@ -255,7 +256,8 @@ void test_samples(Random& random) {
 void test_large_sample(Random& random) {
   const int64_t n = (int64_t{1} << 31) + 300, k = (int64_t{1} << 31) + 60;
   const int64_t blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, cuda::kChunk);
-  const int64_t first = (blocks - 1) / cuda::kRun * cuda::kRun, size = n - first * kBlock;
+  const int64_t first = (blocks - 1) / cuda::kTogether<BFloat16> * cuda::kTogether<BFloat16>,
+                size = n - first * kBlock;
   const auto x_there = numbers<BFloat16>(size, Kind::ties, random);
   Huge<BFloat16> x(n);
   std::copy(x_there.begin(), x_there.end(), x.data() + first * kBlock);
@@ -284,7 +286,8 @@ void test_large_sample(Random& random) {
   Huge<int16_t> counts(blocks);
   const TopkOutput out = {DType::bf16, values.data(), positions.data(), nullptr, counts.data(),
                           k,           true};
-  const auto grid = static_cast<unsigned>(ceil_div(ceil_div(blocks, cuda::kRun), cuda::kTopkWarps));
+  const auto grid = static_cast<unsigned>(
+      ceil_div(ceil_div(blocks, cuda::kTogether<BFloat16>), cuda::kTopkWarps));
   // The other warps of the last block of threads find nothing above the threshold.
   launch_block(&cuda::sample_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
                x.data(), cuda::SampleRows{1, n, 1}, k, true, &threshold,
