@@ -165,10 +165,10 @@ class Keys<T, kCount, uint16_t> {
 template <class T>
 __device__ Keys<T> own_keys(const BitsOf<T>* numbers) {
   uint32_t words[kWords];
+  const int first = place_of<T>(static_cast<int>(lane_of_thread()) * kOwn<T>);
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const int at = static_cast<int>(lane_of_thread()) * kOwn<T> + i * kVector<BitsOf<T>>;
-    const Piece piece = load_piece(numbers + place_of<T>(at));
+    const Piece piece = load_piece(numbers + (first ^ i * kVector<BitsOf<T>>));
 #pragma unroll
     for (int j = 0; j < 4; ++j) words[4 * i + j] = piece.at[j];
   }

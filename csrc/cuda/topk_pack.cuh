@@ -122,18 +122,14 @@ __device__ int write_blocks(const Keys<T>& keys, Cut cut, const Together& read,
     if (leads) out.counts[block] = static_cast<int16_t>(last - before);
   }
   __syncwarp();
-  switch (out.value) {
-    case DType::i8:
-      write_entries<T, uint8_t>(*space, count, out, to.entry);
-      break;
-    case DType::bf16:
-      write_entries<T, BFloat16>(*space, count, out, to.entry);
-      break;
-    case DType::f16:
-      write_entries<T, Half>(*space, count, out, to.entry);
-      break;
-    default:
-      write_entries<T, float>(*space, count, out, to.entry);
+  if (out.value == DType::i8) {
+    write_entries<T, uint8_t>(*space, count, out, to.entry);
+  } else if (out.value == DType::bf16) {
+    write_entries<T, BFloat16>(*space, count, out, to.entry);
+  } else if (out.value == DType::f16) {
+    write_entries<T, Half>(*space, count, out, to.entry);
+  } else {
+    write_entries<T, float>(*space, count, out, to.entry);
   }
   __syncwarp();  // blocks and entries may be overwritten
   return count;

@@ -24,6 +24,9 @@ __device__ inline uint32_t over_block(uint32_t x, const Join& join) {
 }
 
 __device__ inline uint32_t larger(uint32_t x, uint32_t y) { return x > y ? x : y; }
+__device__ inline int larger_signed(uint32_t x, uint32_t y) {
+  return static_cast<int>(x) > static_cast<int>(y) ? static_cast<int>(x) : static_cast<int>(y);
+}
 __device__ inline uint32_t smaller(uint32_t x, uint32_t y) { return x < y ? x : y; }
 
 template <class T>
@@ -39,45 +42,43 @@ __device__ inline uint32_t largest_finite(const Keys<T>& keys) {
   return over_block<T>(keys.largest_finite(), larger);
 }
 
-// Moves lo and hi to the keys of the block that are in [lo, hi), of which there is one.
+// Moves lo and hi to the keys of the block that are in [lo, hi), if there are any.
 template <class T>
 __device__ void tighten(const Keys<T>& keys, uint32_t* lo, uint32_t* hi) {
   uint32_t least, most;
   keys.range(*lo, *hi, &least, &most);
   least = over_block<T>(least, smaller);
   most = over_block<T>(most, larger);
-  if (*hi - *lo > 1) {
-    *lo = least;
-    *hi = most + 1;
-  }
+  *lo = larger(least < *hi ? least : 0, *lo);
+  *hi = least < *hi ? most + 1 : *hi;
 }
 
 // The k largest keys of a block; lanes of different blocks may ask for different k. `guess` is
-// about where the cut may be, and becomes where it is.
+// about where the cut may be, 1 or more, and becomes where it is.
 template <class T>
 __device__ Cut find_cut(const Keys<T>& keys, unsigned k, uint32_t* guess) {
   constexpr uint32_t kEnd = Keys<T>::kEnd, kOctave = Number<T>::kOctave;
-  constexpr int kSteps = 8;      // rounds, before the middle is taken
   constexpr int kPatience = 12;  // rounds, before it looks whether many keys are equal
-  // k keys or more are at or above lo; fewer than k, or k in the end, `above`, are at or above hi.
-  uint32_t lo = k > 0 ? 0 : kEnd - 1, hi = kEnd, at = *guess;
+  // k keys or more are at or above lo; k or fewer, `above`, are at or above hi. Where the cut is
+  // found while other blocks' lanes go on, it stays one.
+  uint32_t lo = 0, hi = kEnd, at = *guess;
   uint32_t spacing = kOctave / 64;  // about what lies between a key and the next, and then more
   unsigned above = 0;
-  for (int round = 0; __any_sync(kAllLanes, hi - lo > 1); ++round) {
+  for (int round = 0; __any_sync(kAllLanes, above != k && hi - lo > 1); ++round) {
     const unsigned count = count_block(keys, at);
-    if (hi - lo > 1) {  // else those of another block go on
-      lo = count > k ? at : count == k ? at - 1 : lo;
-      hi = count > k ? hi : at;
-      above = count > k ? above : count;
-    }
+    lo = count > k ? at : lo;
+    hi = count > k ? hi : at;
+    above = count > k ? above : count;
     if constexpr (sizeof(BitsOf<T>) == 4) {  // of 16 bits few are left in any case
       if (round >= kPatience) tighten(keys, &lo, &hi);
     }
+    // On by what the count is off, if that is between lo and hi, else to the middle of what there
+    // is of eight octaves below hi.
+    const auto floor = static_cast<uint32_t>(larger_signed(hi - 8 * kOctave, lo));
+    const uint32_t middle = floor + (hi - floor + 1) / 2;
     at += (count - k) * spacing;
+    at = at > lo && at < hi ? at : middle;
     spacing *= 2;
-    if (at <= lo || at >= hi || round >= kSteps) {
-      at = lo > 0 ? lo + (hi - lo) / 2 : hi > 4 * kOctave ? hi - 4 * kOctave : 1;
-    }
   }
   if (k > 0) *guess = hi < kEnd ? hi : lo;
   return {hi, static_cast<int>(k - above)};
