@@ -33,7 +33,8 @@ struct alignas(16) PackSpace {
 
 // The scale of int8 codes: the largest finite magnitude over 126, rounded up to bfloat16.
 __device__ inline float scale_for(float largest) {
-  const uint32_t scale = (bits_of(largest / 126.0f) + 0xffff) & 0xffff0000;
+  constexpr Divisor kLevels = {126.0f, 1.0f / 126.0f, 1.0f};
+  const uint32_t scale = (bits_of(kLevels.divide(largest)) + 0xffff) & 0xffff0000;
   return __uint_as_float(scale > 0x00800000 ? scale : 0x00800000);
 }
 
@@ -63,14 +64,32 @@ __device__ void write_entries(const PackSpace<T>& space, int count, const TopkOu
   const uint16_t* entry = space.entries + lane;
   auto* value = static_cast<Value*>(out.values) + place + lane;
   uint8_t* position = out.positions + place + lane;
+  // Four of a lane at once, so that most addresses are the first one's.
 #pragma unroll 1
-  for (int left = count - lane; left > 0; left -= warp) {
-    const int number = *entry;
-    *value = entry_of<T, Value>(space, number);
-    if (!out.bitmap) *position = static_cast<uint8_t>(number);
-    entry += warp;
-    value += warp;
-    position += warp;
+  for (int left = count - lane; left > 0; left -= 4 * warp) {
+#pragma unroll
+    for (int i = 0; i < 4 * warp; i += warp) {
+      if (i >= left) break;
+      const int number = entry[i];
+      value[i] = entry_of<T, Value>(space, number);
+      if (!out.bitmap) position[i] = static_cast<uint8_t>(number);
+    }
+    entry += 4 * warp;
+    value += 4 * warp;
+    position += 4 * warp;
+  }
+}
+
+template <class T>
+__device__ void write_values(const PackSpace<T>& space, int count, const TopkOutput& out,
+                             int64_t place) {
+  switch (out.value) {
+    case DType::bf16:
+      return write_entries<T, BFloat16>(space, count, out, place);
+    case DType::f16:
+      return write_entries<T, Half>(space, count, out, place);
+    default:
+      return write_entries<T, float>(space, count, out, place);
   }
 }
 
@@ -81,6 +100,21 @@ struct Destination {
   int64_t byte;   // its bitmap's
 };
 
+// Finds the scales of int8 codes, and writes them.
+template <class T>
+__device__ void write_scales(const Keys<T>& keys, Cut cut, bool there, PackSpace<T>* space,
+                             uint16_t* scales) {
+  const int lane = static_cast<int>(lane_of_thread()), block = lane / kLanes<T>;
+  // The largest finite one is chosen unless enough are not finite.
+  const uint32_t key = largest_finite(keys);
+  const bool is_chosen = key + (cut.ties > 0) >= cut.least;
+  const float scale = scale_for(number_of<T>(static_cast<BitsOf<T>>(is_chosen ? key : 0)));
+  if (lane % kLanes<T> == 0) {
+    space->divisors[block] = Divisor::of(scale);
+    if (there) scales[block] = static_cast<uint16_t>(bits_of(scale) >> 16);
+  }
+}
+
 // Writes the chosen ones of this lane's numbers, and says how many are all lanes'. The blocks are
 // in shared memory, and their entries follow each other.
 template <class T>
@@ -90,23 +124,12 @@ __device__ int write_blocks(const Keys<T>& keys, Cut cut, const Together& read,
   const int lane = static_cast<int>(lane_of_thread()), within = lane % kLane;
   const uint32_t bits = chosen(keys, cut);
   const int own = __popc(bits), up_to = sum_up_to<static_cast<int>(kWarp)>(own);
+  const int count = __shfl_sync(kAllLanes, up_to, static_cast<int>(kWarp) - 1);
   uint16_t* entry = space->entries + up_to;
   for (uint32_t rest = bits; rest != 0;) {  // from the last one on
     const int last = 31 - __clz(static_cast<int>(rest));
     rest ^= 1u << last;
     *--entry = static_cast<uint16_t>(lane * kOwn<T> + last);
-  }
-  const int count = __shfl_sync(kAllLanes, up_to, static_cast<int>(kWarp) - 1);
-  const int64_t block = to.block + lane / kLane;
-  const bool leads = within == 0 && read.size > 0;
-  if (out.value == DType::i8) {
-    // It is chosen unless there are as many that are not finite.
-    const uint32_t key = largest_finite(keys);
-    const bool is_chosen = key + (cut.ties > 0) >= cut.least;
-    const float largest = number_of<T>(static_cast<BitsOf<T>>(is_chosen ? key : 0));
-    const float scale = scale_for(largest);
-    if (within == 0) space->divisors[lane / kLane] = Divisor::of(scale);
-    if (leads) out.scale[block] = static_cast<uint16_t>(bits_of(scale) >> 16);
   }
   if (out.bitmap) {
     uint8_t* bytes = out.positions + to.byte + read.bytes_before;
@@ -119,17 +142,17 @@ __device__ int write_blocks(const Keys<T>& keys, Cut cut, const Together& read,
   if (out.counts) {
     const int last = __shfl_sync(kAllLanes, up_to, lane | (kLane - 1));
     const int before = __shfl_sync(kAllLanes, up_to - own, lane - within);
-    if (leads) out.counts[block] = static_cast<int16_t>(last - before);
+    if (within == 0 && read.size > 0) {
+      out.counts[to.block + lane / kLane] = static_cast<int16_t>(last - before);
+    }
   }
-  __syncwarp();
   if (out.value == DType::i8) {
+    write_scales(keys, cut, read.size > 0, space, out.scale + to.block);
+    __syncwarp();
     write_entries<T, uint8_t>(*space, count, out, to.entry);
-  } else if (out.value == DType::bf16) {
-    write_entries<T, BFloat16>(*space, count, out, to.entry);
-  } else if (out.value == DType::f16) {
-    write_entries<T, Half>(*space, count, out, to.entry);
   } else {
-    write_entries<T, float>(*space, count, out, to.entry);
+    __syncwarp();
+    write_values(*space, count, out, to.entry);
   }
   __syncwarp();  // blocks and entries may be overwritten
   return count;
