@@ -126,6 +126,7 @@ __device__ int write_blocks(const Keys<T>& keys, Cut cut, const Together& read,
   const int own = __popc(bits), up_to = sum_up_to<static_cast<int>(kWarp)>(own);
   const int count = __shfl_sync(kAllLanes, up_to, static_cast<int>(kWarp) - 1);
   uint16_t* entry = space->entries + up_to;
+#pragma unroll 4
   for (uint32_t rest = bits; rest != 0;) {  // from the last one on
     const int last = 31 - __clz(static_cast<int>(rest));
     rest ^= 1u << last;

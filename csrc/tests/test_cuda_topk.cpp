@@ -132,13 +132,49 @@ void test_pack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t
         int(n), int(kind), int(value), int(k), bitmap, int(shift));
 }
 
+// Both ways to compare keys with a threshold.
+void test_keys(Random& random) {
+  for (int i = 0; i < 100000; ++i) {
+    const auto key = static_cast<uint32_t>(random()) >> (1 + random() % 31);
+    const uint32_t of_key[] = {0x80000000, 1, key, key + 1, static_cast<uint32_t>(random()) >> 1};
+    const uint32_t least = std::max(of_key[random() % 5], 1u), reached = key >= least;
+    CHECK(cuda::reached_of_word(key, least) == reached, "%x %x", key, least);
+    CHECK(cuda::reached_at_once(key, least) == reached, "%x %x", key, least);
+
+    const auto other = static_cast<uint32_t>(random()) >> (17 + random() % 15);
+    const uint32_t low = key & 0x7fff, keys = low | other << 16;
+    const uint32_t of_low[] = {0x8000, 1, low, low + 1, static_cast<uint32_t>(random()) >> 17};
+    const uint32_t half = std::max(of_low[random() % 5], 1u);
+    const uint32_t both = (low >= half) | static_cast<uint32_t>(other >= half) << 16;
+    CHECK(cuda::reached_of_halves(keys, half) == both, "%x %x", keys, half);
+    CHECK(cuda::reached_at_once_of_halves(keys, half) == both, "%x %x", keys, half);
+  }
+}
+
+// Codes are those of a division, whatever the scale.
+void test_division(Random& random) {
+  const float rounder = 12582912.0f, largest = std::numeric_limits<float>::max();
+  for (int i = 0; i < 1000000; ++i) {
+    // From the least scale there is to that of the largest number.
+    const auto high = static_cast<uint32_t>(0x80 + random() % (0x7c04 - 0x80));
+    const float scale = __uint_as_float((i % 4 == 0 ? high % 0x1000 + 0x80 : high) << 16);
+    // Half a level, or any part of one.
+    const float level = static_cast<float>(random() % 253) / 2;
+    const float part = i % 2 ? static_cast<float>(random()) * 0x1p-32f : 0;
+    const float x = std::min(std::min(level + part, 126.0f) * scale, largest);
+    const float got = cuda::Divisor::of(scale).divide(x);
+    CHECK(float_bits(got + rounder) == float_bits(x / scale + rounder), "%a / %a: %a", x, scale,
+          got);
+  }
+}
+
 // One of `among` cases is tested, drawn anew in every order.
 bool drawn(unsigned among, Random& random) { return random() % among == 0; }
 
 size_t shift_drawn(Random& random) { return drawn(3, random) ? random() % 7 : 0; }
 
 void test_packs(Random& random) {
-  for (const int64_t n : {1, 7, 255, 256, 257, 600, 768, 1032}) {
+  for (const int64_t n : {1, 7, 255, 256, 257, 600, 1032, 2048}) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {0, 1, 8, 26, 128, 255, 256}) {
         for_types([&]<class T>() {
@@ -420,6 +456,8 @@ void test_large_unpack(Random& random) {
 
 int main() {
   Random random(1);
+  test_keys(random);
+  test_division(random);
   in_orders([&] {
     test_packs(random);
     test_samples(random);
