@@ -1,5 +1,5 @@
-// What the top-k kernels share: a warp works on a block of 256 numbers, of which each lane has the
-// eight that follow each other from 8 * lane on.
+// What the top-k kernels share: how a warp reads blocks of 256 numbers. One at a time, of which
+// each lane has eight, or several together, of which each lane has more of one.
 #pragma once
 
 #include <cstring>
@@ -62,8 +62,8 @@ __device__ inline float number_of(BitsOf<T> bits) {
   }
 }
 
-// A warp selects from several blocks at once: each lane has 16 words of one of them, numbers that
-// follow each other. So what is done by lane, and not by number, is done for all those blocks.
+// Blocks together: each lane has 16 words of one of them, numbers that follow each other. So what
+// is done by lane, and not by number, is done for all of them at once.
 constexpr int kWords = 16;
 template <class T>
 constexpr int kOwn = kWords * 4 / static_cast<int>(sizeof(BitsOf<T>));  // numbers of a lane

@@ -6,9 +6,9 @@
 
 namespace memtl::cuda {
 
-// What int8 codes of a block are divided by. The quotient is that of a division, correctly rounded:
-// `reciprocal` is, and what it leaves of a number is added (Markstein). `up` is a power of two that
-// keeps all of it away from where float32 ends.
+// What int8 codes of a block are divided by. The quotient is rounded as that of a division: a
+// product with the reciprocal, and what that leaves of the number once more (Markstein). `up`, a
+// power of two, keeps what is left from being too small for float32.
 struct alignas(16) Divisor {
   float scale, reciprocal, up;
 
