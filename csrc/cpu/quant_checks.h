@@ -3,9 +3,11 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "quant.h"
+#include "quant_fused.h"
 #include "tensor.h"
 
 namespace memtl {
@@ -19,6 +21,16 @@ inline void check_bits(const char* op, int64_t bits) {
 inline uint32_t fold(int64_t seed) {
   const auto wide = static_cast<uint64_t>(seed);
   return static_cast<uint32_t>(wide) ^ static_cast<uint32_t>(wide >> 32);
+}
+
+inline Act act_named(const char* op, const std::string& name) {
+  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == kNames[i]) return static_cast<Act>(i);
+  }
+  STD_TORCH_CHECK(false, op,
+                  ": expected gelu, gelu_tanh, silu, quick_gelu, hardswish or mish, got ", name);
+  return Act::gelu;
 }
 
 inline QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
@@ -45,6 +57,11 @@ inline void check_channels(const char* op, int64_t channels, int64_t inner, int6
                   channels, " channels of ", inner, " do not divide ", numel, " elements");
 }
 
+inline void check_beside(const char* op, const char* what, const Tensor& x, const Tensor& codes) {
+  STD_TORCH_CHECK(x.is_cpu() == codes.is_cpu() && x.get_device_index() == codes.get_device_index(),
+                  op, ": expected ", what, " on the device of codes");
+}
+
 // codes as a flat contiguous tensor that holds numel elements in so many bits.
 inline Tensor checked_codes(const char* op, const Tensor& codes, int64_t bits, int64_t numel) {
   const int64_t groups = ceil_div(numel, kGroup);
@@ -61,7 +78,7 @@ inline Tensor checked_params(const char* op, const Tensor& params, const Tensor&
                       params.size(0) == codes.size(0) && params.size(1) == 2,
                   op, ": expected params of bfloat16 [", codes.size(0), ", 2], got ",
                   describe(params));
-  STD_TORCH_CHECK(params.is_cpu(), op, ": expected params on the CPU, as codes are");
+  check_beside(op, "params", params, codes);
   return torch::stable::contiguous(params);
 }
 

@@ -9,16 +9,6 @@
 namespace memtl {
 namespace {
 
-Act act_named(const char* op, const std::string& name) {
-  constexpr const char* kNames[] = {"gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish", "mish"};
-  for (int i = 0; i < 6; ++i) {
-    if (name == kNames[i]) return static_cast<Act>(i);
-  }
-  STD_TORCH_CHECK(false, op,
-                  ": expected gelu, gelu_tanh, silu, quick_gelu, hardswish or mish, got ", name);
-  return Act::gelu;
-}
-
 Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
                                const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,

@@ -182,6 +182,21 @@ def report() -> str:
     for backend in status():
         lines.append(f"{'ok ' if backend.loaded else 'off'} {backend.name:12} {backend.detail}")
     lines.append("")
-    lines.append(f"{'operator':25} {'cpu':12} {'cuda':12}")
-    lines += [f"{op:25} {owner(op, 'cpu'):12} {owner(op, 'cuda'):12}" for op in _ops.NAMES]
+    lines.append(f"{'operator':25} {'cpu':12} cuda")
+    on_gpu = _would_serve()
+    for op in _ops.NAMES:
+        cuda = on_gpu.get(op, owner(op, "cuda"))
+        lines.append(f"{op:25} {owner(op, 'cpu'):12} {cuda:12}".rstrip())
     return "\n".join(lines)
+
+
+def _would_serve() -> dict[str, str]:
+    """Who serves what on a GPU that is not here, beside the CUDA library: Triton, where it is
+    installed and no backend was asked for by name."""
+    if torch.cuda.is_available() or os.environ.get("MEMTL_BACKEND", "auto") != "auto":
+        return {}
+    try:
+        kernels = importlib.import_module("memtl.kernels")
+    except ImportError:
+        return {}
+    return {op: "triton" for op in kernels.OPS if (op, "cuda") not in _owners}

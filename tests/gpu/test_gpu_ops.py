@@ -32,6 +32,12 @@ def to_device(arguments):
     return tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), list(arguments))
 
 
+def shifted(x):
+    """x on the device, beginning one element behind aligned memory."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
+    return flat[1:].copy_(x.flatten()).view(x.shape)
+
+
 def draw(*size, dtype=torch.float32, special=False, seed=0):
     """Normal numbers; ``special``: with ties, both zeros, infinities and NaN among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +107,7 @@ def quant_pack_cases():
 def quant_pack_normalized_cases():
     for x, bits, seed in quant_pack_cases():
         rows, n = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-        for size, inner in ((rows, n), (n, 1)) if n else ((1, 1),):
+        for size, inner in ((rows, n), (n, 1), (1, n)) if n else ((1, 1),):
             yield x, draw(size, seed=1), draw(size, dtype=x.dtype, seed=2), bits, inner, seed
 
 
@@ -133,6 +139,10 @@ def quant_unpack_affine_cases():
         mask = reference.bits_pack(draw(*size, seed=2) > 0)
         yield codes, params, bits, w, b, None, 1, size, dtype
         yield codes, params, bits, w[:1], None, mask, 1, size, dtype
+    for inner, channels in itertools.product((3, 49, 64), (1, 5)):
+        packed = reference.quant_pack(draw(4, channels, inner), 4, 1)
+        w, b = draw(channels, seed=1), draw(channels, seed=2)
+        yield *packed, 4, w, b, None, inner, [4, channels, inner], torch.bfloat16
 
 
 def quant_apply_range_cases():
@@ -278,6 +288,46 @@ def test_triton_gives_what_the_definition_gives(name):
     compare(kernels.OPS[name], name)
 
 
+QUANT = [name for name in EXACT if name.startswith("quant")]
+
+
+def anywhere(tensors):
+    """The same on the device, in memory that is not aligned."""
+    return tree_map_only(torch.Tensor, shifted, list(tensors))
+
+
+def transposed(tensors):
+    """The same on the GPU, matrices lying in memory column by column."""
+
+    def turned(t):
+        return t.to(DEVICE).t().contiguous().t() if t.dim() == 2 else t.to(DEVICE)
+
+    return tree_map_only(torch.Tensor, turned, list(tensors))
+
+
+@pytest.mark.parametrize("way", [anywhere, transposed])
+@pytest.mark.parametrize("name", QUANT)
+def test_any_view_is_taken(name, way):
+    for arguments in itertools.islice(EXACT[name](), 0, None, 7):
+        expected = getattr(reference, name)(*arguments)
+        actual = getattr(torch.ops.memtl, name)(*way(arguments))
+        if isinstance(expected, torch.Tensor):
+            actual, expected = (actual,), (expected,)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a.cpu(), e)
+
+
+@pytest.mark.parametrize("name", QUANT)
+def test_tensors_on_two_devices_are_refused(name):
+    *_, arguments = EXACT[name]()
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    for i in tensors if len(tensors) > 1 else ():
+        given = to_device(arguments)
+        given[i] = given[i].cpu()
+        with pytest.raises(RuntimeError, match="device"):
+            getattr(torch.ops.memtl, name)(*given)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_opcheck(name):
     *_, arguments = EXACT[name]()
@@ -314,37 +364,33 @@ def test_codes_of_a_derivative_are_those_of_float64(activation):
         assert_derivative_codes(codes, *arguments, 4e-6)
 
 
-def assert_gradients(name, dtype, *arguments):
+def assert_gradients(name, dtype, way, *arguments):
     """In another order of summation."""
     expected = getattr(reference, name)(*arguments)
-    actual = getattr(torch.ops.memtl, name)(*to_device(arguments))
+    actual = getattr(torch.ops.memtl, name)(*way(arguments))
     for a, e in zip(actual, expected, strict=True):
         bound = 1e-4 + (torch.finfo(dtype).eps if e is expected[0] else 0)
         assert a.dtype == e.dtype and a.is_contiguous()
         assert_within(a.cpu(), e, bound * (1 + e.double().abs()))
 
 
+@pytest.mark.parametrize("way", [to_device, anywhere, transposed])
 @pytest.mark.parametrize("centered", [True, False])
-def test_norm_gradients_are_those_of_the_cpu(centered):
-    for i, (bits, n) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 5000))):
+def test_norm_gradients_are_those_of_the_cpu(centered, way):
+    for i, (bits, n) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 768, 5000, 8200))):
         packed, dtype = reference.quant_pack(draw(33, n), bits, 1), _ops.FLOATING[i % 4]
         g, rstd, weight = draw(33, n, dtype=dtype, seed=1), draw(33, seed=2), draw(n, seed=3)
         rest = (*packed, bits, rstd, weight if i % 3 else None, n, centered)
-        assert_gradients("quant_norm_grad", dtype, g, *rest)
+        assert_gradients("quant_norm_grad", dtype, way, g, *rest)
 
 
-def test_channel_norm_gradients_are_those_of_the_cpu():
-    for i, (bits, inner) in enumerate(itertools.product(BITS, (1, 7, 64, 257, 3136))):
+@pytest.mark.parametrize("way", [to_device, anywhere, transposed])
+def test_channel_norm_gradients_are_those_of_the_cpu(way):
+    for i, (bits, inner) in enumerate(itertools.product(BITS, (1, 7, 49, 64, 257, 5001))):
         packed, dtype = reference.quant_pack(draw(3, 5, inner), bits, 1), _ops.FLOATING[i % 4]
         g, rstd, weight = draw(3, 5, inner, dtype=dtype, seed=1), draw(5, seed=2), draw(5, seed=3)
         rest = (*packed, bits, rstd, weight if i % 3 else None, inner)
-        assert_gradients("quant_channel_norm_grad", dtype, g, *rest)
-
-
-def shifted(x):
-    """x on the device, beginning one element behind aligned memory."""
-    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)
-    return flat[1:].copy_(x.flatten()).view(x.shape)
+        assert_gradients("quant_channel_norm_grad", dtype, way, g, *rest)
 
 
 @pytest.mark.parametrize("dtype", _ops.FLOATING, ids=str)
