@@ -276,6 +276,25 @@ def test_triton_gives_what_the_definition_gives(name):
     compare(kernels.OPS[name], name)
 
 
+@pytest.mark.parametrize("source", ["registered", "triton"])
+@pytest.mark.parametrize("name", EXACT)
+def test_operator_in_a_cuda_graph(name, source):
+    if source == "registered" and memtl.backends.owner(name, DEVICE) == "reference":
+        pytest.skip("the definition waits for the GPU")
+    *_, arguments = EXACT[name]()
+    operator, given = from_source(name, source), to_device(arguments)
+    operator(*given)  # what is compiled is, before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(*given)
+    graph.replay()
+    expected = getattr(reference, name)(*arguments)
+    if isinstance(expected, torch.Tensor):
+        captured, expected = (captured,), (expected,)
+    for c, e in zip(captured, expected, strict=True):
+        assert_same(c.cpu(), e)
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_opcheck(name):
     *_, arguments = EXACT[name]()
