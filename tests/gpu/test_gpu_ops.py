@@ -317,15 +317,23 @@ def test_any_view_is_taken(name, way):
             assert_same(a.cpu(), e)
 
 
-@pytest.mark.parametrize("name", QUANT)
-def test_tensors_on_two_devices_are_refused(name):
+@pytest.mark.parametrize("source", ["registered", "triton"])
+@pytest.mark.parametrize("name", EXACT)
+def test_operator_in_a_cuda_graph(name, source):
+    if source == "registered" and memtl.backends.owner(name, DEVICE) == "reference":
+        pytest.skip("the definition waits for the GPU")
     *_, arguments = EXACT[name]()
-    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
-    for i in tensors if len(tensors) > 1 else ():
-        given = to_device(arguments)
-        given[i] = given[i].cpu()
-        with pytest.raises(RuntimeError, match="device"):
-            getattr(torch.ops.memtl, name)(*given)
+    operator, given = from_source(name, source), to_device(arguments)
+    operator(*given)  # what is compiled is, before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(*given)
+    graph.replay()
+    expected = getattr(reference, name)(*arguments)
+    if isinstance(expected, torch.Tensor):
+        captured, expected = (captured,), (expected,)
+    for c, e in zip(captured, expected, strict=True):
+        assert_same(c.cpu(), e)
 
 
 @pytest.mark.parametrize("name", EXACT)
