@@ -22,7 +22,7 @@ __device__ inline T warp_sum_up_to(T x) {
 
 template <class T>
 struct Sums {
-  T before;  // over the threads before this warp
+  T before;  // over the threads before this warp, or this thread
   T all;     // over the block
 };
 
@@ -36,6 +36,14 @@ __device__ inline Sums<T> sum_of_warps(T x) {
   __syncthreads();
   const T other = lane < blockDim.x / kWarp ? sums[lane] : T{};
   return {warp_sum(lane < warp ? other : T{}), warp_sum(other)};
+}
+
+// The same of what each thread has.
+template <class T>
+__device__ inline Sums<T> sum_of_threads(T x) {
+  const T up_to = warp_sum_up_to(x);
+  const Sums<T> sums = sum_of_warps(__shfl_sync(kAllLanes, up_to, kWarp - 1));
+  return {sums.before + up_to - x, sums.all};
 }
 
 // Turns the counts of a thread's vectors into the sums of all before them in the block's tile;
@@ -64,9 +72,8 @@ __global__ void prefix_kernel(T* counts, int64_t size) {
     T own[kPrefixEach], sum = 0;
     for (int i = 0; i < kPrefixEach; ++i) own[i] = first + i < size ? counts[first + i] : 0;
     for (int i = 0; i < kPrefixEach; ++i) own[i] = sum += own[i];
-    const T up_to = warp_sum_up_to(sum);
-    const Sums<T> sums = sum_of_warps(__shfl_sync(kAllLanes, up_to, kWarp - 1));
-    const T before = carry + sums.before + up_to - sum;
+    const Sums<T> sums = sum_of_threads(sum);
+    const T before = carry + sums.before;
     for (int i = 0; i < kPrefixEach; ++i) {
       if (first + i < size) counts[first + i] = before + own[i];
     }

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "cuda/device.cuh"
+#include "cuda/prefix.cuh"
 
 namespace memtl::cuda {
 
@@ -12,6 +12,12 @@ constexpr int kTopkWarps = 8;  // of a block of threads
 constexpr int kTopkThreads = kTopkWarps * static_cast<int>(kWarp);
 constexpr int kEach = kBlock / static_cast<int>(kWarp);  // numbers of a lane
 constexpr int kRun = 4;                                  // blocks of a warp, one after the other
+
+// The elements of block `index` of a row of n.
+__device__ inline int block_size(int64_t n, int64_t index) {
+  const int64_t left = n - index * kBlock;
+  return static_cast<int>(left < kBlock ? left : kBlock);
+}
 
 // The bits that stand for a number of type T: those of half the width as they are, others in
 // float32. As integers without the sign they are ordered as magnitudes are.
@@ -101,18 +107,6 @@ struct Incoming {
     }
   }
 };
-
-// The sum of x over this lane and those before it.
-template <class T>
-__device__ inline T warp_prefix(T x) {
-  const unsigned lane = lane_of_thread();
-#pragma unroll
-  for (unsigned step = 1; step < kWarp; step *= 2) {
-    const T below = __shfl_up_sync(kAllLanes, x, step);
-    if (lane >= step) x += below;
-  }
-  return x;
-}
 
 // Puts the positions of this lane's set bits to their places among those of the warp.
 __device__ inline void list_positions(uint32_t bits, int before, uint8_t* positions) {

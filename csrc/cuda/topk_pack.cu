@@ -52,8 +52,8 @@ void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
   constexpr int64_t kFull = 8 * 132;
   const int64_t n = x.size(1), blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, kChunk);
   const int64_t rows = x.size(0), most = ceil_div(blocks, 2 * kTopkWarps);
-  const Parts parts = {rows, n, std::clamp<int64_t>(kFull / rows, 1, most)};
-  const int64_t digits = parts.parts > 1 ? kDigits : 0;
+  const SampleRows cut = {rows, n, std::clamp<int64_t>(kFull / rows, 1, most)};
+  const int64_t digits = cut.parts > 1 ? kDigits : 0;
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   const bool aligned = aligned_blocks(x, dtype);
 
@@ -67,20 +67,20 @@ void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
   if (digits > 0) torch::stable::zero_(memory[0]);
   torch::stable::zero_(memory[1]);
 
-  const unsigned grid = blocks_of(rows * parts.parts, 1);
+  const unsigned grid = blocks_of(rows * cut.parts, 1);
   bool first = true;
   for (const Pass pass : Passes<T>::kPasses) {
     sample_digit_kernel<T><<<grid, kTopkThreads, 0, stream>>>(
-        from, parts, aligned, pass, first, std::max<int64_t>(k, 1), histogram, done, thresholds);
+        from, cut, aligned, pass, first, std::max<int64_t>(k, 1), histogram, done, thresholds);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     first = false;
   }
   sample_count_kernel<T>
-      <<<grid, kTopkThreads, 0, stream>>>(from, parts, aligned, thresholds, counts, done);
+      <<<grid, kTopkThreads, 0, stream>>>(from, cut, aligned, thresholds, counts, done);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const unsigned packing = blocks_of(rows * ceil_div(blocks, kRun), kTopkWarps);
   sample_pack_kernel<T>
-      <<<packing, kTopkThreads, 0, stream>>>(from, rows, n, k, aligned, thresholds, counts, out);
+      <<<packing, kTopkThreads, 0, stream>>>(from, cut, k, aligned, thresholds, counts, out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -49,7 +49,7 @@ class Writer {
   // in its row. The block is in shared memory; all lanes may read it.
   __device__ void add(uint32_t bits, int64_t row, int64_t index, int64_t start) {
     const int lane = static_cast<int>(lane_of_thread());
-    const int own = __popc(bits), through = warp_prefix(own);
+    const int own = __popc(bits), through = warp_sum_up_to(own);
     const int count = __shfl_sync(kAllLanes, through, kWarp - 1);
     if ((waiting_ + count) * static_cast<int>(size_of(out_.value)) > PackSpace<T>::kBytes) flush();
     if (waiting_ == 0) place_ = row * out_.kept + start;
@@ -149,7 +149,7 @@ class Writer {
 // The k largest magnitudes of every block of 256 of x [rows, n], k_tail of a shorter last one;
 // `aligned`: whole blocks begin at 16 bytes. Any grid of one dimension of kTopkThreads threads.
 template <class T>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 5)
     topk_pack_kernel(const T* __restrict__ x, int64_t rows, int64_t n, int k, int k_tail,
                      bool aligned, TopkOutput out) {
   MEMTL_SHARED(PackSpace<T>, spaces, [kTopkWarps]);
@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kTopkThreads)
   for (; first < all; first += stride) {
     int64_t row = first / blocks, index = first - row * blocks;
     for (int i = 0; i < kRun && first + i < all; ++i) {
-      const int64_t left = n - index * kBlock;
-      const int size = static_cast<int>(left < kBlock ? left : kBlock);
+      const int size = block_size(n, index);
       Incoming<T>(x, row * n + index * kBlock, size, aligned).store(space->block);
       __syncwarp();
       const Keys<T> keys = own_keys<T>(space->block);

@@ -19,13 +19,9 @@ struct PackedRows {
   bool bitmap;
 
   __device__ int64_t blocks() const { return ceil_div(n, kBlock); }
-  __device__ int size(int64_t index) const {
-    const int64_t left = n - index * kBlock;
-    return static_cast<int>(left < kBlock ? left : kBlock);
-  }
   // What counts say of a block, as far as that can be.
   __device__ int count(int64_t row, int64_t index) const {
-    const int here = counts[row * blocks() + index], most = size(index);
+    const int here = counts[row * blocks() + index], most = block_size(n, index);
     return here < 0 ? 0 : here < most ? here : most;
   }
 };
@@ -77,7 +73,7 @@ struct alignas(16) UnpackSpace {
 template <class Out>
 __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index, int64_t place,
                              int count, UnpackSpace<Out>* space, bool aligned, Out* out) {
-  const int lane = static_cast<int>(lane_of_thread()), size = rows.size(index);
+  const int lane = static_cast<int>(lane_of_thread()), size = block_size(rows.n, index);
   constexpr int kPieces = kBlock / kVector<Out>;
   Vector<Out, kVector<Out>> zeros;
 #pragma unroll
@@ -90,7 +86,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
   if (rows.bitmap) {
     const int64_t byte = row * ceil_div(rows.n, 8) + index * (kBlock / 8) + lane;
     const uint32_t bits = lane * 8 < size ? rows.positions[byte] : 0;
-    const int own = __popc(bits), through = warp_prefix(own);
+    const int own = __popc(bits), through = warp_sum_up_to(own);
     list_positions(bits, through - own, space->positions);
     positions = space->positions;
     const int set = __shfl_sync(kAllLanes, through, kWarp - 1);
@@ -121,7 +117,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
 // out [rows, n]; `aligned`: whole blocks begin at 16 bytes. A warp unpacks blocks of a row that
 // follow each other. Any grid of one dimension.
 template <class Out>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 5)
     topk_unpack_kernel(PackedRows rows, bool aligned, Out* __restrict__ out) {
   MEMTL_SHARED(UnpackSpace<Out>, spaces, [kTopkWarps]);
   UnpackSpace<Out>* space = &spaces[warp_of_thread()];
@@ -137,11 +133,11 @@ __global__ void __launch_bounds__(kTopkThreads)
       if (mine < blocks) own = rows.count(row, mine);
       before = rows.before[row * ceil_div(blocks, kChunk) + chunk];
     }
-    const int through = warp_prefix(own);
+    const int through = warp_sum_up_to(own);
     for (int i = 0; i < kRun && first + i < blocks; ++i) {
       const int64_t index = first + i;
       int64_t start = index * rows.k;
-      int count = rows.size(index) == kBlock ? rows.k : rows.k_tail;
+      int count = block_size(rows.n, index) == kBlock ? rows.k : rows.k_tail;
       if (rows.counts) {
         const int lane = static_cast<int>(first - chunk * kChunk) + i;
         count = __shfl_sync(kAllLanes, own, lane);

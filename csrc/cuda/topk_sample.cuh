@@ -41,8 +41,8 @@ struct Threshold {
 };
 
 // Rows cut into equal parts, one a block of threads.
-struct Parts {
-  int64_t rows, n, parts;
+struct SampleRows {
+  int64_t count, n, parts;
 
   __device__ int64_t blocks() const { return ceil_div(n, kBlock); }
   __device__ int64_t chunks() const { return ceil_div(blocks(), kChunk); }
@@ -53,8 +53,7 @@ struct Parts {
   __device__ void for_blocks(int64_t row, int64_t part, const Visit& visit) const {
     for (int64_t index = part * kTopkWarps + warp_of_thread(); index < blocks();
          index += parts * kTopkWarps) {
-      const int64_t left = n - index * kBlock;
-      visit(index, static_cast<int>(left < kBlock ? left : kBlock), row * n + index * kBlock);
+      visit(index, block_size(n, index), row * n + index * kBlock);
     }
   }
 };
@@ -75,10 +74,9 @@ __device__ inline bool is_last(unsigned* done, int64_t parts) {
 }
 
 // Writes what is known of the threshold with one more digit: count(digit) keys have it. Keys that
-// are zero need not be counted.
+// are zero need not be counted. All threads of a block call it, and meet after it.
 template <class Count>
 __device__ void choose_digit(const Count& count, Pass pass, Threshold known, Threshold* threshold) {
-  MEMTL_SHARED(int64_t, sums, [kTopkWarps]);
   constexpr int kOwn = kDigits / kTopkThreads;
   int64_t own[kOwn], sum = 0;  // from the largest digit on
   const int largest = (1 << pass.bits) - 1 - static_cast<int>(threadIdx.x) * kOwn;
@@ -88,7 +86,7 @@ __device__ void choose_digit(const Count& count, Pass pass, Threshold known, Thr
     own[i] = digit > 0 ? count(digit) : digit == 0 ? known.ties : 0;
     sum += own[i];
   }
-  int64_t total, before = thread_prefix(sum, sums, &total) - sum;
+  int64_t before = sum_of_threads(sum).before;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     if (before < known.ties && before + own[i] >= known.ties) {
@@ -103,11 +101,11 @@ __device__ void choose_digit(const Count& count, Pass pass, Threshold known, Thr
 // is one part needs none. Any grid of one dimension.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads)
-    sample_digit_kernel(const T* __restrict__ x, Parts rows, bool aligned, Pass pass, bool first,
-                        int64_t k, unsigned long long* histogram, unsigned* done,
+    sample_digit_kernel(const T* __restrict__ x, SampleRows rows, bool aligned, Pass pass,
+                        bool first, int64_t k, unsigned long long* histogram, unsigned* done,
                         Threshold* thresholds) {
   MEMTL_SHARED(unsigned, counts, [kDigits]);
-  for (int64_t task = blockIdx.x; task < rows.rows * rows.parts; task += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < rows.count * rows.parts; task += gridDim.x) {
     const int64_t row = task / rows.parts, part = task - row * rows.parts;
     const Threshold known = first ? Threshold{0, k} : thresholds[row];
     for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += kTopkThreads) counts[i] = 0;
@@ -153,11 +151,11 @@ struct SampleCounts {
 // Counts the blocks, and adds up.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads)
-    sample_count_kernel(const T* __restrict__ x, Parts rows, bool aligned,
+    sample_count_kernel(const T* __restrict__ x, SampleRows rows, bool aligned,
                         const Threshold* __restrict__ thresholds, SampleCounts counts,
                         unsigned* done) {
   const int64_t blocks = rows.blocks(), chunks = rows.chunks();
-  for (int64_t task = blockIdx.x; task < rows.rows * rows.parts; task += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < rows.count * rows.parts; task += gridDim.x) {
     const int64_t row = task / rows.parts, part = task - row * rows.parts;
     const uint32_t key = thresholds[row].key;
     uint32_t* of_row = counts.blocks + row * blocks;
@@ -186,25 +184,25 @@ __global__ void __launch_bounds__(kTopkThreads)
 
 // Packs the rows; a warp packs kRun blocks of a row. Any grid of one dimension.
 template <class T>
-__global__ void __launch_bounds__(kTopkThreads)
-    sample_pack_kernel(const T* __restrict__ x, int64_t rows, int64_t n, int64_t k, bool aligned,
+__global__ void __launch_bounds__(kTopkThreads, 4)
+    sample_pack_kernel(const T* __restrict__ x, SampleRows rows, int64_t k, bool aligned,
                        const Threshold* __restrict__ thresholds, SampleCounts counts,
                        TopkOutput out) {
   MEMTL_SHARED(PackSpace<T>, spaces, [kTopkWarps]);
   PackSpace<T>* space = &spaces[warp_of_thread()];
-  Writer<T> writer(out, n, space);
-  const int64_t blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, kChunk);
+  Writer<T> writer(out, rows.n, space);
+  const int64_t blocks = rows.blocks(), chunks = rows.chunks();
   const int64_t runs = ceil_div(blocks, kRun);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kTopkWarps;
   int64_t task = static_cast<int64_t>(blockIdx.x) * kTopkWarps + warp_of_thread();
-  for (; task < rows * runs; task += stride) {
+  for (; task < rows.count * runs; task += stride) {
     const int64_t row = task / runs, first = (task - row * runs) * kRun, chunk = first / kChunk;
     const Threshold threshold = thresholds[row];
     const int64_t ties = threshold.ties < k ? threshold.ties : k;  // none if k is 0
     // Every lane has the counts of one block of the chunk.
     const int64_t mine = chunk * kChunk + lane_of_thread();
     const uint32_t own = mine < blocks ? counts.blocks[row * blocks + mine] : 0;
-    const uint32_t through = warp_prefix(own);
+    const uint32_t through = warp_sum_up_to(own);
     const int64_t above_before = counts.above[row * chunks + chunk];
     const int64_t equal_before = counts.equal[row * chunks + chunk];
     for (int i = 0; i < kRun && first + i < blocks; ++i) {
@@ -215,9 +213,9 @@ __global__ void __launch_bounds__(kTopkThreads)
       const int64_t equal = equal_before + (earlier >> 16);
       const int64_t left = ties > equal ? ties - equal : 0;
       const int same = static_cast<int>(left < (here >> 16) ? left : here >> 16);
-      const int64_t index = first + i, rest = n - index * kBlock;
-      const int size = static_cast<int>(rest < kBlock ? rest : kBlock);
-      Incoming<T>(x, row * n + index * kBlock, size, aligned).store(space->block);
+      const int64_t index = first + i;
+      const int size = block_size(rows.n, index);
+      Incoming<T>(x, row * rows.n + index * kBlock, size, aligned).store(space->block);
       __syncwarp();
       const uint32_t bits = chosen(own_keys<T>(space->block), Cut{threshold.key + 1, same});
       writer.add(bits, row, index, above + (equal < ties ? equal : ties));

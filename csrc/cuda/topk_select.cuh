@@ -186,7 +186,7 @@ __device__ uint32_t chosen(const Keys<T>& keys, Cut cut) {
   if (cut.ties > 0) {
     uint32_t equal = keys.bits(cut.least - 1) & ~bits;
     const int count = __popc(equal);
-    int left = cut.ties - (warp_prefix(count) - count);
+    int left = cut.ties - (warp_sum_up_to(count) - count);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (equal >> i & 1 && left-- > 0) bits |= 1u << i;

@@ -212,7 +212,7 @@ class BitReader {
     for (int i = 0; i < kHalf; ++i) {
       const int row = half * kHalf + i;
       unsigned bits = bits_[row];
-      const int own = __popc(bits), through = warp_prefix(own);
+      const int own = __popc(bits), through = warp_sum_up_to(own);
       if (through > block_.count) {  // more bits than values: the last ones have none
         for (int more = through - block_.count; bits != 0 && more > 0; --more) {
           bits &= ~(0x80000000u >> __clz(static_cast<int>(bits)));

@@ -142,7 +142,7 @@ void test_packs(Random& random) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {0, 1, 8, 26, 128, 255, 256}) {
         for_types([&]<class T>() {
-          if (!drawn(4, random)) return;
+          if (!drawn(6, random)) return;
           test_pack<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
                        {unsigned(1 + random() % 2)}, random);
         });
@@ -182,28 +182,30 @@ void test_large_pack(Random& random) {
 
 // The launches of topk_pack_sample.
 template <class T>
-void pack_sample(const T* x, cuda::Parts parts, int64_t k, bool aligned, const TopkOutput& out) {
-  const int64_t rows = parts.rows, blocks = ceil_div(parts.n, kBlock);
+void pack_sample(const T* x, cuda::SampleRows rows, int64_t k, bool aligned,
+                 const TopkOutput& out) {
+  const int64_t blocks = ceil_div(rows.n, kBlock);
   const int64_t chunks = ceil_div(blocks, cuda::kChunk);
   std::vector<unsigned long long> histogram(
-      static_cast<size_t>(parts.parts > 1 ? rows * cuda::kDigits : 0));
-  std::vector<unsigned> done(static_cast<size_t>(rows));
+      static_cast<size_t>(rows.parts > 1 ? rows.count * cuda::kDigits : 0));
+  std::vector<unsigned> done(static_cast<size_t>(rows.count));
   std::vector<cuda::Threshold> thresholds(done.size());
-  std::vector<uint32_t> of_blocks(static_cast<size_t>(rows * blocks), 77);
-  std::vector<int64_t> above(static_cast<size_t>(rows * chunks), 77), equal(above);
+  std::vector<uint32_t> of_blocks(static_cast<size_t>(rows.count * blocks), 77);
+  std::vector<int64_t> above(static_cast<size_t>(rows.count * chunks), 77), equal(above);
   const cuda::SampleCounts counts = {of_blocks.data(), above.data(), equal.data()};
-  const auto grid = static_cast<unsigned>(rows * parts.parts + 1) / 2;  // every block has two tasks
+  const auto grid =
+      static_cast<unsigned>(rows.count * rows.parts + 1) / 2;  // every block has two tasks
   const Dim3 threads = {cuda::kTopkThreads};
   bool first = true;
   for (const cuda::Pass pass : cuda::Passes<T>::kPasses) {
-    launch(&cuda::sample_digit_kernel<T>, {{grid}, threads}, x, parts, aligned, pass, first,
+    launch(&cuda::sample_digit_kernel<T>, {{grid}, threads}, x, rows, aligned, pass, first,
            std::max<int64_t>(k, 1), histogram.data(), done.data(), thresholds.data());
     first = false;
   }
-  launch(&cuda::sample_count_kernel<T>, {{grid}, threads}, x, parts, aligned, thresholds.data(),
+  launch(&cuda::sample_count_kernel<T>, {{grid}, threads}, x, rows, aligned, thresholds.data(),
          counts, done.data());
-  launch(&cuda::sample_pack_kernel<T>, {{3}, threads}, x, rows, parts.n, k, aligned,
-         thresholds.data(), counts, out);
+  launch(&cuda::sample_pack_kernel<T>, {{3}, threads}, x, rows, k, aligned, thresholds.data(),
+         counts, out);
   CHECK(std::all_of(done.begin(), done.end(), [](unsigned count) { return count == 0; }) &&
             std::all_of(histogram.begin(), histogram.end(), [](auto count) { return count == 0; }),
         "memory that is not left as it was");
@@ -239,7 +241,7 @@ void test_samples(Random& random) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {int64_t{0}, (n + 9) / 10, n}) {
         for_types([&]<class T>() {
-          if (!drawn(n < 1000 ? 2 : 4, random)) return;
+          if (!drawn(n < 1000 ? 3 : 6, random)) return;
           const int64_t parts = n < 1000 ? 1 : 1 + random() % 3;
           test_sample<T>(n, kind, kValues[random() % 4], k, random() % 2, shift_drawn(random),
                          parts, random);
@@ -285,7 +287,7 @@ void test_large_sample(Random& random) {
   const auto grid = static_cast<unsigned>(ceil_div(ceil_div(blocks, cuda::kRun), cuda::kTopkWarps));
   // The other warps of the last block of threads find nothing above the threshold.
   launch_block(&cuda::sample_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
-               x.data(), 1, n, k, true, &threshold,
+               x.data(), cuda::SampleRows{1, n, 1}, k, true, &threshold,
                cuda::SampleCounts{of_blocks.data(), above_before.data(), equal_before.data()}, out);
   CHECK(std::memcmp(values.data() + k - 60, wanted.values.data(), 120) == 0, "values");
   CHECK(std::equal(wanted.positions.data(), wanted.positions.data() + ceil_div(size, 8),
@@ -353,7 +355,7 @@ void test_unpacks(Random& random) {
     for (const DType value : kValues) {
       for (const int64_t k : {0, 26, 256}) {
         for_types([&]<class Out>() {
-          if (!drawn(2, random)) return;
+          if (!drawn(3, random)) return;
           test_unpack<Out>(n, random() % 3 ? Kind::special : Kind::ties, value, k, random() % 2,
                            random() % 2, shift_drawn(random), random);
         });
