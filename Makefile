@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/memtl demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: install
 	$(BIN)/python benchmarks/kernels/table.py
@@ -47,11 +47,12 @@ format: install
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 # On a machine with a card, with or without a network: builds for that card with the Python that is
-# there (PYTHON=...: one with torch, timm, transformers and pytest), tests, then measures.
+# there (PYTHON=...: one with torch, timm, transformers and pytest), tests, in several processes where
+# pytest-xdist is there too, then measures.
 gpu:
 	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	    --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -q -m gpu tests/gpu tests/test_arguments.py $$($(PYTHON) -c "import xdist; print('-n8')" 2>/dev/null)
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
