@@ -1,6 +1,6 @@
 // What the thread sanitiser is told of the host shim: each fiber is a thread of its own, ordered
 // with others by launches, barriers, fences and __syncwarp alone. Where a build has it, it reports
-// every two accesses that a GPU need not do in this order. Some systems need `setarch -R` to run it.
+// every two accesses that a GPU need not do in this order.
 #pragma once
 
 #if defined(__SANITIZE_THREAD__)
