@@ -60,7 +60,7 @@ format: install
 gpu:
 	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	    --no-build-isolation --editable .
-	$(PYTHON) -m pytest -q -m gpu tests/gpu tests/test_arguments.py $$($(PYTHON) -c "import xdist; print('-n8')" 2>/dev/null)
+	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c "import xdist; print('-n8')" 2>/dev/null)
 	$(PYTHON) benchmarks/gpu.py
 
 clean:

@@ -478,3 +478,28 @@ struct alignas(16) float4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// A sum, which may wrap around, and a choice.
+inline int __viaddmin_s32_relu(int a, int b, int c) {
+  const auto sum = static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
+  return std::max(std::min(sum, c), 0);
+}
+
+namespace memtl::tests {
+template <class Choose>
+unsigned of_halves(unsigned a, unsigned b, unsigned c, const Choose& choose) {
+  unsigned both = 0;
+  for (int shift : {0, 16}) {
+    const auto half = [&](unsigned x) { return static_cast<int16_t>(x >> shift); };
+    const auto sum = static_cast<int16_t>(half(a) + half(b));
+    both |= static_cast<unsigned>(static_cast<uint16_t>(choose(sum, half(c)))) << shift;
+  }
+  return both;
+}
+}  // namespace memtl::tests
+inline unsigned __viaddmax_s16x2(unsigned a, unsigned b, unsigned c) {
+  return memtl::tests::of_halves(a, b, c, [](int x, int y) { return std::max(x, y); });
+}
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+  return memtl::tests::of_halves(a, b, c, [](int x, int y) { return std::max(std::min(x, y), 0); });
+}

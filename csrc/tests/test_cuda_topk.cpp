@@ -126,10 +126,46 @@ void test_pack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t
   Packed got(rows, n, kept, value, bitmap, shift), wanted(rows, n, kept, value, bitmap);
   const bool aligned = aligned_rows(x.data(), n * int64_t(sizeof(T)));
   launch(&cuda::topk_pack_kernel<T>, {grid, {cuda::kTopkThreads}}, x.data(), rows, n, k, k_tail,
-         aligned, got.output(false));
+         aligned, 1 + int(random() % 3), got.output(false));
   kPack.pack(kDType<T>, x.data(), n, k, k_tail, wanted.output(false), 0, rows);
   CHECK(got.same(wanted), "dtype %d n %d kind %d value %d k %d bitmap %d shift %d", int(kDType<T>),
         int(n), int(kind), int(value), int(k), bitmap, int(shift));
+}
+
+// Both ways to compare keys with a threshold.
+void test_keys(Random& random) {
+  for (int i = 0; i < 100000; ++i) {
+    const auto key = static_cast<uint32_t>(random()) >> (1 + random() % 31);
+    const uint32_t of_key[] = {0x80000000, 1, key, key + 1, static_cast<uint32_t>(random()) >> 1};
+    const uint32_t least = std::max(of_key[random() % 5], 1u), reached = key >= least;
+    CHECK(cuda::reached_of_word(key, least) == reached, "%x %x", key, least);
+    CHECK(cuda::reached_at_once(key, least) == reached, "%x %x", key, least);
+
+    const auto other = static_cast<uint32_t>(random()) >> (17 + random() % 15);
+    const uint32_t low = key & 0x7fff, keys = low | other << 16;
+    const uint32_t of_low[] = {0x8000, 1, low, low + 1, static_cast<uint32_t>(random()) >> 17};
+    const uint32_t half = std::max(of_low[random() % 5], 1u);
+    const uint32_t both = (low >= half) | static_cast<uint32_t>(other >= half) << 16;
+    CHECK(cuda::reached_of_halves(keys, half) == both, "%x %x", keys, half);
+    CHECK(cuda::reached_at_once_of_halves(keys, half) == both, "%x %x", keys, half);
+  }
+}
+
+// Codes are those of a division, whatever the scale.
+void test_division(Random& random) {
+  const float rounder = 12582912.0f, largest = std::numeric_limits<float>::max();
+  for (int i = 0; i < 1000000; ++i) {
+    // From the least scale there is to that of the largest number.
+    const auto high = static_cast<uint32_t>(0x80 + random() % (0x7c04 - 0x80));
+    const float scale = __uint_as_float((i % 4 == 0 ? high % 0x1000 + 0x80 : high) << 16);
+    // Half a level, or any part of one.
+    const float level = static_cast<float>(random() % 253) / 2;
+    const float part = i % 2 ? static_cast<float>(random()) * 0x1p-32f : 0;
+    const float x = std::min(std::min(level + part, 126.0f) * scale, largest);
+    const float got = cuda::Divisor::of(scale).divide(x);
+    CHECK(float_bits(got + rounder) == float_bits(x / scale + rounder), "%a / %a: %a", x, scale,
+          got);
+  }
 }
 
 // One of `among` cases is tested, drawn anew in every order.
@@ -138,7 +174,7 @@ bool drawn(unsigned among, Random& random) { return random() % among == 0; }
 size_t shift_drawn(Random& random) { return drawn(3, random) ? random() % 7 : 0; }
 
 void test_packs(Random& random) {
-  for (const int64_t n : {1, 7, 255, 256, 257, 600, 768, 1032}) {
+  for (const int64_t n : {1, 7, 255, 256, 257, 600, 1032, 2048}) {
     for (const Kind kind : kKinds) {
       for (const int64_t k : {0, 1, 8, 26, 128, 255, 256}) {
         for_types([&]<class T>() {
@@ -155,7 +191,8 @@ void test_packs(Random& random) {
 void test_large_pack(Random& random) {
   const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
                 kept = k + k_tail;
-  const int64_t blocks = 2 * rows, each = cuda::kTopkWarps * cuda::kRun;
+  const int64_t blocks = 2 * rows, run = 2;
+  const int64_t each = cuda::kTopkWarps * cuda::kTogether<BFloat16> * run;
   Huge<BFloat16> x(rows * n);
   Huge<uint8_t> values(rows * kept), positions(rows * kept);
   Huge<uint16_t> scale(blocks);
@@ -166,7 +203,7 @@ void test_large_pack(Random& random) {
                           kept,      false};
   const auto grid = static_cast<unsigned>(ceil_div(blocks, each));
   launch_block(&cuda::topk_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
-               x.data(), rows, n, k, k_tail, true, out);
+               x.data(), rows, n, k, k_tail, true, run, out);
   Packed wanted(40, n, kept, DType::i8, false);
   kPack.pack(DType::bf16, x.data() + first * n, n, k, k_tail, wanted.output(false), 0, 40);
   const int64_t done = (blocks - int64_t{grid - 1} * each) / 2, start = (40 - done) * kept;
@@ -255,7 +292,8 @@ void test_samples(Random& random) {
 void test_large_sample(Random& random) {
   const int64_t n = (int64_t{1} << 31) + 300, k = (int64_t{1} << 31) + 60;
   const int64_t blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, cuda::kChunk);
-  const int64_t first = (blocks - 1) / cuda::kRun * cuda::kRun, size = n - first * kBlock;
+  const int64_t first = (blocks - 1) / cuda::kTogether<BFloat16> * cuda::kTogether<BFloat16>,
+                size = n - first * kBlock;
   const auto x_there = numbers<BFloat16>(size, Kind::ties, random);
   Huge<BFloat16> x(n);
   std::copy(x_there.begin(), x_there.end(), x.data() + first * kBlock);
@@ -284,7 +322,8 @@ void test_large_sample(Random& random) {
   Huge<int16_t> counts(blocks);
   const TopkOutput out = {DType::bf16, values.data(), positions.data(), nullptr, counts.data(),
                           k,           true};
-  const auto grid = static_cast<unsigned>(ceil_div(ceil_div(blocks, cuda::kRun), cuda::kTopkWarps));
+  const auto grid = static_cast<unsigned>(
+      ceil_div(ceil_div(blocks, cuda::kTogether<BFloat16>), cuda::kTopkWarps));
   // The other warps of the last block of threads find nothing above the threshold.
   launch_block(&cuda::sample_pack_kernel<BFloat16>, {{grid}, {cuda::kTopkThreads}}, {grid - 1},
                x.data(), cuda::SampleRows{1, n, 1}, k, true, &threshold,
@@ -419,6 +458,8 @@ void test_large_unpack(Random& random) {
 
 int main() {
   Random random(1);
+  test_keys(random);
+  test_division(random);
   in_orders([&] {
     test_packs(random);
     test_samples(random);

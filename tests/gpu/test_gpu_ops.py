@@ -63,6 +63,8 @@ def topk_pack_cases():
         yield x, quota(256, keep), quota(1000 % 256, keep), values, bitmap
     yield draw(0, 300), 26, 4, torch.int8, False
     yield draw(600, 7).t(), 26, quota(600 % 256, 0.1), torch.float32, True
+    for n in (384, 3072):  # a warp packs many blocks
+        yield draw(1500, n, dtype=torch.bfloat16), 26, quota(n % 256, 0.1), torch.int8, False
 
 
 def topk_pack_sample_cases():
