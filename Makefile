@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null)
 
-.PHONY: install demo test bench bench-training models lint format gpu clean
+.PHONY: install demo test races bench bench-training models lint format gpu clean
 
 install: $(VENV)/.built
 
@@ -25,6 +25,14 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# CUDA kernels in the host shim, by the thread sanitiser: whatever no barrier orders is reported.
+# It takes minutes. Without address randomisation, which older sanitisers do not cope with.
+races: install
+	$(BIN)/cmake -G Ninja -S . -B build/races -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DMEMTL_MODULE=OFF -DMEMTL_TESTS=ON -DMEMTL_SANITIZE=THREAD
+	$(BIN)/cmake --build build/races
+	setarch -R $(BIN)/ctest --test-dir build/races --output-on-failure -R 'cuda|host'
 
 bench: install
 	$(BIN)/python benchmarks/kernels/table.py

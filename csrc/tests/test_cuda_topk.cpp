@@ -406,6 +406,7 @@ void test_unpacks(Random& random) {
 // Whatever packed rows say, nothing outside of them is read or written.
 template <class Out>
 void test_malformed(DType value, bool bitmap, bool counted, Random& random) {
+  if (kSeesRaces && !bitmap) return;  // of positions that are there twice either may win
   const int64_t rows = 3, n = 8504, k = 30, k_tail = 9, kept = n / kBlock * k + k_tail;
   Packed packed(rows, n, kept, value, bitmap);
   for (int64_t i = 0; i < rows * kept; ++i) {
@@ -431,6 +432,7 @@ void test_malformed(DType value, bool bitmap, bool counted, Random& random) {
 }
 
 void test_large_unpack(Random& random) {
+  if (kSeesRaces) return;  // all positions of rows but the last are zero
   const int64_t n = 264, rows = (int64_t{1} << 31) / 258 + 100, k = 250, k_tail = 8,
                 kept = k + k_tail;
   Huge<BFloat16> values(rows * kept), out(rows * n);
