@@ -481,7 +481,7 @@ def test_nothing_is_left_unwritten(name, poison):
         (lambda: OPS.quant_pack_derivative(torch.ones(3), 4, "relu", 0.0, 1.0, 0), "gelu"),
         (lambda: OPS.quant_pack_derivative(torch.ones(3), 4, "gelu", 1.0, 0.0, 0), "lo < hi"),
         (lambda: OPS.quant_pack_derivative(torch.ones(3), 1, "gelu", 0.0, 1.0, 0), "8, 4, 3"),
-        (lambda: OPS.quant_pack_derivative(ONES.long(), 4, "gelu", 0.0, 1.0, 0), "float"),
+        (lambda: OPS.quant_pack_derivative(torch.ones(3).long(), 4, "gelu", 0, 1, 0), "float"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -265,7 +265,7 @@ def activation(name: str, *parameters: float) -> Activation:
 
 def derivative_format(act: Activation, format: Quantized) -> Quantized:
     """The fixed-range code for an activation's derivative, of the bits that ``format`` says."""
-    return Quantized(format.bits, (act.lo, act.hi), format.seed)
+    return Quantized(bits=format.bits, range=(act.lo, act.hi), seed=format.seed)
 
 
 class Kept(NamedTuple):

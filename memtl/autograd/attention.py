@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, keep, kept
+from .keep import Function, first_order, in_dtype, keep, kept
 from .share import offer
 
 
@@ -131,7 +131,7 @@ class ExplicitAttentionFunction(Function):
         noise = F.dropout(torch.ones_like(p), dropout_p, True)
         with torch.autocast(q.device.type, enabled=False):
             out = (p * noise) @ _expand_heads(v, q, enable_gqa).to(p.dtype)
-        return out.to(q.dtype), *Bits().pack(noise != 0)
+        return in_dtype(out, q.dtype), *Bits().pack(noise != 0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -80,6 +80,12 @@ def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:
     return packed, tuple(saved[: ctx.num_exact])
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, for what a forward returns, and no call where there is nothing to do:
+    compiled by torch 2.11, a result that has two names in its forward gets a gradient of zeros."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For every ``backward``: it runs in the dtypes it was given, an autocast region around it or
     not, and a second derivative through it is refused, whoever asks for it.

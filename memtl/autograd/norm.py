@@ -13,7 +13,7 @@ from torch import Tensor
 from ..storage import Format, Packed
 from ..storage.quantized import grouped, pack_normalized
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, keep, kept
+from .keep import Function, first_order, in_dtype, keep, kept
 from .share import offer
 
 
@@ -169,7 +169,7 @@ def gemma_rms_norm(x, weight, eps):
     """The forward of transformers' Gemma models, operation by operation: the weight is 1 + w."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * (1.0 + weight.float())).type_as(x)
+    return in_dtype(wide * (1.0 + weight.float()), x.dtype)
 
 
 RMS_NORMS = {

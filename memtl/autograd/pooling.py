@@ -73,10 +73,11 @@ class MaxPoolFunction(Function):
 
 def places_format(kernel: Sequence[int]) -> Format:
     """Whole numbers below the size of the window; on the levels of a fixed-range code, exactly."""
+    # Fields by name, in whatever is compiled: torch 2.11 misplaces them, `rebuild` being inherited.
     for bits in (2, 3, 4, 8):
         if math.prod(kernel) <= 2**bits - 1:
-            return Quantized(bits, (0.0, 2.0**bits - 2))
-    return Dense("fp32")
+            return Quantized(bits=bits, range=(0.0, 2.0**bits - 2))
+    return Dense(dtype="fp32")
 
 
 class AdaptiveMaxPoolFunction(Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, keep, kept
+from .keep import Function, first_order, in_dtype, keep, kept
 from .share import held, offer, sharing
 
 LEVELS = 127  # codes are -127 ... 127
@@ -23,8 +23,15 @@ class Scaled:
     dtype: torch.dtype
 
     def __call__(self, codes: Tensor, scale: Tensor) -> Tensor:
-        # In two steps: faster than the product of an int8 and a float32 tensor.
-        return codes.to(scale.dtype).mul_(_by_output(scale, codes)).to(self.dtype)
+        return _scaled(codes, scale, self.dtype)
+
+
+# Functions beside the recipes: torch 2.11 does not trace the call of an object made in the trace.
+
+
+def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # In two steps: faster than the product of an int8 and a float32 tensor.
+    return codes.to(scale.dtype).mul_(_by_output(scale, codes)).to(dtype)
 
 
 def encoded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,10 +70,9 @@ def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     Memory: none beside codes and scale.
     """
-    recipe = Scaled(dtype)
-    weight = recipe(codes, scale)
+    weight = _scaled(codes, scale, dtype)
     if torch.is_grad_enabled() and sharing():
-        offer(weight, rebuilt(recipe, codes, scale, shape=weight.shape, dtype=dtype))
+        offer(weight, rebuilt(Scaled(dtype), codes, scale, shape=weight.shape, dtype=dtype))
     return weight
 
 
@@ -82,8 +88,12 @@ class Standardized:
     eps: float
 
     def __call__(self, weight: Tensor) -> Tensor:
-        centred, std = _centred(weight)
-        return centred.div_(std + self.eps).to(weight.dtype)
+        return _standardized(weight, self.eps)
+
+
+def _standardized(weight: Tensor, eps: float) -> Tensor:
+    centred, std = _centred(weight)
+    return in_dtype(centred / (std + eps), weight.dtype)  # in place would be a second name too
 
 
 def _centred(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +113,7 @@ class StandardizeFunction(Function):
 
     @staticmethod
     def forward(weight, eps, need_weight):
-        return Standardized(eps)(weight)
+        return _standardized(weight, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

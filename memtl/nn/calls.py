@@ -102,6 +102,8 @@ class FunctionFormats(TorchFunctionMode):
                 result = call.serve(self.formats[call.role], *args, **kwargs)
                 if result is not NotImplemented:
                     return result
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # under a mode torch 2.11 does not trace the method
         return func(*args, **kwargs)
 
 

@@ -99,7 +99,7 @@ def rebuilt(
         None if p is None else Part(p.format, p.shape, p.dtype, len(p.tensors)) for p in packed
     )
     tensors = tuple(t for p in packed if p is not None for t in p.tensors)
-    return Packed(Rebuilt(recipe, tuple(specs)), tensors, shape, dtype)
+    return Packed(Rebuilt(recipe=recipe, parts=tuple(specs)), tensors, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
