@@ -39,15 +39,17 @@ void for_types(const Run& run) {
   run.template operator()<Half>();
 }
 
-// bits: any pattern, of NaN too
-enum class Kind { normal, ties, zeros, special, bits };
-constexpr Kind kKinds[] = {Kind::normal, Kind::ties, Kind::zeros, Kind::special, Kind::bits};
+// scaled: about any power of two, the least and the largest too; bits: any pattern, of NaN too
+enum class Kind { normal, ties, zeros, special, scaled, bits };
+constexpr Kind kKinds[] = {Kind::normal,  Kind::ties,   Kind::zeros,
+                           Kind::special, Kind::scaled, Kind::bits};
 
 template <class T>
 std::vector<T> numbers(int64_t count, Kind kind, Random& random) {
   if (kind == Kind::bits) return random_bits<T>(count, random);
   const float inf = std::numeric_limits<float>::infinity();
   const float odd[] = {inf, -inf, std::nanf(""), 1e-40f, -1e-40f, 3e38f, 0.0f, -0.0f};
+  const int power = random() % 2 ? -149 + int(random() % 24) : -149 + int(random() % 277);
   std::normal_distribution<float> normal;
   std::vector<T> x(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
@@ -55,6 +57,7 @@ std::vector<T> numbers(int64_t count, Kind kind, Random& random) {
     if (kind == Kind::ties) each = std::round(each * 2) / 2;
     if (kind == Kind::zeros) each = std::max(0.0f, each - 1);
     if (kind == Kind::special && random() % 20 == 0) each = odd[random() % 8];
+    if (kind == Kind::scaled) each = std::ldexp(each, power);
     store_float(kDType<T>, x.data(), i, each);
   }
   return x;
@@ -111,8 +114,8 @@ struct Packed {
   }
 };
 
-bool aligned_rows(const void* x, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_bytes % 16 == 0;
+bool aligned_rows(const void* x, int64_t rows, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && (rows == 1 || row_bytes % 16 == 0);
 }
 
 // ------------------------------------------------------------------------------------------ pack
@@ -120,16 +123,21 @@ bool aligned_rows(const void* x, int64_t row_bytes) {
 template <class T>
 void test_pack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t shift, Dim3 grid,
                Random& random) {
-  const int64_t rows = n < 256 ? 11 : 3, k_tail = std::min(n % kBlock, (k + 1) / 2);
+  const int64_t rows = random() % 4 == 0 ? 1 : n < 256 ? 11 : 3;
+  const int64_t k_tail = std::min(n % kBlock, (k + 1) / 2);
   const int64_t kept = n / kBlock * k + (n % kBlock ? k_tail : 0);
   Shifted<T> x(numbers<T>(rows * n, kind, random), shift);
   Packed got(rows, n, kept, value, bitmap, shift), wanted(rows, n, kept, value, bitmap);
-  const bool aligned = aligned_rows(x.data(), n * int64_t(sizeof(T)));
-  launch(&cuda::topk_pack_kernel<T>, {grid, {cuda::kTopkThreads}}, x.data(), rows, n, k, k_tail,
-         aligned, 1 + int(random() % 3), got.output(false));
+  const bool aligned = aligned_rows(x.data(), rows, n * int64_t(sizeof(T)));
+  // Rows of whole blocks are one row, without a tail.
+  const bool whole = n % kBlock == 0 && random() % 2;
+  launch(&cuda::topk_pack_kernel<T>, {grid, {cuda::kTopkThreads}}, x.data(), whole ? 1 : rows,
+         whole ? rows * n : n, k, whole ? -1 : k_tail, aligned, 1 + int(random() % 3),
+         got.output(false));
   kPack.pack(kDType<T>, x.data(), n, k, k_tail, wanted.output(false), 0, rows);
-  CHECK(got.same(wanted), "dtype %d n %d kind %d value %d k %d bitmap %d shift %d", int(kDType<T>),
-        int(n), int(kind), int(value), int(k), bitmap, int(shift));
+  CHECK(got.same(wanted), "dtype %d rows %d n %d kind %d value %d k %d bitmap %d shift %d whole %d",
+        int(kDType<T>), int(rows), int(n), int(kind), int(value), int(k), bitmap, int(shift),
+        whole);
 }
 
 // Both ways to compare keys with a threshold.
@@ -263,10 +271,10 @@ void plain_pack_sample(const T* x, int64_t rows, int64_t n, int64_t k, const Top
 template <class T>
 void test_sample(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, size_t shift,
                  int64_t parts, Random& random) {
-  const int64_t rows = 2;
+  const int64_t rows = 1 + random() % 2;
   Shifted<T> x(numbers<T>(rows * n, kind, random), shift);
   Packed got(rows, n, k, value, bitmap, shift), wanted(rows, n, k, value, bitmap);
-  const bool aligned = aligned_rows(x.data(), n * int64_t(sizeof(T)));
+  const bool aligned = aligned_rows(x.data(), rows, n * int64_t(sizeof(T)));
   pack_sample<T>(x.data(), {rows, n, parts}, k, aligned, got.output(true));
   plain_pack_sample<T>(x.data(), rows, n, k, wanted.output(true));
   CHECK(got.same(wanted), "dtype %d n %d kind %d value %d k %d bitmap %d shift %d parts %d",
@@ -382,8 +390,8 @@ void test_unpack(int64_t n, Kind kind, DType value, int64_t k, bool bitmap, bool
   std::vector<Out> wanted = noise;
   CHECK(kRead.unpack(plain, 0, rows * n, kDType<Out>, wanted.data()), "ascending");
   Shifted<Out> got(noise, shift);
-  unpack(packed.reading(k, k_tail, counted), aligned_rows(got.data(), n * int64_t(sizeof(Out))),
-         got.data());
+  unpack(packed.reading(k, k_tail, counted),
+         aligned_rows(got.data(), rows, n * int64_t(sizeof(Out))), got.data());
   CHECK(std::memcmp(got.data(), wanted.data(), wanted.size() * sizeof(Out)) == 0,
         "dtype %d n %d kind %d value %d k %d bitmap %d counts %d shift %d", int(kDType<Out>),
         int(n), int(kind), int(value), int(k), bitmap, counted, int(shift));

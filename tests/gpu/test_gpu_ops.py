@@ -63,6 +63,10 @@ def topk_pack_cases():
         yield x, quota(256, keep), quota(1000 % 256, keep), values, bitmap
     yield draw(0, 300), 26, 4, torch.int8, False
     yield draw(600, 7).t(), 26, quota(600 % 256, 0.1), torch.float32, True
+    for rows, n in ((5, 512), (1, 4099)):  # rows without a tail, and one whose tail is odd
+        for dtype, bitmap in itertools.product(_ops.FLOATING, (False, True)):
+            x = draw(rows, n, dtype=dtype, special=True)
+            yield x, 26, quota(n % 256, 0.1), torch.int8, bitmap
     for n in (384, 3072):  # a warp packs many blocks
         yield draw(1500, n, dtype=torch.bfloat16), 26, quota(n % 256, 0.1), torch.int8, False
 
