@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null)
 
-.PHONY: install demo test bench bench-training models lint format gpu clean
+.PHONY: install demo test races bench bench-training models lint format gpu clean
 
 install: $(VENV)/.built
 
@@ -24,7 +24,15 @@ demo: install
 	$(BIN)/memtl demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# CUDA kernels in the host shim, by the thread sanitiser: whatever no barrier orders is reported.
+# It takes minutes. Without address randomisation, which older sanitisers do not cope with.
+races: install
+	$(BIN)/cmake -G Ninja -S . -B build/races -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DMEMTL_MODULE=OFF -DMEMTL_TESTS=ON -DMEMTL_SANITIZE=THREAD
+	$(BIN)/cmake --build build/races
+	setarch -R $(BIN)/ctest --test-dir build/races --output-on-failure -R 'cuda|host'
 
 bench: install
 	$(BIN)/python benchmarks/kernels/table.py
@@ -47,11 +55,12 @@ format: install
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 # On a machine with a card, with or without a network: builds for that card with the Python that is
-# there (PYTHON=...: one with torch, timm, transformers and pytest), tests, then measures.
+# there (PYTHON=...: one with torch, timm, transformers and pytest), tests, in several processes where
+# pytest-xdist is there too, then measures.
 gpu:
 	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	    --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c "import xdist; print('-n8')" 2>/dev/null)
 	$(PYTHON) benchmarks/gpu.py
 
 clean:

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtl._ops import FLOATING
-
-from .common import check_floating
+from .common import check_devices, check_floating
 
 BYTES_PER_PROGRAM = 8192
 """Of mask or x: four 16-byte loads in flight for each of 128 threads."""
@@ -117,10 +115,8 @@ def bits_pack_between(x: Tensor, lo: float | None, hi: float | None) -> Tensor:
 
 def bits_apply(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     """x * scale where the bit is set, else 0 (also for NaN); x any shape, the result contiguous."""
-    torch._check_type(
-        x.dtype in FLOATING,
-        lambda: f"bits_apply: expected float32, float64, bfloat16 or float16, got {x.dtype}",
-    )
+    check_devices("bits_apply", x=x, bits=bits)
+    check_floating("bits_apply", x=x)
     torch._check(
         bits.dtype == torch.uint8 and bits.numel() == triton.cdiv(x.numel(), 8),
         lambda: (

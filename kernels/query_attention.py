@@ -32,6 +32,8 @@ from torch import Tensor
 
 from memtl._ops import FLOATING, _check_query_attention
 
+from .common import check_devices
+
 QUERIES = 16
 """Of a program that makes no J: the rows of a tensor core."""
 FACTORS = {
@@ -457,6 +459,7 @@ def query_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, jacobian: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, e] and J [B, H, T, d, e] in the dtype ``jacobian``, [0] for None."""
+    check_devices("query_attention", q=q, k=k, v=v, mask=mask)
     _check_query_attention("query_attention", q, k, v, mask)
     torch._check_type(
         jacobian is None or jacobian in FLOATING,
@@ -489,6 +492,7 @@ def query_attention_grad(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """dq [B, H, T, d] of every sample, in the dtype of q."""
+    check_devices("query_attention_grad", grad_out=grad_out, q=q, k=k, v=v, mask=mask)
     _check_query_attention("query_attention_grad", q, k, v, mask)
     batch, heads, _, d = k.shape
     t, e = q.shape[2], v.shape[3]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtl._ops import FLOATING
+from .common import check_devices, check_floating
 
 BLOCK = 256
 """Bytes of bits that a program works on."""
@@ -67,7 +67,7 @@ def _bits_expand_kernel(values_ptr, bits_ptr, ends_ptr, x_ptr, numel, count, BLO
 
 def bits_select(x: Tensor, bits: Tensor, count: int) -> Tensor:
     """x, any shape -> values [count]: those whose bit is set; so many bits are set."""
-    _check("bits_select", x, x.numel(), bits)
+    _check("bits_select", x.numel(), bits, x=x)
     values = x.new_empty((count,))
     _launch(_bits_select_kernel, x.contiguous(), bits.contiguous(), values, x.numel(), count)
     return values
@@ -75,8 +75,12 @@ def bits_select(x: Tensor, bits: Tensor, count: int) -> Tensor:
 
 def bits_expand(values: Tensor, bits: Tensor, size: list[int]) -> Tensor:
     """values [count], one for each bit set -> a tensor of shape ``size``."""
+    torch._check(
+        values.dim() == 1,
+        lambda: f"bits_expand: expected values [count], got {tuple(values.shape)}",
+    )
     x = values.new_empty(size)
-    _check("bits_expand", values, x.numel(), bits)
+    _check("bits_expand", x.numel(), bits, values=values)
     _launch(_bits_expand_kernel, values.contiguous(), bits.contiguous(), x, x.numel(), len(values))
     return x
 
@@ -90,11 +94,9 @@ def _launch(kernel, source: Tensor, bits: Tensor, target: Tensor, numel: int, co
             kernel[grid](source, bits, counts.cumsum(0), target, numel, count, BLOCK=BLOCK)
 
 
-def _check(name: str, x: Tensor, numel: int, bits: Tensor) -> None:
-    torch._check_type(
-        x.dtype in FLOATING,
-        lambda: f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}",
-    )
+def _check(name: str, numel: int, bits: Tensor, **elements: Tensor) -> None:
+    check_devices(name, **elements, bits=bits)
+    check_floating(name, **elements)
     torch._check(
         bits.dtype == torch.uint8 and bits.numel() == triton.cdiv(numel, 8),
         lambda: (

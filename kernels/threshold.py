@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtl._ops import FLOATING
-
+from .common import check_devices, check_floating
 from .select import load_flags, ranks
 
 DIGIT = 11
@@ -75,10 +74,9 @@ def _digit_kernel(
         key = key.to(tl.int64)
         counted &= (key >> (SHIFT + BITS)) == prefix
         digit = (key >> SHIFT) & ((1 << BITS) - 1)
-        counts += tl.histogram(tl.where(counted, digit, 0).to(tl.int32), BINS)
-        others = tl.sum(tl.where(counted, 0, 1), axis=0)  # were counted as 0
-        counts -= tl.where(tl.arange(0, BINS) == 0, others, 0)
-    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts != 0)
+        counts += tl.histogram(digit.to(tl.int32), BINS, mask=counted)
+    bins = counts_ptr + tl.arange(0, BINS)
+    tl.atomic_add(bins, counts.to(tl.int64), mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
@@ -167,8 +165,8 @@ def threshold_magnitude(xs: list[Tensor], masks: list[Tensor], k: int) -> tuple[
     if k == 0:
         ties = xs[0].new_zeros((len(xs),), dtype=torch.int64)
         return xs[0].new_full((), torch.inf), ties
-    found = torch.tensor((0, k), dtype=torch.int64).to(xs[0].device, non_blocking=True)
-    counts = found.new_zeros((2**DIGIT,))
+    found, counts = (xs[0].new_zeros((n,), dtype=torch.int64) for n in (2, 2**DIGIT))
+    found[1:].fill_(k)  # no copy from the host, which a graph could not capture
     read = [x.contiguous().view(integer) for x in xs]
     bits: list[Tensor | None] = [mask.contiguous() for mask in masks] or [None] * len(xs)
     with torch.cuda.device_of(xs[0]):
@@ -191,6 +189,7 @@ def threshold_magnitude(xs: list[Tensor], masks: list[Tensor], k: int) -> tuple[
 def threshold_mask(x: Tensor, mask: Tensor | None, value: Tensor, ties: Tensor) -> Tensor:
     """x, any shape -> uint8 [ceil(numel / 8)]."""
     name = "threshold_mask"
+    check_devices(name, x=x, mask=mask, value=value, ties=ties)
     _check_x(name, x, mask)
     torch._check_type(
         value.dtype == x.dtype and ties.dtype == torch.int64,
@@ -234,6 +233,8 @@ def _check_lists(xs: list[Tensor], masks: list[Tensor], k: int) -> None:
         len(masks) in (0, len(xs)),
         lambda: f"{name}: expected no masks, or {len(xs)} as there are tensors, got {len(masks)}",
     )
+    lists = {"xs": xs, "masks": masks}
+    check_devices(name, **{f"{a}[{i}]": t for a, ts in lists.items() for i, t in enumerate(ts)})
     for i, x in enumerate(xs):
         _check_x(name, x, masks[i] if masks else None)
         torch._check_type(
@@ -248,10 +249,7 @@ def _check_lists(xs: list[Tensor], masks: list[Tensor], k: int) -> None:
 
 
 def _check_x(name: str, x: Tensor, mask: Tensor | None) -> None:
-    torch._check_type(
-        x.dtype in FLOATING,
-        lambda: f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}",
-    )
+    check_floating(name, x=x)
     if mask is not None:
         torch._check(
             mask.dtype == torch.uint8 and mask.numel() == triton.cdiv(x.numel(), 8),

@@ -126,7 +126,7 @@ def write(
     if BITMAP:
         bits = tl.reshape(kept.to(tl.int32), (32, 8)) << tl.arange(0, 8)[None, :]
         byte = tl.arange(0, 32)
-        positions_ptr += row * tl.cdiv(n, 8) + block * 32
+        positions_ptr += row * ((n - 1) // 8 + 1) + block * 32
         tl.store(positions_ptr + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte * 8 < size)
     else:
         lane = columns(tl.arange(0, 256), x.dtype).to(tl.uint8)
@@ -241,11 +241,9 @@ def _topk_digit_kernel(
         key = key_of(tl.load(x_ptr + row * n + column, mask=column < n, other=0))
         counted = (column < n) & ((key >> (SHIFT + BITS)) == prefix)
         digit = (key >> SHIFT) & ((1 << BITS) - 1)
-        counts += tl.histogram(tl.where(counted, digit, 0), BINS)
-        others = tl.sum(tl.where(counted, 0, 1), axis=0)  # were counted as 0
-        counts -= tl.where(tl.arange(0, BINS) == 0, others, 0)
+        counts += tl.histogram(digit, BINS, mask=counted)
     bins = counts_ptr + row * BINS + tl.arange(0, BINS)
-    tl.atomic_add(bins, counts.to(tl.int64), mask=counts != 0)
+    tl.atomic_add(bins, counts.to(tl.int64), mask=counts != 0, sem="relaxed")
 
 
 @triton.jit
@@ -351,7 +349,7 @@ def _topk_unpack_kernel(
     start += row * kept
     if BITMAP:
         byte = tl.arange(0, 32)
-        positions_ptr += row * tl.cdiv(n, 8) + block * 32
+        positions_ptr += row * ((n - 1) // 8 + 1) + block * 32
         words = tl.load(positions_ptr + byte, mask=byte * 8 < size, other=0).to(tl.int32)
         flags = (words[:, None] >> tl.arange(0, 8)[None, :]) & 1
     else:
@@ -452,7 +450,7 @@ def _find(x: Tensor, k: int) -> Tensor:
     """int64 [R, 2]: the key of every row's k-th largest, and how many of that key are kept."""
     rows, n = x.shape
     found = x.new_zeros((rows, 2), dtype=torch.int64)
-    found[:, 1] = k
+    found[:, 1].fill_(k)
     counts = x.new_zeros((rows, 2**DIGIT), dtype=torch.int64)
     parts = ceil_div(n, TILE * TILES)
     for shift, width in _digits(x.dtype):

@@ -44,6 +44,12 @@ __device__ inline void store16(T* to, const Vector<T, kVector<T>>& x) {
   *reinterpret_cast<Vector<T, kVector<T>>*>(to) = x;
 }
 
+// 16 bytes from one place to the other: store16(load16(from)) may become four moves of 4 bytes.
+template <class T>
+__device__ inline void copy16(T* to, const T* from) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
 // Sum over the lanes of a warp, in a fixed order; every lane has it.
 template <class T>
 __device__ inline T warp_sum(T x) {

@@ -65,7 +65,7 @@ constexpr int kPrefixEach = 8;
 
 // counts[i] becomes the sum of counts[0] to counts[i], for i in [0, size). One block.
 template <class T>
-__global__ void prefix_kernel(T* counts, int64_t size) {
+__global__ void __launch_bounds__(kPrefixThreads) prefix_kernel(T* counts, int64_t size) {
   T carry = 0;
   for (int64_t start = 0; start < size; start += blockDim.x * kPrefixEach) {
     const int64_t first = start + threadIdx.x * kPrefixEach;

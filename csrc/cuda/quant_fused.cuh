@@ -125,6 +125,9 @@ __global__ void quant_pack_derivative_kernel(const T* __restrict__ x, int64_t nu
     Own v;
     load_group(x, numel, group, lane, v);
     const uint32_t key = group_key(v) + seed;
+    if (act != Act::hardswish) {  // as torch's, f' is NaN at the infinities
+      for_own([&](int p, int j) { v[p][j] += v[p][j] - v[p][j]; });
+    }
     with_curve<true>(
         act, [&](const auto& curve) { for_own([&](int p, int j) { v[p][j] = curve(v[p][j]); }); });
     pack_range_group<kBits>(v, key, range, group, lane, codes);

@@ -75,13 +75,14 @@ struct ChannelScales {
 };
 
 constexpr int kSumRows = 32;  // of threads, in a block of quant_sum_partial_kernel
+constexpr unsigned kSumThreads = kSumRows * kWarp;
 
 // Adds up partial [outer, channels, inner], as Totals. A block of kWarp channels by kSumRows.
 template <class Total>
-__global__ void quant_sum_partial_kernel(const Sums* __restrict__ partial, int64_t outer,
-                                         int64_t channels, Division inner,
-                                         float* __restrict__ grad_weight,
-                                         float* __restrict__ grad_bias, ChannelScales scales) {
+__global__ void __launch_bounds__(kSumThreads)
+    quant_sum_partial_kernel(const Sums* __restrict__ partial, int64_t outer, int64_t channels,
+                             Division inner, float* __restrict__ grad_weight,
+                             float* __restrict__ grad_bias, ChannelScales scales) {
   MEMTL_SHARED(Total, sums, [2][kSumRows][kWarp]);
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
   const int64_t count = channel < channels ? outer * inner.divisor() : 0;

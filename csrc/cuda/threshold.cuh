@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kCountThreads, 1)
 
 // Goes on by a digit of `width` bits; k > 0: the first one, and the k-th largest of all is sought.
 // Where there are fewer, as masks may have it, the digit is 0. One block, of whole warps.
-__global__ void threshold_choose_kernel(const Count* __restrict__ counts, int width, int64_t k,
-                                        Found* __restrict__ found) {
+__global__ void __launch_bounds__(kCountThreads)
+    threshold_choose_kernel(const Count* __restrict__ counts, int width, int64_t k, Found* found) {
   const unsigned size = 1u << width, each = (size + blockDim.x - 1) / blockDim.x;
   const Found before = k > 0 ? Found{0, k} : *found;
   const auto left = static_cast<Count>(before.left);

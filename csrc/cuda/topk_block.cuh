@@ -1,5 +1,5 @@
-// What the top-k kernels share: a warp works on a block of 256 numbers, of which each lane has the
-// eight that follow each other from 8 * lane on.
+// What the top-k kernels share: how a warp reads blocks of 256 numbers. One at a time, of which
+// each lane has eight, or several together, of which each lane has more of one.
 #pragma once
 
 #include <cstring>
@@ -62,51 +62,153 @@ __device__ inline float number_of(BitsOf<T> bits) {
   }
 }
 
-// A block while it is read. Where it can be read 16 bytes at a time, a lane has numbers that follow
-// each other in every piece; else number i of a lane is that at 32 * i + lane, or zero if there is
-// none.
+// Blocks together: each lane has 16 words of one of them, numbers that follow each other. So what
+// is done by lane, and not by number, is done for all of them at once.
+constexpr int kWords = 16;
+template <class T>
+constexpr int kOwn = kWords * 4 / static_cast<int>(sizeof(BitsOf<T>));  // numbers of a lane
+template <class T>
+constexpr int kLanes = kBlock / kOwn<T>;  // of a block
+template <class T>
+constexpr int kTogether = static_cast<int>(kWarp) / kLanes<T>;  // blocks of a warp
+
+using Piece = Vector<uint32_t, 4>;
+constexpr int kPieces = kWords / 4;  // of a lane
+
+template <class Bits>
+__device__ inline Piece load_piece(const Bits* from) {
+  return *reinterpret_cast<const Piece*>(from);
+}
+template <class Bits>
+__device__ inline void store_piece(Bits* to, const Piece& piece) {
+  *reinterpret_cast<Piece*>(to) = piece;
+}
+
+// Where number i of a warp's blocks is in shared memory. The 16-byte pieces of a lane are exchanged
+// so that the same one of eight lanes is in different banks.
+template <class T>
+__device__ inline int place_of(int i) {
+  return i ^ (i >> 3 & 3 * kVector<BitsOf<T>>);
+}
+
+// A block while a warp reads it. Where it can be read 16 bytes at a time, a lane has numbers that
+// follow each other in every piece; else number i of a lane is that at 32 * i + lane, or zero if
+// there is none.
 template <class T>
 struct Incoming {
   using Bits = BitsOf<T>;
-  static constexpr int kPiece = kVector<Bits>;  // numbers
-  Vector<Bits, kPiece> piece[kEach / kPiece];
+  static constexpr int kVector = cuda::kVector<Bits>;
+  static constexpr int kPacked = 4 / static_cast<int>(sizeof(Bits));  // numbers of a word
+  static constexpr int kCount = kEach / kPacked;
+  uint32_t words[kCount];
   bool pieces;
 
-  // Numbers [0, size) from x + first; `aligned` says that every whole block begins at 16 bytes.
+  // Numbers [0, size) from x + first; `aligned` says that every block begins at 16 bytes.
   __device__ Incoming(const T* x, int64_t first, int size, bool aligned)
-      : pieces(sizeof(T) == sizeof(Bits) && aligned && size == kBlock) {
+      : pieces(sizeof(T) == sizeof(Bits) && aligned && size % kVector == 0) {
     const int lane = static_cast<int>(lane_of_thread());
     if (pieces) {
-      const Bits* from = reinterpret_cast<const Bits*>(x + first) + lane * kPiece;
+      const Bits* from = reinterpret_cast<const Bits*>(x + first);
 #pragma unroll
-      for (int i = 0; i < kEach / kPiece; ++i) {
-        piece[i] = load16(from + i * static_cast<int>(kWarp) * kPiece);
+      for (int i = 0; i < kCount; i += 4) {
+        const int at = (i / 4 * static_cast<int>(kWarp) + lane) * kVector;
+        Piece piece = {};
+        if (at < size) piece = load_piece(from + at);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[i + j] = piece.at[j];
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int at = i * static_cast<int>(kWarp) + lane;
-        piece[i / kPiece].at[i % kPiece] = at < size ? number_bits(x[first + at]) : Bits{0};
-      }
-    }
-  }
-
-  __device__ void store(Bits* block) const {
-    const int lane = static_cast<int>(lane_of_thread());
+      for (int i = 0; i < kCount; ++i) {
+        words[i] = 0;
 #pragma unroll
-    for (int i = 0; i < kEach / kPiece; ++i) {
-      const int at = i * static_cast<int>(kWarp);
-      if (pieces) {
-        store16(block + (at + lane) * kPiece, piece[i]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) {
-          block[(i * kPiece + j) * static_cast<int>(kWarp) + lane] = piece[i].at[j];
+        for (int j = 0; j < kPacked; ++j) {
+          const int at = (i * kPacked + j) * static_cast<int>(kWarp) + lane;
+          if (at < size) words[i] |= static_cast<uint32_t>(number_bits(x[first + at])) << 16 * j;
         }
       }
     }
   }
+
+  // Puts it to shared memory, as one of a warp's blocks.
+  __device__ void store(Bits* numbers, int block) const {
+    const int first = block * kBlock + static_cast<int>(lane_of_thread()) * (pieces ? kVector : 1);
+    if (pieces) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4) {
+        store_piece(numbers + place_of<T>(first + i / 4 * static_cast<int>(kWarp) * kVector),
+                    {{words[i], words[i + 1], words[i + 2], words[i + 3]}});
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        numbers[place_of<T>(first + i * static_cast<int>(kWarp))] =
+            static_cast<Bits>(words[i / kPacked] >> i % kPacked * 16);
+      }
+    }
+  }
 };
+
+// What comes next of rows of n.
+struct Place {
+  int64_t n, element, left_in_row;
+};
+
+// What a warp has together, and a lane of it.
+struct Together {
+  int bytes;         // of all bitmaps
+  int size;          // of this lane's block; 0 if there is none
+  int bytes_before;  // of bitmaps, before that of this lane's block
+};
+
+// Reads the next blocks, `left` at most, to shared memory, those that are not there as zeros.
+template <class T>
+__device__ Together read_blocks(const T* x, Place* at, int64_t left, bool aligned,
+                                BitsOf<T>* numbers) {
+  using Bits = BitsOf<T>;
+  constexpr int kBlocks = kTogether<T>, kAll = kBlocks * kBlock;
+  const int lane = static_cast<int>(lane_of_thread()), mine = lane / kLanes<T>;
+  Together read = {kAll / 8, kBlock, mine * (kBlock / 8)};
+  if (sizeof(T) == sizeof(Bits) && aligned && at->left_in_row >= kAll && left >= kBlocks) {
+    const auto* from = reinterpret_cast<const Bits*>(x + at->element) + lane * kVector<Bits>;
+    constexpr int kStep = static_cast<int>(kWarp) * kVector<Bits>;
+    Piece pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = load_piece(from + i * kStep);
+    Bits* to = numbers + place_of<T>(lane * kVector<Bits>);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) store_piece(to + i * kStep, pieces[i]);
+    at->element += kAll;
+    at->left_in_row = at->left_in_row > kAll ? at->left_in_row - kAll : at->n;
+  } else {
+    read = {};
+#pragma unroll 1
+    for (int i = 0; i < kBlocks; ++i) {
+      const int size = i < left ? block_size(at->left_in_row, 0) : 0;
+      Incoming<T>(x, at->element, size, aligned).store(numbers, i);
+      if (i == mine) {
+        read.size = size;
+        read.bytes_before = read.bytes;
+      }
+      read.bytes += (size + 7) / 8;
+      at->element += size;
+      at->left_in_row = at->left_in_row > kBlock ? at->left_in_row - kBlock : at->n;
+    }
+  }
+  __syncwarp();
+  return read;
+}
+
+// The sum over this lane and those before it, of every kWide lanes.
+template <int kWide>
+__device__ inline int sum_up_to(int x) {
+#pragma unroll
+  for (int step = 1; step < kWide; step *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, x, static_cast<unsigned>(step), kWide);
+    if (static_cast<int>(lane_of_thread()) % kWide >= step) x += below;
+  }
+  return x;
+}
 
 // Puts the positions of this lane's set bits to their places among those of the warp.
 __device__ inline void list_positions(uint32_t bits, int before, uint8_t* positions) {
@@ -116,6 +218,20 @@ __device__ inline void list_positions(uint32_t bits, int before, uint8_t* positi
   for (unsigned i = 0; i < kEach; ++i) {
     if (bits >> i & 1) *positions++ = static_cast<uint8_t>(first + i);
   }
+}
+
+// A value as it is in float32; scale is that of an int8 value's block.
+template <class Value>
+__device__ inline float decoded(Value value, float) {
+  return to_math(value);
+}
+template <>
+__device__ inline float decoded<int8_t>(int8_t code, float scale) {
+  float x = static_cast<float>(code);
+  if (code > 126 || code < -126) {
+    x = __uint_as_float(code == 127 ? 0x7f800000 : code == -127 ? 0xff800000 : 0x7fc00000);
+  }
+  return x * scale;
 }
 
 }  // namespace memtl::cuda

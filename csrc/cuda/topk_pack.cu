@@ -10,6 +10,9 @@
 namespace memtl::cuda {
 namespace {
 
+// So many blocks of threads fill a GPU: 4 on each of 132 multiprocessors.
+constexpr int64_t kFull = 4 * 132;
+
 // Whether every whole block of 256 of the contiguous rows x begins at 16 bytes.
 bool aligned_blocks(const Tensor& x, DType dtype) {
   return aligned16(x) && (x.size(0) == 1 || x.size(1) * size_of(dtype) % 16 == 0);
@@ -22,15 +25,21 @@ std::tuple<Tensor, Tensor, Tensor> topk_pack_cuda(const Tensor& x, int64_t k, in
   check_quota(x, k, k_tail);
   const OnDevice on(x);
   const Tensor dense = torch::stable::contiguous(x);
-  const int64_t rows = x.size(0), n = x.size(1), blocks = rows * ceil_div(n, kBlock);
   const Packing packing =
-      allocate_packing(dense, kept_of(n, k, k_tail), value_dtype, value, bitmap);
+      allocate_packing(dense, kept_of(x.size(1), k, k_tail), value_dtype, value, bitmap);
+  // Rows of whole blocks are one row.
+  const bool whole = x.size(1) % kBlock == 0;
+  const int64_t rows = whole ? 1 : x.size(0), n = whole ? x.numel() : x.size(1);
+  const int64_t blocks = rows * ceil_div(n, kBlock);
   if (blocks > 0) {
-    const unsigned grid = blocks_of(blocks, kTopkWarps * kRun);
     with_type(dtype, [&]<class T, class>() {
+      constexpr int64_t kAtOnce = kFull * kTopkWarps * kTogether<T>;
+      const int64_t run = std::clamp<int64_t>(ceil_div(blocks, kAtOnce), 1, 16);
+      const unsigned grid = blocks_of(blocks, kTopkWarps * kTogether<T> * run);
       topk_pack_kernel<T><<<grid, kTopkThreads, 0, on.stream()>>>(
           static_cast<const T*>(dense.const_data_ptr()), rows, n, static_cast<int>(k),
-          static_cast<int>(k_tail), aligned_blocks(dense, dtype), packing.out);
+          static_cast<int>(k_tail), aligned_blocks(dense, dtype), static_cast<int>(run),
+          packing.out);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
@@ -48,11 +57,9 @@ T* reserve(const Tensor& beside, int64_t count, Tensor* memory) {
 template <class T>
 void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
                  cudaStream_t stream) {
-  // So many blocks of threads are enough: 8 on each of 132 multiprocessors.
-  constexpr int64_t kFull = 8 * 132;
   const int64_t n = x.size(1), blocks = ceil_div(n, kBlock), chunks = ceil_div(blocks, kChunk);
   const int64_t rows = x.size(0), most = ceil_div(blocks, 2 * kTopkWarps);
-  const SampleRows cut = {rows, n, std::clamp<int64_t>(kFull / rows, 1, most)};
+  const SampleRows cut = {rows, n, std::clamp<int64_t>(2 * kFull / rows, 1, most)};
   const int64_t digits = cut.parts > 1 ? kDigits : 0;
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   const bool aligned = aligned_blocks(x, dtype);
@@ -78,7 +85,7 @@ void pack_sample(const Tensor& x, DType dtype, int64_t k, const TopkOutput& out,
   sample_count_kernel<T>
       <<<grid, kTopkThreads, 0, stream>>>(from, cut, aligned, thresholds, counts, done);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const unsigned packing = blocks_of(rows * ceil_div(blocks, kRun), kTopkWarps);
+  const unsigned packing = blocks_of(rows * ceil_div(blocks, kTogether<T>), kTopkWarps);
   sample_pack_kernel<T>
       <<<packing, kTopkThreads, 0, stream>>>(from, cut, k, aligned, thresholds, counts, out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

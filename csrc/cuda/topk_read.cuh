@@ -46,17 +46,11 @@ __global__ void __launch_bounds__(kTopkThreads)
 __device__ inline float entry_value(const PackedRows& rows, int64_t place, float scale) {
   switch (rows.value) {
     case DType::bf16:
-      return to_math(static_cast<const BFloat16*>(rows.values)[place]);
+      return decoded(static_cast<const BFloat16*>(rows.values)[place], scale);
     case DType::f16:
-      return to_math(static_cast<const Half*>(rows.values)[place]);
-    case DType::i8: {
-      const int code = static_cast<const int8_t*>(rows.values)[place];
-      float x = static_cast<float>(code);
-      if (code == 127) x = __uint_as_float(0x7f800000);
-      if (code == -127) x = __uint_as_float(0xff800000);
-      if (code == -128) x = __uint_as_float(0x7fc00000);
-      return x * scale;
-    }
+      return decoded(static_cast<const Half*>(rows.values)[place], scale);
+    case DType::i8:
+      return decoded(static_cast<const int8_t*>(rows.values)[place], scale);
     default:
       return static_cast<const float*>(rows.values)[place];
   }
@@ -105,7 +99,7 @@ __device__ void unpack_block(const PackedRows& rows, int64_t row, int64_t index,
 #pragma unroll
     for (int i = 0; i < kPieces; i += static_cast<int>(kWarp)) {
       const int at = (i + lane) * kVector<Out>;
-      store16(to + at, load16(space->block + at));
+      copy16(to + at, space->block + at);
     }
   } else {
 #pragma unroll 1

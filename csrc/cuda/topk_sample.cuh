@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTopkThreads)
     for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += kTopkThreads) counts[i] = 0;
     __syncthreads();
     rows.for_blocks(row, part, [&](int64_t, int size, int64_t from) {
-      const Keys<T> keys(Incoming<T>(x, from, size, aligned).piece);
+      const Keys<T, Incoming<T>::kCount> keys(Incoming<T>(x, from, size, aligned).words);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const uint32_t key = keys.at(i);
@@ -160,10 +160,12 @@ __global__ void __launch_bounds__(kTopkThreads)
     const uint32_t key = thresholds[row].key;
     uint32_t* of_row = counts.blocks + row * blocks;
     rows.for_blocks(row, part, [&](int64_t index, int size, int64_t from) {
-      const Keys<T> keys(Incoming<T>(x, from, size, aligned).piece);
-      const unsigned above = __reduce_add_sync(kAllLanes, keys.count(key + 1));
-      unsigned equal = __reduce_add_sync(kAllLanes, keys.count(key)) - above;
-      if (key == 0) equal -= static_cast<unsigned>(kBlock - size);  // what fills the block up
+      const Keys<T, Incoming<T>::kCount> keys(Incoming<T>(x, from, size, aligned).words);
+      const auto count = [&](uint32_t least) {
+        return keys.added(__reduce_add_sync(kAllLanes, keys.count(least)));
+      };
+      const unsigned above = count(key + 1);
+      const unsigned equal = (key > 0 ? count(key) : static_cast<unsigned>(size)) - above;
       if (lane_of_thread() == 0) of_row[index] = above | equal << 16;
     });
     if (is_last(done + row, rows.parts)) {
@@ -182,45 +184,44 @@ __global__ void __launch_bounds__(kTopkThreads)
   }
 }
 
-// Packs the rows; a warp packs kRun blocks of a row. Any grid of one dimension.
+// Packs the rows; a warp packs as many blocks of a row as it has together. Any grid of one
+// dimension.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads, 4)
     sample_pack_kernel(const T* __restrict__ x, SampleRows rows, int64_t k, bool aligned,
                        const Threshold* __restrict__ thresholds, SampleCounts counts,
                        TopkOutput out) {
+  static_assert(kChunk % kTogether<T> == 0);
   MEMTL_SHARED(PackSpace<T>, spaces, [kTopkWarps]);
   PackSpace<T>* space = &spaces[warp_of_thread()];
-  Writer<T> writer(out, rows.n, space);
   const int64_t blocks = rows.blocks(), chunks = rows.chunks();
-  const int64_t runs = ceil_div(blocks, kRun);
+  const int64_t tasks = ceil_div(blocks, kTogether<T>);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kTopkWarps;
   int64_t task = static_cast<int64_t>(blockIdx.x) * kTopkWarps + warp_of_thread();
-  for (; task < rows.count * runs; task += stride) {
-    const int64_t row = task / runs, first = (task - row * runs) * kRun, chunk = first / kChunk;
+  for (; task < rows.count * tasks; task += stride) {
+    const int64_t row = task / tasks, first = (task - row * tasks) * kTogether<T>;
+    const int64_t chunk = first / kChunk, element = first * kBlock;
+    Place at = {rows.n, row * rows.n + element, rows.n - element};
+    const Together read = read_blocks(x, &at, blocks - first, aligned, space->numbers);
     const Threshold threshold = thresholds[row];
     const int64_t ties = threshold.ties < k ? threshold.ties : k;  // none if k is 0
     // Every lane has the counts of one block of the chunk.
-    const int64_t mine = chunk * kChunk + lane_of_thread();
-    const uint32_t own = mine < blocks ? counts.blocks[row * blocks + mine] : 0;
-    const uint32_t through = warp_sum_up_to(own);
-    const int64_t above_before = counts.above[row * chunks + chunk];
-    const int64_t equal_before = counts.equal[row * chunks + chunk];
-    for (int i = 0; i < kRun && first + i < blocks; ++i) {
-      const int lane = static_cast<int>(first - chunk * kChunk) + i;
-      const uint32_t here = __shfl_sync(kAllLanes, own, lane);
-      const uint32_t earlier = __shfl_sync(kAllLanes, through, lane) - here;
-      const int64_t above = above_before + (earlier & 0xffff);
-      const int64_t equal = equal_before + (earlier >> 16);
-      const int64_t left = ties > equal ? ties - equal : 0;
-      const int same = static_cast<int>(left < (here >> 16) ? left : here >> 16);
-      const int64_t index = first + i;
-      const int size = block_size(rows.n, index);
-      Incoming<T>(x, row * rows.n + index * kBlock, size, aligned).store(space->block);
-      __syncwarp();
-      const uint32_t bits = chosen(own_keys<T>(space->block), Cut{threshold.key + 1, same});
-      writer.add(bits, row, index, above + (equal < ties ? equal : ties));
-    }
-    writer.flush();
+    const int64_t counted = chunk * kChunk + lane_of_thread();
+    const uint32_t count = counted < blocks ? counts.blocks[row * blocks + counted] : 0;
+    const uint32_t through = warp_sum_up_to(count);
+    // Now of this lane's own block.
+    const int lane = static_cast<int>(first % kChunk + lane_of_thread() / kLanes<T>);
+    const uint32_t here = __shfl_sync(kAllLanes, count, lane);
+    const uint32_t earlier = __shfl_sync(kAllLanes, through, lane) - here;
+    const int64_t above = counts.above[row * chunks + chunk] + (earlier & 0xffff);
+    const int64_t equal = counts.equal[row * chunks + chunk] + (earlier >> 16);
+    const int64_t left = ties > equal ? ties - equal : 0;
+    const int same = static_cast<int>(left < (here >> 16) ? left : here >> 16);
+    const int64_t entry = row * out.kept + above + (equal < ties ? equal : ties);
+    const Destination to = {row * blocks + first, __shfl_sync(kAllLanes, entry, 0),
+                            row * ceil_div(rows.n, 8) + first * (kBlock / 8)};
+    const Keys<T> keys = own_keys<T>(space->numbers);
+    write_blocks(keys, Cut{threshold.key + 1, same}, read, to, space, out);
   }
 }
 

@@ -53,21 +53,7 @@ __device__ inline PackedBlock<Value> block_of(const PackedTokens<Value>& x, int6
           (size + 7) / 8};
 }
 
-// A value as it is in float32; scale is that of an int8 value's block.
-template <class Value>
-__device__ inline float decoded(Value value, float) {
-  return to_math(value);
-}
-template <>
-__device__ inline float decoded<int8_t>(int8_t code, float scale) {
-  float x = static_cast<float>(code);
-  if (code > 126 || code < -126) {
-    x = __uint_as_float(code == 127 ? 0x7f800000 : code == -127 ? 0xff800000 : 0x7fc00000);
-  }
-  return x * scale;
-}
-
-// That scale, of the token so many after the first one of `block`.
+// The scale of int8 values of the token so many after the first one of `block`.
 template <class Value>
 __device__ inline float scale_of(const PackedBlock<Value>& block, int token) {
   if constexpr (sizeof(Value) == 1) {

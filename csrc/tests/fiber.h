@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "tests/races.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -21,6 +23,9 @@ class Fiber {
   static constexpr size_t kStack = 128 << 10;  // bytes; the sanitisers' frames are large
 
   Fiber() : stack_(std::make_unique_for_overwrite<std::byte[]>(kStack)) {}
+  ~Fiber() { end_thread(thread_); }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
 
   // The next resume() calls entry(argument) from its start.
   void start(void (*entry)(void*), void* argument) {
@@ -45,7 +50,9 @@ class Fiber {
   void resume() {
     Fiber* before = current;
     current = this;
+    caller_thread_ = this_thread();
     leave(&caller_fake_, stack_.get(), kStack);
+    become(thread_);
     swap(caller_, own_);
     arrive(caller_fake_, nullptr, nullptr);
     current = before;
@@ -55,6 +62,7 @@ class Fiber {
   static void suspend() {
     Fiber* self = current;
     leave(self->ended_ ? nullptr : &self->own_fake_, self->caller_stack_, self->caller_size_);
+    become(self->caller_thread_);
     swap(self->own_, self->caller_);
     arrive(self->own_fake_, &self->caller_stack_, &self->caller_size_);
   }
@@ -66,8 +74,13 @@ class Fiber {
     Fiber* self = current;
     arrive(nullptr, &self->caller_stack_, &self->caller_size_);
     self->entry_(self->argument_);
-    self->ended_ = true;
+    self->end();
     suspend();
+  }
+
+  void end() {
+    const Unseen shim;
+    ended_ = true;
   }
 
 #if defined(__x86_64__)
@@ -104,6 +117,7 @@ class Fiber {
   void* argument_ = nullptr;
   bool ended_ = true;
   Context own_{}, caller_{};
+  Thread thread_ = new_thread(), caller_thread_{};
   void* own_fake_ = nullptr;
   void* caller_fake_ = nullptr;
   const void* caller_stack_ = nullptr;

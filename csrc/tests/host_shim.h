@@ -96,6 +96,8 @@ struct Meeting {
   uint64_t brought[kWarp] = {};
 };
 
+inline char begun, ended, fence;  // where threads are ordered: by a launch, by fences
+
 // The block that is running.
 class Block {
  public:
@@ -111,7 +113,7 @@ class Block {
     pieces_.clear();
     dynamic_ = random_bytes(dynamic_bytes);
     for (unsigned i = 0; i < threads_; ++i) {
-      fibers_[i]->start([](void* block) { (*static_cast<Block*>(block)->body_)(); }, this);
+      fibers_[i]->start([](void* block) { static_cast<Block*>(block)->work(); }, this);
     }
     // By chance some warps are late: they have a turn only where all others wait.
     const uint32_t late = order == Order::random ? static_cast<uint32_t>(chance()) : 0;
@@ -134,11 +136,17 @@ class Block {
     }
   }
 
+  ~Block() {
+    const Unseen shim;
+    fibers_.clear();
+  }
+
   unsigned thread() const { return thread_; }
   unsigned char* dynamic() { return dynamic_.get(); }
 
   // Memory of this block, the same for all threads, told apart by key.
   void* piece(const void* key, size_t bytes) {
+    const Unseen shim;
     for (auto& [known, memory] : pieces_) {
       if (known == key) return memory.get();
     }
@@ -148,28 +156,35 @@ class Block {
 
   // Waits for all threads that have not ended; returns how many of them brought `true`.
   unsigned synchronize(bool brought) {
+    const Unseen shim;
     const unsigned round = barrier_.round;
+    publish(&rounds_[round % 2]);
     ++barrier_.arrived;
     barrier_.counted += brought;
     moved_ = true;
     open_barrier();
     wait([&] { return barrier_.round != round; });
+    observe(&rounds_[round % 2]);
     return barrier_.result;
   }
 
   // Brings a value to the lanes of a mask and takes take(what each of them brought).
   template <class Take>
-  auto meet(const char* call, unsigned mask, uint64_t value, const Take& take) {
+  auto meet(const char* call, unsigned mask, uint64_t value, const Take& take,
+            bool orders = false) {
+    const Unseen shim;
     const unsigned lane = thread_ % kWarp, bit = 1u << lane;
     if (!(mask & bit)) undefined("a lane calls for others and is not among them");
     Meeting& meeting = find(mask);
     wait([&] { return !(meeting.arrived & bit); });
     if (meeting.arrived == 0) meeting.call = call;
     if (std::strcmp(meeting.call, call) != 0) undefined("lanes of a warp meet in different calls");
+    if (orders) publish(&meeting);
     meeting.brought[lane] = value;
     meeting.arrived |= bit;
     moved_ = true;
     wait([&] { return meeting.arrived == mask; });
+    if (orders) observe(&meeting);
     const auto taken = take(meeting.brought);
     meeting.left |= bit;
     if (meeting.left == mask) meeting.arrived = meeting.left = 0;
@@ -181,6 +196,12 @@ class Block {
   struct Barrier {
     unsigned arrived = 0, counted = 0, result = 0, round = 0;
   };
+
+  void work() {
+    observe(&begun);
+    (*body_)();
+    publish(&ended);
+  }
 
   template <class Condition>
   void wait(const Condition& condition) {
@@ -216,6 +237,7 @@ class Block {
     return bytes;
   }
 
+  char rounds_[2] = {};  // where threads are ordered by a barrier
   unsigned threads_ = 0, live_ = 0, thread_ = 0;
   bool moved_ = false;
   const std::function<void()>* body_ = nullptr;
@@ -244,10 +266,8 @@ struct Launch {
   size_t shared_bytes = 0;  // dynamic ones
 };
 
-// One block of kernel<<<grid, block, shared_bytes>>>(arguments...), of however large a grid.
 template <class... Parameters, class... Arguments>
-void launch_block(void (*kernel)(Parameters...), Launch launch, Dim3 index,
-                  Arguments... arguments) {
+void run_block(void (*kernel)(Parameters...), Launch launch, Dim3 index, Arguments... arguments) {
   gridDim = launch.grid;
   blockDim = launch.block;
   blockIdx = index;
@@ -255,12 +275,32 @@ void launch_block(void (*kernel)(Parameters...), Launch launch, Dim3 index,
   running.run(launch.block, launch.shared_bytes, body);
 }
 
+// Calls run(), which runs blocks: after what was done before, and before what is done afterwards.
+template <class Run>
+void ordered(const Run& run) {
+  publish(&begun);
+  {
+    const Unseen shim;
+    run();
+  }
+  observe(&ended);
+}
+
+// One block of kernel<<<grid, block, shared_bytes>>>(arguments...), of however large a grid.
+template <class... Parameters, class... Arguments>
+void launch_block(void (*kernel)(Parameters...), Launch launch, Dim3 index,
+                  Arguments... arguments) {
+  ordered([&] { run_block(kernel, launch, index, arguments...); });
+}
+
 // kernel<<<grid, block, shared_bytes>>>(arguments...)
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Launch launch, Arguments... arguments) {
-  for (unsigned b : turns(launch.grid.count())) {
-    launch_block(kernel, launch, launch.grid.at(b), arguments...);
-  }
+  ordered([&] {
+    for (unsigned b : turns(launch.grid.count())) {
+      run_block(kernel, launch, launch.grid.at(b), arguments...);
+    }
+  });
 }
 
 // What is not an integer of 64 bits travels in one.
@@ -311,8 +351,10 @@ inline int __syncthreads_count(int x) {
   return static_cast<int>(memtl::tests::running.synchronize(x != 0));
 }
 inline int __syncthreads_or(int x) { return __syncthreads_count(x) != 0; }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() {
+  memtl::tests::publish(&memtl::tests::fence);
+  memtl::tests::observe(&memtl::tests::fence);
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return memtl::tests::running.meet("ballot", mask, predicate != 0, [&](const uint64_t* brought) {
@@ -328,7 +370,7 @@ inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
 inline void __syncwarp(unsigned mask = 0xffffffff) {
-  memtl::tests::running.meet("syncwarp", mask, 0, [](const uint64_t*) { return 0; });
+  memtl::tests::running.meet("syncwarp", mask, 0, [](const uint64_t*) { return 0; }, true);
 }
 
 // As in CUDA, lanes are counted within segments of `width`, and a lane beyond gives one's own.
@@ -377,18 +419,21 @@ T __reduce_min_sync(unsigned mask, T value) {
 // Nobody comes in between.
 template <class T, class U>
 T atomicAdd(T* at, U value) {
+  const memtl::tests::Unseen shim;
   const T before = *at;
   *at = static_cast<T>(before + static_cast<T>(value));
   return before;
 }
 template <class T, class U>
 T atomicMax(T* at, U value) {
+  const memtl::tests::Unseen shim;
   const T before = *at;
   *at = std::max(before, static_cast<T>(value));
   return before;
 }
 template <class T, class U>
 T atomicOr(T* at, U value) {
+  const memtl::tests::Unseen shim;
   const T before = *at;
   *at = before | static_cast<T>(value);
   return before;
@@ -412,6 +457,7 @@ T __ldg(const T* at) {
 // As far off as CUDA's documentation lets them be, by chance to either side.
 namespace memtl::tests {
 inline float off_by(float x, float units) {
+  const Unseen shim;
   if (x == 0 || !std::isfinite(x)) return x;
   return x + x * (chance() % 2 ? units : -units) * 0x1p-23f;
 }
@@ -432,3 +478,28 @@ struct alignas(16) float4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// A sum, which may wrap around, and a choice.
+inline int __viaddmin_s32_relu(int a, int b, int c) {
+  const auto sum = static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
+  return std::max(std::min(sum, c), 0);
+}
+
+namespace memtl::tests {
+template <class Choose>
+unsigned of_halves(unsigned a, unsigned b, unsigned c, const Choose& choose) {
+  unsigned both = 0;
+  for (int shift : {0, 16}) {
+    const auto half = [&](unsigned x) { return static_cast<int16_t>(x >> shift); };
+    const auto sum = static_cast<int16_t>(half(a) + half(b));
+    both |= static_cast<unsigned>(static_cast<uint16_t>(choose(sum, half(c)))) << shift;
+  }
+  return both;
+}
+}  // namespace memtl::tests
+inline unsigned __viaddmax_s16x2(unsigned a, unsigned b, unsigned c) {
+  return memtl::tests::of_halves(a, b, c, [](int x, int y) { return std::max(x, y); });
+}
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+  return memtl::tests::of_halves(a, b, c, [](int x, int y) { return std::max(std::min(x, y), 0); });
+}

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "cuda/scalar.cuh"
@@ -65,6 +66,7 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) {
 
 template <class T>
 void mma_16x8x16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const tests::Unseen shim;
   const tests::Fragments own = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const auto all = tests::gathered("mma", tests::packed(&own));
   const unsigned lane = tests::running.thread() % tests::kWarp;
@@ -79,20 +81,24 @@ void mma_16x8x16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
               tests::number<T>(right->b[high_k], k % 2);
     }
   }
-  __syncwarp();  // until then others read `own`
+  tests::gathered("mma", 0);  // until then others read `own`
 }
 
 inline void copy16_async(void* to_shared, const void* from, bool there) {
   if (!tests::at16(to_shared) || !tests::at16(from)) tests::undefined("a copy not at 16 bytes");
+  const tests::Unseen shim;
   tests::copies[tests::running.thread()].push_back({to_shared, from, there});
 }
 
 inline void await_copies() {
-  for (const tests::Copy& copy : tests::copies[tests::running.thread()]) {
+  const std::vector<tests::Copy> own = [] {
+    const tests::Unseen shim;
+    return std::exchange(tests::copies[tests::running.thread()], {});
+  }();
+  for (const tests::Copy& copy : own) {
     if (copy.there) std::memcpy(copy.to, copy.from, 16);
     if (!copy.there) std::memset(copy.to, 0, 16);
   }
-  tests::copies[tests::running.thread()].clear();
 }
 
 template <class T>

@@ -209,6 +209,7 @@ void test_grad(Random& random) {
 // read or written, which the sanitiser sees.
 void test_wrong_data(Random& random) {
   for (bool bitmap : {false, true}) {
+    if (kSeesRaces && !bitmap) continue;  // of positions that are there twice either may win
     for (int64_t features : {256, 300}) {
       Packed<int8_t> packed(40, features, 0.1, bitmap, true, random);
       packed.positions =

@@ -151,7 +151,7 @@ def _selu() -> Activation:
 
 def _celu(alpha: float = 1.0) -> Activation:
     forward = lambda x, inplace=False: F.celu(x, alpha, inplace)  # noqa: E731
-    single = torch.tensor(alpha, dtype=torch.float32).item()  # torch rounds it there
+    single = torch.tensor(alpha, dtype=torch.float32, device="cpu").item()  # torch rounds it there
     return dataclasses.replace(
         _exponential_linear(forward, 0.0, 1.0, alpha, 1, 1 / single),
         derivative=lambda x: aten.elu_backward(torch.ones_like(x), alpha, 1, 1 / alpha, False, x),

@@ -63,6 +63,12 @@ def topk_pack_cases():
         yield x, quota(256, keep), quota(1000 % 256, keep), values, bitmap
     yield draw(0, 300), 26, 4, torch.int8, False
     yield draw(600, 7).t(), 26, quota(600 % 256, 0.1), torch.float32, True
+    for rows, n in ((5, 512), (1, 4099)):  # rows without a tail, and one whose tail is odd
+        for dtype, bitmap in itertools.product(_ops.FLOATING, (False, True)):
+            x = draw(rows, n, dtype=dtype, special=True)
+            yield x, 26, quota(n % 256, 0.1), torch.int8, bitmap
+    for n in (384, 3072):  # a warp packs many blocks
+        yield draw(1500, n, dtype=torch.bfloat16), 26, quota(n % 256, 0.1), torch.int8, False
 
 
 def topk_pack_sample_cases():
@@ -315,15 +321,23 @@ def test_any_view_is_taken(name, way):
             assert_same(a.cpu(), e)
 
 
-@pytest.mark.parametrize("name", QUANT)
-def test_tensors_on_two_devices_are_refused(name):
+@pytest.mark.parametrize("source", ["registered", "triton"])
+@pytest.mark.parametrize("name", EXACT)
+def test_operator_in_a_cuda_graph(name, source):
+    if source == "registered" and memtl.backends.owner(name, DEVICE) == "reference":
+        pytest.skip("the definition waits for the GPU")
     *_, arguments = EXACT[name]()
-    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
-    for i in tensors if len(tensors) > 1 else ():
-        given = to_device(arguments)
-        given[i] = given[i].cpu()
-        with pytest.raises(RuntimeError, match="device"):
-            getattr(torch.ops.memtl, name)(*given)
+    operator, given = from_source(name, source), to_device(arguments)
+    operator(*given)  # what is compiled is, before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(*given)
+    graph.replay()
+    expected = getattr(reference, name)(*arguments)
+    if isinstance(expected, torch.Tensor):
+        captured, expected = (captured,), (expected,)
+    for c, e in zip(captured, expected, strict=True):
+        assert_same(c.cpu(), e)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import memtl
+from memtl.kernels import OPS
 from tests.kernels.query_attention_cases import (
     DTYPES,
     SIZES,
@@ -103,6 +104,10 @@ def test_arguments_that_do_not_fit():
         forward(q, k.half(), v, None, 0.3, None)
     with pytest.raises(TypeError, match="jacobian must be floating point"):
         forward(q, k, v, None, 0.3, torch.int32)
+    with pytest.raises(ValueError, match="one device, got .* v on meta"):
+        OPS["query_attention"](q, k, v.to("meta"), None, 0.3, None)
+    with pytest.raises(ValueError, match="one device, got grad_out on meta"):
+        OPS["query_attention_grad"](grad_out.to("meta"), q, k, v, None, 0.3)
 
 
 def test_opcheck():

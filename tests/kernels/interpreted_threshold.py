@@ -8,6 +8,7 @@ import torch
 
 import memtl.functional as MF
 from memtl import reference
+from memtl.kernels import OPS
 from tests.helpers import assert_same
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -83,6 +84,7 @@ def test_strided_arguments():
 
 def test_arguments_of_another_size_or_type():
     x, bits, one = torch.ones(9), torch.zeros(1, dtype=torch.uint8), torch.tensor(1)
+    away, two = x.to("meta"), torch.zeros(2, dtype=torch.uint8)
     for call, error, message in (
         (lambda: ops.bits_select(x, bits, 0), RuntimeError, "9 elements need 2 uint8 .* got 1"),
         (lambda: ops.bits_expand(x, bits, [9]), RuntimeError, "9 elements need 2 uint8 .* got 1"),
@@ -94,6 +96,12 @@ def test_arguments_of_another_size_or_type():
         (lambda: ops.threshold_magnitude([x], [bits, bits], 1), RuntimeError, "no masks, or 1"),
         (lambda: ops.threshold_magnitude([x, x.half()], [], 1), TypeError, "one dtype"),
         (lambda: ops.threshold_magnitude([x], [], 10), ValueError, "from 0 to 9"),
+        (lambda: ops.bits_expand(x[None], two, [9]), RuntimeError, "expected values .count."),
+        (lambda: OPS["bits_select"](away, two, 0), ValueError, "x on meta, bits on cpu"),
+        (lambda: OPS["bits_expand"](away, two, [9]), ValueError, "values on meta, bits on cpu"),
+        (lambda: OPS["bits_apply"](away, two, 1.0), ValueError, "x on meta, bits on cpu"),
+        (lambda: OPS["threshold_mask"](x, None, away[0], one), ValueError, "value on meta"),
+        (lambda: OPS["threshold_magnitude"]([x, away], [], 1), ValueError, r"xs\[1\] on meta"),
     ):
         with pytest.raises(error, match=message):
             call()
