@@ -133,8 +133,8 @@ def measure_training(
 
 
 def slower_owners(rows: list[dict[str, Any]]) -> list[str]:
-    """Operators that something else at hand computes faster than their owner: the table of owners,
-    or a launcher's rule, should change where that holds on every card."""
+    """Operators that something else at hand computes faster than their owner: ``TRITON_FIRST``
+    of memtl.backends, or a launcher's rule, should change where that holds on every card."""
     return [
         f"{row['op']} {row['what']}: {row['served_by']} takes {1 / row['ratio']:.2f}x the time of "
         f"{row['baseline']}"

@@ -101,3 +101,20 @@ def test_native_asked_for_by_name_but_absent():
     done = run(code, MEMTL_BACKEND="native")
     assert done.returncode != 0
     assert "MEMTL_BACKEND=native cannot be used: native-cpu:" in done.stderr
+
+
+def test_an_operator_that_triton_computes_faster():
+    pytest.importorskip("triton")
+    code = (
+        "import memtl; from memtl import backends\n"
+        "from memtl import kernels\n"
+        "backends.TRITON_FIRST = frozenset({'bits_apply'})\n"
+        "before = {op: backends.owner(op, 'cuda') for op in kernels.OPS}\n"
+        "assert backends._load_triton('cuda')\n"
+        "for op in kernels.OPS:\n"
+        "    native = before[op] == 'native-cuda' and op != 'bits_apply'\n"
+        "    assert backends.owner(op, 'cuda') == ('native-cuda' if native else 'triton'), op\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr

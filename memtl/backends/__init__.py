@@ -23,6 +23,9 @@ import torch
 from .. import _ops
 
 CHOICES = ("auto", "native", "triton", "reference")
+TRITON_FIRST: frozenset[str] = frozenset()
+"""Operators that Triton serves on CUDA although ``_C_cuda`` has them: those that it was measured to
+compute faster (``make gpu`` names them). None so far: nothing was measured."""
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -121,8 +124,9 @@ def _load_triton(device: str) -> bool:
     except ImportError as error:
         return _record("triton", False, f"{error}: `pip install memtl[triton]`")
     for name, launcher in kernels.OPS.items():
-        if (name, device) not in _owners:
-            _registrations.impl(name, launcher, device.upper())
+        first = name in TRITON_FIRST and device == "cuda"
+        if (name, device) not in _owners or first:
+            _registrations.impl(name, launcher, device.upper(), allow_override=first)
             _owners[name, device] = "triton"
     return _record("triton", True, f"{len(kernels.OPS)} operators on {device}")
 
@@ -199,4 +203,4 @@ def _would_serve() -> dict[str, str]:
         kernels = importlib.import_module("memtl.kernels")
     except ImportError:
         return {}
-    return {op: "triton" for op in kernels.OPS if (op, "cuda") not in _owners}
+    return {op: "triton" for op in kernels.OPS if (op, "cuda") not in _owners or op in TRITON_FIRST}
