@@ -29,7 +29,7 @@ class Goal:
 
 
 def _kernel(op: str, what: str, shape: str, field: str, baseline: str):
-    """The field of an operator's row; of the widest shape that begins so."""
+    """The field of an operator's row, of the first whose shape and baseline begin so."""
 
     def find(record: Record) -> float | None:
         rows = [
@@ -44,7 +44,7 @@ def _kernel(op: str, what: str, shape: str, field: str, baseline: str):
     return find
 
 
-def _training(model: str, mode: str, field: str):
+def _of_stock(model: str, mode: str, field: str):
     """A mode's figure over that of stock."""
 
     def find(record: Record) -> float | None:
@@ -88,13 +88,13 @@ GOALS = (
         "ViT-B/16, batch 64: peak of a step with Back Razor, of stock's",
         0.25,
         False,
-        _training(VIT, "Back Razor 0.1", "peak_bytes"),
+        _of_stock(VIT, "Back Razor 0.1", "peak_bytes"),
     ),
     Goal(
         "ViT-B/16, batch 64: time of a step with Back Razor, of stock's",
         1.10,
         False,
-        _training(VIT, "Back Razor 0.1", "seconds"),
+        _of_stock(VIT, "Back Razor 0.1", "seconds"),
     ),
 )
 

@@ -65,8 +65,7 @@ void with_type(DType dtype, const Run& run) {
   }
 }
 
-// The contiguous numbers of x, where a kernel with aligned accesses may read them: a view of a
-// tensor may begin anywhere.
+// Whether x begins where 16 bytes may be read at once; a view of a tensor may begin anywhere.
 inline bool aligned16(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }

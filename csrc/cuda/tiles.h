@@ -1,6 +1,8 @@
 // The host side of tiles (cuda/tile.cuh) and of counts of tiles (cuda/prefix.cuh).
 #pragma once
 
+#include <limits>
+
 #include "cuda/launch.h"
 #include "cuda/prefix.cuh"
 
