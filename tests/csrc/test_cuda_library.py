@@ -53,8 +53,8 @@ def test_nothing_is_spilled(cuobjdump):
     assert kernels and len(kernels) == usage.count(" Function ")
     stacked = {name: stack for name, _, stack, _, local in kernels if int(stack) + int(local) > 0}
     assert not stacked
-    # Two blocks of 256 threads fit a multiprocessor at a time. Registers of larger ones were bounded
-    # as they were compiled, so that a block can be launched at all.
+    # Two blocks of 256 threads fit a multiprocessor at a time. Registers of larger ones were
+    # bounded as they were compiled, so that a block can be launched at all.
     fit = {name: REGISTERS // (int(r) * 256) for name, r, *_ in kernels}
     assert not {name: n for name, n in fit.items() if n < (1 if TILES in name else 2)}
     assert not {name: s for name, _, _, s, _ in kernels if int(s) > SHARED}
