@@ -142,7 +142,9 @@ def largest_batch(
         def fits(size: int) -> bool:
             try:
                 step.run_on(size)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:  # torch's own kind is lost where native code allocates
+                if "out of memory" not in str(error):
+                    raise
                 return False
             finally:
                 step.optimizer.zero_grad()

@@ -10,9 +10,9 @@ namespace {
 template <class T, class Test>
 Tensor pack(const Tensor& x, const Test& test) {
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   const int64_t numel = flat.numel();
-  Tensor bits = torch::stable::new_empty(flat, {ceil_div(numel, 8)}, ScalarType::Byte);
+  Tensor bits = empty_beside(flat, {ceil_div(numel, 8)}, ScalarType::Byte);
   if (numel == 0) return bits;
   bits_pack_kernel<T, Test><<<tiles_of<T>(numel), kTileThreads, 0, on.stream()>>>(
       static_cast<const T*>(flat.const_data_ptr()), test, numel,
@@ -41,9 +41,9 @@ Tensor bits_apply_cuda(const Tensor& x, const Tensor& bits, double scale) {
   const DType dtype = floating("bits_apply", "x", x.scalar_type());
   check_bits_of("bits_apply", x, bits);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
-  const Tensor packed = torch::stable::contiguous(bits);
-  Tensor out = torch::stable::new_empty(flat, flat.sizes());
+  const Tensor flat = as_contiguous(x);
+  const Tensor packed = as_contiguous(bits);
+  Tensor out = empty_beside(flat, flat.sizes());
   const int64_t numel = flat.numel();
   if (numel == 0) return out;
   with_type(dtype, [&]<class T, class Math>() {

@@ -8,7 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <initializer_list>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "cpu/tensor.h"
@@ -42,6 +45,29 @@ inline void check_device(const char* op, const Tensor& x, const char* name, cons
   STD_TORCH_CHECK(
       !x.is_cpu() && !other.is_cpu() && other.get_device_index() == x.get_device_index(), op,
       ": expected all tensors on one GPU, but ", name, " is on another device");
+}
+
+// What makes a tensor; where there is no memory for it, the error is in torch's words, by which
+// programs know to try a smaller batch. Torch 2.11 drops them on the way through its stable ABI.
+template <class Make>
+Tensor made(const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    const std::string why = error.what();
+    STD_TORCH_CHECK(why.find("API call failed") == std::string::npos, "CUDA out of memory. ", why);
+    throw;
+  }
+}
+
+// A tensor beside `like`.
+inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
+                           std::optional<ScalarType> dtype = std::nullopt) {
+  return made([&] { return torch::stable::new_empty(like, size, dtype); });
+}
+
+inline Tensor as_contiguous(const Tensor& x) {
+  return made([&] { return torch::stable::contiguous(x); });
 }
 
 // Blocks of `each` of `work`; at most `most`, beyond which a kernel's blocks stride over the work.

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> quant_pack_cuda(const Tensor& x, int64_t bits, int64_
   const DType dtype = floating("quant_pack", "x", x.scalar_type());
   check_bits("quant_pack", bits);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   const int64_t numel = flat.numel();
   Packed packed = new_packed(flat, bits);
   if (numel == 0) return {packed.codes, packed.params};
@@ -31,7 +31,7 @@ Tensor quant_pack_range_cuda(const Tensor& x, int64_t bits, double lo, double hi
   check_bits(op, bits);
   const QuantRange range = range_of(op, bits, lo, hi);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   const int64_t numel = flat.numel();
   Tensor codes = new_codes(flat, bits);
   if (numel == 0) return codes;
@@ -51,7 +51,7 @@ Tensor quant_unpack_cuda(const Tensor& codes, const Tensor& params, int64_t bits
   const int64_t numel = numel_of(size);
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(packed.codes);
-  Tensor out = torch::stable::new_empty(packed.codes, size, dtype);
+  Tensor out = empty_beside(packed.codes, size, dtype);
   if (numel == 0) return out;
   with_bits(out_dtype, bits, [&]<class T, int kBits>() {
     quant_unpack_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(
@@ -70,7 +70,7 @@ Tensor quant_unpack_range_cuda(const Tensor& codes, int64_t bits, double lo, dou
   const int64_t numel = numel_of(size);
   const Tensor packed = whole_words(checked_codes(op, codes, bits, numel));
   const OnDevice on(packed);
-  Tensor out = torch::stable::new_empty(packed, size, dtype);
+  Tensor out = empty_beside(packed, size, dtype);
   if (numel == 0) return out;
   with_bits(out_dtype, bits, [&]<class T, int kBits>() {
     quant_unpack_range_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(

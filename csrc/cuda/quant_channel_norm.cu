@@ -51,17 +51,17 @@ std::tuple<Tensor, Tensor, Tensor> quant_channel_norm_grad_cuda(
   check_channels(op, channels, inner, numel);
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(grad_out);
-  const Tensor flat = torch::stable::contiguous(grad_out);
+  const Tensor flat = as_contiguous(grad_out);
   const Tensor scales = numbers_of(op, "rstd", rstd, channels, flat);
   std::optional<Tensor> factors;
   if (weight) factors = numbers_of(op, "weight", *weight, channels, flat);
-  Tensor grad_x = torch::stable::new_empty(flat, flat.sizes());
+  Tensor grad_x = empty_beside(flat, flat.sizes());
   ChannelGrads grads = new_grads(flat, channels, numel == 0);
   if (numel == 0) return {grad_x, grads.weight, grads.bias};
 
   const PlaneSums sums = sum_planes(on, dtype, flat, packed, bits, channels, inner);
   const int64_t table[] = {channels, sizeof(ChannelSlope) / sizeof(float)};
-  Tensor slopes = torch::stable::new_empty(flat, table, ScalarType::Float);
+  Tensor slopes = empty_beside(flat, table, ScalarType::Float);
   auto* to_slopes = static_cast<ChannelSlope*>(slopes.mutable_data_ptr());
   sum_partial(on, sums.partial, sums.outer, channels, sums.inner, grads,
               {floats_of(scales), factors ? floats_of(*factors) : nullptr,

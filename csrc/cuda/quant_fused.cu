@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> quant_pack_normalized_cuda(const Tensor& x, const Ten
   check_device(op, x, "mean", mean);
   check_device(op, x, "rstd", rstd);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   const int64_t numel = flat.numel();
   Packed packed = new_packed(flat, bits);
   if (numel == 0) return {packed.codes, packed.params};
@@ -65,7 +65,7 @@ Tensor quant_unpack_affine_cuda(const Tensor& codes, const Tensor& params, int64
   const int64_t numel = numel_of(size);
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(packed.codes);
-  Tensor out = torch::stable::new_empty(packed.codes, size, dtype);
+  Tensor out = empty_beside(packed.codes, size, dtype);
   if (numel == 0) return out;
   const auto weights = table_of(op, "weight", weight, packed.codes);
   const auto biases = table_of(op, "bias", bias, packed.codes);
@@ -76,7 +76,7 @@ Tensor quant_unpack_affine_cuda(const Tensor& codes, const Tensor& params, int64
   std::optional<Tensor> bytes;
   if (mask) {
     check_bits_of(op, out, *mask);
-    bytes = torch::stable::contiguous(*mask);
+    bytes = as_contiguous(*mask);
   }
   with_bits(out_dtype, bits, [&]<class T, int kBits>() {
     quant_unpack_affine_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(
@@ -97,7 +97,7 @@ Tensor quant_unpack_activation_cuda(const Tensor& codes, const Tensor& params, i
   const int64_t numel = numel_of(size);
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(packed.codes);
-  Tensor out = torch::stable::new_empty(packed.codes, size, dtype);
+  Tensor out = empty_beside(packed.codes, size, dtype);
   if (numel == 0) return out;
   with_bits(out_dtype, bits, [&]<class T, int kBits>() {
     quant_unpack_activation_kernel<T, kBits>
@@ -118,8 +118,8 @@ Tensor quant_activation_grad_cuda(const Tensor& grad_out, const Tensor& codes, c
   const int64_t numel = grad_out.numel();
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(grad_out);
-  const Tensor flat = torch::stable::contiguous(grad_out);
-  Tensor out = torch::stable::new_empty(flat, flat.sizes());
+  const Tensor flat = as_contiguous(grad_out);
+  Tensor out = empty_beside(flat, flat.sizes());
   if (numel == 0) return out;
   with_bits(dtype, bits, [&]<class T, int kBits>() {
     quant_activation_grad_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(
@@ -138,7 +138,7 @@ Tensor quant_pack_derivative_cuda(const Tensor& x, int64_t bits, std::string act
   const Act act = act_named(op, activation);
   const QuantRange range = range_of(op, bits, lo, hi);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   const int64_t numel = flat.numel();
   Tensor codes = new_codes(flat, bits);
   if (numel == 0) return codes;
@@ -161,8 +161,8 @@ Tensor quant_apply_range_cuda(const Tensor& grad_out, const Tensor& codes, int64
   const int64_t numel = grad_out.numel();
   const Tensor packed = whole_words(checked_codes(op, codes, bits, numel));
   const OnDevice on(grad_out);
-  const Tensor flat = torch::stable::contiguous(grad_out);
-  Tensor out = torch::stable::new_empty(flat, flat.sizes());
+  const Tensor flat = as_contiguous(grad_out);
+  Tensor out = empty_beside(flat, flat.sizes());
   if (numel == 0) return out;
   with_bits(dtype, bits, [&]<class T, int kBits>() {
     quant_apply_range_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(

@@ -13,7 +13,7 @@ inline unsigned group_blocks(int64_t numel) {
 
 // Contiguous, and beginning where whole words may be read.
 inline Tensor whole_words(const Tensor& x) {
-  const Tensor flat = torch::stable::contiguous(x);
+  const Tensor flat = as_contiguous(x);
   return aligned16(flat) ? flat : torch::stable::clone(flat);
 }
 
@@ -30,12 +30,12 @@ struct Packed {
 
 inline Tensor new_codes(const Tensor& x, int64_t bits) {
   const int64_t size[] = {ceil_div(x.numel(), kGroup), 8 * bits};
-  return torch::stable::new_empty(x, size, ScalarType::Byte);
+  return empty_beside(x, size, ScalarType::Byte);
 }
 
 inline Packed new_packed(const Tensor& x, int64_t bits) {
   const int64_t size[] = {ceil_div(x.numel(), kGroup), 2};
-  return {new_codes(x, bits), torch::stable::new_empty(x, size, ScalarType::BFloat16)};
+  return {new_codes(x, bits), empty_beside(x, size, ScalarType::BFloat16)};
 }
 
 // What holds numel elements, checked.

@@ -31,11 +31,11 @@ std::tuple<Tensor, Tensor, Tensor> quant_norm_grad_cuda(const Tensor& grad_out, 
                   " is no rows of ", features);
   const Packed packed = packed_of(op, codes, params, bits, numel);
   const OnDevice on(grad_out);
-  const Tensor flat = torch::stable::contiguous(grad_out);
+  const Tensor flat = as_contiguous(grad_out);
   const Tensor scales = numbers_of(op, "rstd", rstd, rows, flat);
   std::optional<Tensor> factors;
   if (weight) factors = numbers_of(op, "weight", *weight, features, flat);
-  Tensor grad_x = torch::stable::new_empty(flat, flat.sizes());
+  Tensor grad_x = empty_beside(flat, flat.sizes());
   ChannelGrads grads = new_grads(flat, features, rows == 0);
   if (rows == 0) return {grad_x, grads.weight, grads.bias};
 

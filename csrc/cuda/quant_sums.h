@@ -15,7 +15,7 @@ constexpr int64_t kSumBlocks = 528;
 // What every part of a sum leaves.
 inline Tensor new_partial(const Tensor& like, int64_t count) {
   const int64_t size[] = {count, 2};
-  return torch::stable::new_empty(like, size, ScalarType::Float);
+  return empty_beside(like, size, ScalarType::Float);
 }
 
 inline Sums* sums_of(Tensor& partial) { return static_cast<Sums*>(partial.mutable_data_ptr()); }
@@ -30,7 +30,7 @@ inline ChannelGrads new_grads(const Tensor& like, int64_t channels, bool zeros) 
   const int64_t size[] = {channels};
   const auto grads = [&] {
     return zeros ? torch::stable::new_zeros(like, size, ScalarType::Float)
-                 : torch::stable::new_empty(like, size, ScalarType::Float);
+                 : empty_beside(like, size, ScalarType::Float);
   };
   return {grads(), grads()};
 }

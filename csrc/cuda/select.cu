@@ -12,7 +12,7 @@ constexpr unsigned kWarpsCounting = 8;  // in a block
 template <class T>
 Tensor ends_of(const Tensor& packed, int64_t numel, const OnDevice& on) {
   const int64_t tiles = tiles_of<T>(numel);
-  Tensor ends = torch::stable::new_empty(packed, {tiles}, ScalarType::Long);
+  Tensor ends = empty_beside(packed, {tiles}, ScalarType::Long);
   const unsigned blocks = blocks_of(tiles, kWarpsCounting, std::numeric_limits<int32_t>::max());
   bits_count_kernel<T><<<blocks, kWarpsCounting * kWarp, 0, on.stream()>>>(
       static_cast<const uint8_t*>(packed.const_data_ptr()), numel, tiles,
@@ -27,8 +27,8 @@ Tensor bits_select_cuda(const Tensor& x, const Tensor& bits, int64_t count) {
   check_bits_of("bits_select", x, bits);
   STD_TORCH_CHECK(count >= 0, "bits_select: expected count >= 0, got ", count);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x), packed = torch::stable::contiguous(bits);
-  Tensor values = torch::stable::new_empty(flat, {count});
+  const Tensor flat = as_contiguous(x), packed = as_contiguous(bits);
+  Tensor values = empty_beside(flat, {count});
   const int64_t numel = flat.numel();
   if (numel == 0 || count == 0) return values;
   with_integer(dtype, [&]<class T>() {
@@ -46,10 +46,10 @@ Tensor bits_select_cuda(const Tensor& x, const Tensor& bits, int64_t count) {
 Tensor bits_expand_cuda(const Tensor& values, const Tensor& bits, std::vector<int64_t> sizes) {
   const DType dtype = floating("bits_expand", "values", values.scalar_type());
   check_values("bits_expand", values);
-  Tensor x = torch::stable::new_empty(values, sizes);
+  Tensor x = empty_beside(values, sizes);
   check_bits_of("bits_expand", x, bits);
   const OnDevice on(values);
-  const Tensor flat = torch::stable::contiguous(values), packed = torch::stable::contiguous(bits);
+  const Tensor flat = as_contiguous(values), packed = as_contiguous(bits);
   const int64_t numel = x.numel();
   if (numel == 0) return x;
   with_integer(dtype, [&]<class T>() {

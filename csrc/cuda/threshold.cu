@@ -43,7 +43,7 @@ class Search {
   void find(int64_t k, Tensor& value, Tensor& ties) {
     const std::vector<Digit> digits =
         digits_of(8 * sizeof(Key) - 1, attribute(like_, cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    Tensor found = torch::stable::new_empty(like_, {2}, ScalarType::Long);
+    Tensor found = empty_beside(like_, {2}, ScalarType::Long);
     auto* state = reinterpret_cast<Found*>(found.mutable_data_ptr());
     for (const Digit& digit : digits) {
       const int64_t size = int64_t{1} << digit.width;
@@ -100,12 +100,12 @@ std::tuple<Tensor, Tensor> threshold_magnitude_cuda(const std::vector<Tensor>& x
   for (const Tensor& x : xs) {
     check_device(kOp, xs[0], "one of xs", x);
     total += x.numel();
-    read.push_back(torch::stable::contiguous(x));
+    read.push_back(as_contiguous(x));
   }
-  for (const Tensor& mask : masks) bits.push_back(torch::stable::contiguous(mask));
+  for (const Tensor& mask : masks) bits.push_back(as_contiguous(mask));
   check_k(kOp, k, total);
   const OnDevice on(xs[0]);
-  Tensor value = torch::stable::new_empty(xs[0], {});
+  Tensor value = empty_beside(xs[0], {});
   Tensor ties =
       torch::stable::new_zeros(xs[0], {static_cast<int64_t>(xs.size())}, ScalarType::Long);
   if (k == 0) {
@@ -123,11 +123,11 @@ Tensor threshold_mask_cuda(const Tensor& x, const std::optional<Tensor>& mask, c
   check_device(kOp, x, "value", value);
   check_device(kOp, x, "ties", ties);
   const OnDevice on(x);
-  const Tensor flat = torch::stable::contiguous(x);
-  const Tensor packed = mask ? torch::stable::contiguous(*mask) : flat;
+  const Tensor flat = as_contiguous(x);
+  const Tensor packed = mask ? as_contiguous(*mask) : flat;
   const auto* outer = mask ? static_cast<const uint8_t*>(packed.const_data_ptr()) : nullptr;
   const int64_t numel = flat.numel();
-  Tensor bits = torch::stable::new_empty(flat, {ceil_div(numel, 8)}, ScalarType::Byte);
+  Tensor bits = empty_beside(flat, {ceil_div(numel, 8)}, ScalarType::Byte);
   if (numel == 0) return bits;
   auto* out = static_cast<uint8_t*>(bits.mutable_data_ptr());
   with_integer(dtype, [&]<class Key>() {
@@ -135,7 +135,7 @@ Tensor threshold_mask_cuda(const Tensor& x, const std::optional<Tensor>& mask, c
     const auto* in = static_cast<const Key*>(flat.const_data_ptr());
     const auto* threshold = static_cast<const Key*>(value.const_data_ptr());
     const auto infinite = static_cast<Key>(infinite_key(dtype));
-    Tensor equal = torch::stable::new_empty(flat, {tiles}, ScalarType::Long);
+    Tensor equal = empty_beside(flat, {tiles}, ScalarType::Long);
     auto* counts = static_cast<int64_t*>(equal.mutable_data_ptr());
     threshold_mark_kernel<Key><<<tiles, kTileThreads, 0, on.stream()>>>(
         in, outer, threshold, infinite, numel, counts, out);

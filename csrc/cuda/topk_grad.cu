@@ -51,7 +51,7 @@ void launch_fused(const Operands& x, Tensor& out, const OnDevice& on) {
   STD_TORCH_CHECK(grid < int64_t{1} << 31, "topk_weight_grad: a gradient [", outputs, ", ",
                   x.features, "] is too large");
   const int64_t size[] = {splits - 1, outputs, x.features};
-  const Tensor parts = torch::stable::new_empty(out, size);
+  const Tensor parts = empty_beside(out, size);
   const PackedTokens<Value> packed = {static_cast<const Value*>(x.values.const_data_ptr()),
                                       static_cast<const uint8_t*>(x.positions.const_data_ptr()),
                                       static_cast<const uint16_t*>(x.scale.const_data_ptr()),
@@ -144,18 +144,18 @@ Tensor topk_weight_grad_cuda(const Tensor& values, const Tensor& positions, cons
   check_device(op, grad_out, "scale", scale);
   check_device(op, grad_out, "counts", counts);
   const OnDevice on(grad_out);
-  const Operands x = {torch::stable::contiguous(values),
-                      torch::stable::contiguous(positions),
-                      torch::stable::contiguous(scale),
-                      torch::stable::contiguous(counts),
-                      torch::stable::contiguous(grad_out),
+  const Operands x = {as_contiguous(values),
+                      as_contiguous(positions),
+                      as_contiguous(scale),
+                      as_contiguous(counts),
+                      as_contiguous(grad_out),
                       n,
                       features,
                       k,
                       k_tail,
                       bitmap};
   const int64_t size[] = {x.outputs(), features};
-  Tensor out = torch::stable::new_empty(grad_out, size, ScalarType::Float);
+  Tensor out = empty_beside(grad_out, size, ScalarType::Float);
   if (out.numel() == 0) return out;
   if (x.tokens() == 0) return torch::stable::zero_(out);
   if (!blocks_are_of_tokens(x)) return decoded_weight_grad(x, on);

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pack_cuda(const Tensor& x, int64_t k, in
   const DType value = value_type("topk_pack", value_dtype);
   check_quota(x, k, k_tail);
   const OnDevice on(x);
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = as_contiguous(x);
   const Packing packing =
       allocate_packing(dense, kept_of(x.size(1), k, k_tail), value_dtype, value, bitmap);
   // Rows of whole blocks are one row.
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pack_cuda(const Tensor& x, int64_t k, in
 template <class T>
 T* reserve(const Tensor& beside, int64_t count, Tensor* memory) {
   const int64_t size[] = {count * static_cast<int64_t>(sizeof(T))};
-  *memory = torch::stable::new_empty(beside, size, ScalarType::Byte);
+  *memory = empty_beside(beside, size, ScalarType::Byte);
   return static_cast<T*>(memory->mutable_data_ptr());
 }
 
@@ -98,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_pack_sample_cuda(const Tensor& x
   const DType value = value_type("topk_pack_sample", value_dtype);
   check_sample_quota(x, k);
   const OnDevice on(x);
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor dense = as_contiguous(x);
   Packing packing = allocate_packing(dense, k, value_dtype, value, bitmap);
   const int64_t counts_size[] = {x.size(0), ceil_div(x.size(1), kBlock)};
-  const Tensor counts = torch::stable::new_empty(dense, counts_size, ScalarType::Short);
+  const Tensor counts = empty_beside(dense, counts_size, ScalarType::Short);
   packing.out.counts = data<int16_t>(counts);
   if (x.numel() > 0) {
     with_type(dtype,

@@ -18,11 +18,11 @@ Tensor topk_unpack_cuda(const Tensor& values, const Tensor& positions, const Ten
   const OnDevice on(values);
   const int64_t rows = values.size(0), blocks = ceil_div(n, kBlock);
   const int64_t size[] = {rows, n};
-  Tensor result = torch::stable::new_empty(values, size, dtype);
+  Tensor result = empty_beside(values, size, dtype);
   if (result.numel() == 0) return result;
 
-  const Tensor flat[] = {torch::stable::contiguous(values), torch::stable::contiguous(positions),
-                         torch::stable::contiguous(scale), torch::stable::contiguous(counts)};
+  const Tensor flat[] = {as_contiguous(values), as_contiguous(positions), as_contiguous(scale),
+                         as_contiguous(counts)};
   const bool counted = counts.numel() > 0;
   PackedRows packed = {value,
                        flat[0].const_data_ptr(),
@@ -39,7 +39,7 @@ Tensor topk_unpack_cuda(const Tensor& values, const Tensor& positions, const Ten
   Tensor before;
   if (counted) {
     const int64_t chunks[] = {rows, ceil_div(blocks, kChunk)};
-    before = torch::stable::new_empty(values, chunks, ScalarType::Long);
+    before = empty_beside(values, chunks, ScalarType::Long);
     auto* entries = data<int64_t>(before);
     count_before_kernel<<<blocks_of(rows, 1), kTopkThreads, 0, on.stream()>>>(packed, entries);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

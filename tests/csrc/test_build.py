@@ -99,3 +99,11 @@ def test_a_switch_that_means_nothing(project):
     done, output = build_wheel(project, MEMTL_NATIVE="yes")
     assert done.returncode != 0
     assert "MEMTL_NATIVE must be 0, 1 or auto, got 'yes'" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+def test_one_cpp_runtime():
+    """Of torch and of every library built here: errors are thrown from one through the other."""
+    libraries = sorted((ROOT / "memtl").glob("_C*.so"))
+    for library in libraries or pytest.skip("nothing native was built"):
+        assert b"\0libstdc++.so.6\0" in library.read_bytes(), library.name
