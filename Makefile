@@ -60,7 +60,7 @@ format: install
 gpu:
 	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	    --no-build-isolation --editable .
-	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c "import xdist; print('-n8')" 2>/dev/null)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c "import xdist; print('-n auto')" 2>/dev/null)
 	$(PYTHON) benchmarks/gpu.py
 
 clean:

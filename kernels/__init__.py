@@ -5,7 +5,6 @@ signature of its operator in ``memtl/_ops.py`` and computes what ``memtl.referen
 for bit, but for sums, whose order is its own.
 """
 
-from .attention import attention_grad
 from .bits import bits_apply, bits_pack, bits_pack_between
 from .masked import masked_linear, masked_linear_input_grad, masked_linear_weight_grad
 from .quant import (
@@ -57,7 +56,6 @@ OPS = {
     "masked_linear": masked_linear,
     "masked_linear_input_grad": masked_linear_input_grad,
     "masked_linear_weight_grad": masked_linear_weight_grad,
-    "attention_grad": attention_grad,
     "query_attention": query_attention,
     "query_attention_grad": query_attention_grad,
 }

@@ -3,11 +3,12 @@
 ``topk_weight_grad``       grad_out^T x of a linear layer.
 ``topk_conv_weight_grad``  that of a convolution.
 
-The dense x never exists. Some rows of it are decoded at a time (topk.py), 16 MiB, or one row if
-that is more; torch's own product reads them from the L2 cache, and what it gives is added up in
+The dense x never exists. Some rows of it are decoded at a time, 32 MiB, or one row if that is more,
+by whoever serves ``topk_unpack``; torch's own product reads them, and what it gives is added up in
 float32. No kernel here decodes as it multiplies: each tile of outputs would have to decode all of x
 again, and decoding a block takes a warp several hundred instructions, more than a tile's share of
-the product takes the tensor cores. Decoded once, it is a small part of the work.
+the product takes the tensor cores. A kernel in CUDA C++ that did so took an H200 four to five times
+as long. Decoded once, it is a small part of the work.
 
 The product is that of grad_out's dtype. In 16 bits x is rounded to it, as torch's own gradient
 reads it, and the sum is kept in float32; of a convolution, torch rounds the sum of the samples at
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor
 
 from .common import check_devices, check_floating
-from .topk import check_packed, topk_unpack
+from .topk import check_packed
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 """values, positions, scale, counts."""
 
-DENSE_BYTES = 2**24
+DENSE_BYTES = 2**25
 """Of x, decoded at a time. Each time costs another addition to the whole gradient."""
 
 
@@ -66,7 +67,7 @@ def topk_weight_grad(
     dtype = _dtype(grad_out)
     whole = features // math.gcd(n, features)  # rows that are so many whole tokens
     for first, some in _pieces(packed, n * dtype.itemsize, whole):
-        x = topk_unpack(*some, n, k, k_tail, bitmap, dtype).view(-1, features)
+        x = torch.ops.memtl.topk_unpack(*some, n, k, k_tail, bitmap, dtype).view(-1, features)
         token = first * n // features
         total += _product(grad_out[token : token + len(x)].to(dtype), x)
         del x  # before the next rows are decoded
@@ -108,7 +109,7 @@ def topk_conv_weight_grad(
     weight = grad_out.new_empty(size, dtype=dtype)  # not read
     geometry = (stride, padding, dilation, False, [0] * len(spatial), 1)
     for first, some in _pieces(packed, n * dtype.itemsize):
-        x = topk_unpack(*some, n, k, k_tail, bitmap, dtype)
+        x = torch.ops.memtl.topk_unpack(*some, n, k, k_tail, bitmap, dtype)
         if channels_last:
             x = x.view(-1, *spatial, channels).movedim(-1, 1)
         else:

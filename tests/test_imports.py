@@ -20,7 +20,7 @@ ORDER = (
     "functional",
     "autograd",
     "storage",
-    "_ops _attention files",
+    "_ops files",
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts.split()}
 ABOVE_OPS = LEVEL["_ops"]
@@ -58,7 +58,7 @@ def test_imports_go_downward(path):
     part = part_of(path)
     imported = imported_parts(path) - {part}
     if part == "reference":
-        assert imported <= {"_ops", "_attention"}
+        assert imported <= {"_ops"}
     elif part == "memory":
         assert imported <= {"_ops"}
     elif part == "backends":
@@ -87,7 +87,7 @@ def test_the_readers_of_imports_see_something():
 def test_triton_kernels_know_the_operators_alone(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("memtl"):
-            assert node.module in ("memtl._ops", "memtl._attention")
+            assert node.module == "memtl._ops"
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("memtl") for alias in node.names)
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memtl._attention import attention_grad
 from memtl.storage.convolution import ConvGeometry, library_weight_grad
 from memtl.storage.topk import TopK, quota
 
@@ -24,7 +23,6 @@ TOKENS = 197
 WIDTHS = (768, 3072)
 HEADS = 12
 SCALE = 1 / 0.9
-RUN_AGAIN = "torch's attention run again, then its backward"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -377,7 +375,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     def pack_rows(bits: int) -> Calls:
         x = draw(batch * TOKENS, WIDTHS[0])
-        mean, rstd = draw(len(x), 1), torch.rand_like(x[:, :1]) + 0.5
+        mean, rstd = draw(len(x), 1).float(), torch.rand_like(x[:, :1]).float() + 0.5
         return {
             "memtl": partial(OPS.quant_pack_normalized, x, mean, rstd, bits, WIDTHS[0], 1),
             "(x - mean).mul_(rstd), quant_pack": lambda: OPS.quant_pack(
@@ -386,7 +384,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         }
 
     def pack_maps(bits: int) -> Calls:
-        x, (mean, rstd) = draw(*maps), draw(2, maps[1])
+        x, (mean, rstd) = draw(*maps), draw(2, maps[1]).float()
         laid, inner = (mean.view(-1, 1, 1), rstd.view(-1, 1, 1)), maps[2] * maps[3]
         return {
             "memtl": partial(OPS.quant_pack_normalized, x, mean, rstd, bits, inner, 1),
@@ -398,7 +396,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
     def norm_grad(bits: int) -> Calls:
         n = WIDTHS[0]
         packed, grad_out = OPS.quant_pack(draw(batch * TOKENS, n), bits, 1), draw(batch * TOKENS, n)
-        rstd, weight = torch.rand_like(grad_out[:, :1]) + 0.5, draw(n)
+        rstd, weight = torch.rand_like(grad_out[:, :1]).float() + 0.5, draw(n)
 
         def plain() -> tuple[Tensor, ...]:
             x_hat = OPS.quant_unpack(*packed, bits, grad_out.shape, dtype)
@@ -416,7 +414,7 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
     def channel_norm_grad(bits: int) -> Calls:
         packed, grad_out = OPS.quant_pack(draw(*maps), bits, 1), draw(*maps)
-        rstd, weight = torch.rand_like(grad_out[0, :, 0, 0]) + 0.5, draw(maps[1])
+        rstd, weight = torch.rand_like(grad_out[0, :, 0, 0]).float() + 0.5, draw(maps[1])
 
         def plain() -> tuple[Tensor, ...]:
             x_hat = OPS.quant_unpack(*packed, bits, maps, dtype)
@@ -616,7 +614,6 @@ def attention_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Cas
         arguments = (grad_out, *operands, None, 0.0, None, is_causal, None, False, False)
         return {
             "memtl": partial(OPS.attention_grad, *arguments),
-            RUN_AGAIN: partial(attention_grad, *arguments),
             "backward alone, from all that autograd keeps": backward,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ def softmax_grad(grad_out: Tensor, y: Tensor, dim: int) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class Attended:
     """Attention's output from its operands."""
+
+    sums_in_float32: ClassVar[bool] = True
 
     is_causal: bool
     scale: float | None

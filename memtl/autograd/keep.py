@@ -23,13 +23,33 @@ from .share import offer_input, shared
 class Function(torch.autograd.Function):
     """What memtl's Functions derive from.
 
-    torch reads the signature of ``forward`` at every call, to fill in defaults; that takes longer
-    than everything else it does. Here it finds it read already.
+    torch binds the arguments to the signature of ``forward`` at every call, to fill in defaults;
+    that takes longer than everything else it does. Here there are none: arguments stay as they are.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        parameters = inspect.signature(cls.forward).parameters.values()
+        if any(p.default is not p.empty for p in parameters):
+            raise TypeError(
+                f"{cls.__name__}.forward: every argument must be given, none by default"
+            )
+        cls.forward.__signature__ = _Given(parameters)  # type: ignore[attr-defined]
+
+
+class _Given(inspect.Signature):
+    """A signature whose binding gives back what it is given."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
 
 
 def keep(
@@ -96,7 +116,10 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device) and not torch.is_grad_enabled():
+            return backward(ctx, *grads)  # the rule; what is below costs as much again
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return outputs

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..storage import Format
-from .layers import Layer
-from .table import CALLS
+from .layers import Layer, alone
+from .table import CALLS, Call
 
 Formats = dict[str, Format]
 
@@ -99,12 +99,18 @@ class FunctionFormats(TorchFunctionMode):
                         return result
             call = CALLS[func]
             if call.role in self.formats and _served(*args, *kwargs.values()):
-                result = call.serve(self.formats[call.role], *args, **kwargs)
+                result = _serve(call, self.formats[call.role], *args, **kwargs)
                 if result is not NotImplemented:
                     return result
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # under a mode torch 2.11 does not trace the method
         return func(*args, **kwargs)
+
+
+@alone
+def _serve(call: Call, format: Format, *args: Any, **kwargs: Any) -> Any:
+    """Its result, or NotImplemented."""
+    return call.serve(format, *args, **kwargs)
 
 
 def _served(*arguments: Any) -> bool:

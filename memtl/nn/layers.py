@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -22,6 +23,20 @@ ROLES = ("linear", "convolution", "attention", "norm", "activation")
 
 LAYERS: dict[str, type[Layer]] = {}
 """Qualified name of the class that owns a forward -> the layer that replaces it."""
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its calls not offered to the modes of the modules around it, one after another:
+    of every property that is read that would cost as much as a small operation."""
+
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # costs nothing there
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return quiet
 
 
 class Layer:
@@ -56,6 +71,7 @@ def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
 
     def register(cls: type[Layer]) -> type[Layer]:
         cls.role = role
+        cls.forward = alone(cls.forward)  # type: ignore[attr-defined]
         LAYERS.update(dict.fromkeys(names, cls))
         return cls
 

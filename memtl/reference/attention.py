@@ -1,5 +1,57 @@
-"""Attention's gradient from q, k and v alone: torch's own attention, run again."""
+"""Attention's gradient by torch's own attention: its forward run again, then its backward.
 
-from .._attention import attention_grad
+It is what ``attention_grad`` computes, so the reference is this; and a kernel of that operator
+comes here for cases that it has not, since none may import the reference.
+"""
 
-__all__ = ["attention_grad"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_grad(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run torch's own (fused) attention forward again on q, k, v, then its backward.
+
+    A few percent of a transformer block's work, and neither the N x N map nor the output nor the
+    log-sum has to be kept. Dropout is replayed from the generator's saved state, and the present
+    state restored.
+    """
+    cuda = [q.device] if q.is_cuda else []
+    replay = torch.random.fork_rng(cuda, enabled=rng_state is not None)
+    with replay, torch.enable_grad(), _recording():
+        if rng_state is not None:
+            (torch.cuda.set_rng_state if q.is_cuda else torch.set_rng_state)(rng_state)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        if mask is not None and mask_grad:
+            mask = mask.detach().requires_grad_()
+            leaves.append(mask)
+        q, k, v = leaves[:3]
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+    dq, dk, dv = (grad.contiguous() for grad in grads[:3])
+    return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
+
+
+def _recording() -> torch._C._ForceDispatchKeyGuard:
+    """Let autograd record inside an operator: under a dispatch mode (a profiler's, a selective
+    checkpoint's) the dispatcher has left its keys out by the time an operator runs."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

@@ -52,7 +52,8 @@ class Rebuilt(Format):
             return made
         if self.exact:  # in the precision of the forward, for the very bits that it gave
             return self.recipe(*(None if p is None else p.unpack() for p in parts)).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
+        own = getattr(self.recipe, "sums_in_float32", False)  # by itself, of fewer bits
+        wide = dtype if own else torch.promote_types(dtype, torch.float32)
         dense = (
             None if p is None else p.unpack(wide if p.dtype.is_floating_point else None)
             for p in parts

@@ -23,6 +23,8 @@ VALUES = {**DTYPES, "int8": torch.int8}
 SCOPES = ("block", "sample")
 DENSE_ELEMENTS = 2**19
 """Of a convolution's input, decoded at a time: stays in the caches, and is enough work a call."""
+GPU_DENSE_ELEMENTS = 2**24
+"""The same on a GPU, where a call has to be more than its launches."""
 
 
 class _Layout(NamedTuple):
@@ -125,10 +127,14 @@ class TopK(Format):
         geometry: ConvGeometry,
         channels_last: bool,
     ) -> Tensor:
-        """From the kept entries alone where that is faster (:func:`_sparse_is_faster`); else dense,
-        a few samples at a time."""
+        """By the operator, which knows no groups, on a GPU, and on a CPU where the kept entries alone
+        are faster (:func:`_sparse_is_faster`); else dense, a few samples at a time."""
         _, n, k, k_tail, kept, bitmap = self._layout(shape)
-        if grad_out.is_cpu and _sparse_is_faster(kept, n, weight_size, geometry):
+        if (
+            geometry.groups == 1
+            and not geometry.transposed
+            and (grad_out.is_cuda or _sparse_is_faster(kept, n, weight_size, geometry))
+        ):
             return torch.ops.memtl.topk_conv_weight_grad(
                 *self._open(packed, bitmap),
                 grad_out,
@@ -155,7 +161,8 @@ class TopK(Format):
         """Dense, a few samples at a time, so that never the whole batch's input is."""
         if shape[0] == 0:
             return super().conv_weight_grad(packed, shape, grad_out, *arguments)
-        each = max(1, DENSE_ELEMENTS // max(1, shape[1]))
+        at_once = GPU_DENSE_ELEMENTS if grad_out.is_cuda else DENSE_ELEMENTS
+        each = max(1, at_once // max(1, shape[1]))
         total: Tensor | None = None
         for i in range(0, shape[0], each):
             rows = tuple(t[i : i + each] if t.numel() else t for t in packed)
@@ -208,8 +215,6 @@ def _sparse_is_faster(
     the sorting: with 64 (256 -> 64 channels, 1x1) up to a density of about 0.25, with 24 of 0.1,
     with 16 of 0.07; with hundreds, up to 0.3 and more.
     """
-    if geometry.groups != 1 or geometry.transposed:
-        return False
     outputs = weight_size[0] * math.prod(weight_size[2:]) / math.prod(geometry.stride)
     return kept <= n * min(0.3, outputs / 230)
 

@@ -71,8 +71,7 @@ def used(compiled) -> list[dict]:
 
 
 def test_nothing_to_speak_of_is_spilled(used):
-    # Nothing with Triton 3.8; with 3.6 the widest variants of attention, 8 to 24 bytes.
-    assert not {name(k): k["local_bytes"] for k in used if k["local_bytes"] > 24}
+    assert not {name(k): k["local_bytes"] for k in used if k["local_bytes"]}
 
 
 def test_enough_warps_fit_on_a_multiprocessor(used):
