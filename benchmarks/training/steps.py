@@ -106,6 +106,46 @@ def measure_times(
     return harness.interleaved_medians(calls, timer, seconds)
 
 
+def replayed(step: Step) -> Callable[[], None]:
+    """The step, recorded once in a CUDA graph: what it takes a GPU when no host is waited for.
+
+    Raises:
+        RuntimeError: something in the step cannot be recorded.
+    """
+    for group in step.optimizer.param_groups:
+        group["capturable"] = True
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run()
+    return graph.replay
+
+
+def measure_replays(
+    workload: Workload,
+    modes: Sequence[Mode],
+    timer: harness.Timer,
+    seconds: float,
+    autocast: torch.dtype | None = None,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median seconds of a recorded step of each mode that can be recorded, taking turns; and why
+    the others cannot."""
+    calls: dict[str, Sequence[Callable[[], Any]]] = {}
+    failed: dict[str, str] = {}
+    for mode in modes:
+        try:
+            calls[mode.name] = [replayed(make_step(workload, mode, "cuda", autocast))]
+        except RuntimeError as error:
+            failed[mode.name] = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+    return (harness.interleaved_medians(calls, timer, seconds) if calls else {}), failed
+
+
 def largest(fits: Callable[[int], bool], first: int, most: int = 2**14) -> int:
     """The largest batch that fits, to an eighth of it; 0 if not even one sample does.
 

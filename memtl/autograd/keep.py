@@ -29,7 +29,7 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        parameters = inspect.signature(cls.forward).parameters.values()
+        parameters = list(inspect.signature(cls.forward).parameters.values())
         if any(p.default is not p.empty for p in parameters):
             raise TypeError(
                 f"{cls.__name__}.forward: every argument must be given, none by default"

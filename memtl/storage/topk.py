@@ -127,8 +127,8 @@ class TopK(Format):
         geometry: ConvGeometry,
         channels_last: bool,
     ) -> Tensor:
-        """By the operator, which knows no groups, on a GPU, and on a CPU where the kept entries alone
-        are faster (:func:`_sparse_is_faster`); else dense, a few samples at a time."""
+        """By the operator, which knows no groups, on a GPU, and on a CPU where that is faster
+        (:func:`_sparse_is_faster`); else dense, a few samples at a time."""
         _, n, k, k_tail, kept, bitmap = self._layout(shape)
         if (
             geometry.groups == 1
