@@ -9,7 +9,7 @@ from torch import nn
 from ... import nn as layers
 from .config import Config, ConversionConfig
 from .record import applied, record, unwrapped
-from .transfer import TransferConfig
+from .transfer import TransferConfig, check_module
 
 
 def apply(model: nn.Module, config: Config) -> Any:
@@ -26,7 +26,7 @@ def apply(model: nn.Module, config: Config) -> Any:
         :class:`memtl.methods.Trained`.
 
     Raises:
-        TypeError: ``config`` is no method's configuration.
+        TypeError: ``config`` is no method's configuration, or ``model`` no module.
         ValueError: the method finds nothing to change in this model; or it trains a part of the
             model, which is compiled, in a parallel wrapper or sharded already.
     """
@@ -34,6 +34,7 @@ def apply(model: nn.Module, config: Config) -> Any:
         raise TypeError(
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
+    check_module(model)
     if isinstance(config, TransferConfig):
         if hasattr(model, "_orig_mod"):
             raise ValueError("apply the method first, torch.compile the model afterwards")
