@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import memtl
+from memtl.methods.base import folder
 from tests.helpers import python
 
 START = """
@@ -133,9 +134,9 @@ assert len(os.listdir(folder)) == 3
 """
 
 
-def run(script, folder):
+def run(script, directory):
     """The lines that a process of its own, which forks, prints."""
-    done = python(START + script, FOLDER=str(folder), PYTHONWARNINGS="ignore")
+    done = python(START + script, FOLDER=str(directory), PYTHONWARNINGS="ignore")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -204,3 +205,23 @@ def test_without_locks_the_save_before_is_deleted_alone(tmp_path, monkeypatch):
     monkeypatch.undo()
     memtl.save(model, tmp_path)
     assert len(list(tmp_path.glob("weights-*.safetensors"))) == 1
+
+
+def test_a_save_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    model = network()
+    memtl.save(model, tmp_path)
+    own = folder.sha256_of
+
+    def replaced(path):
+        digest = own(path)
+        monkeypatch.undo()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        memtl.save(model, tmp_path)
+        assert not path.exists()
+        return digest
+
+    monkeypatch.setattr(folder, "sha256_of", replaced)
+    fresh = nn.Sequential(nn.Linear(4, 3), nn.GELU())
+    memtl.load(fresh, tmp_path)
+    assert torch.equal(fresh[0].weight, model[0].weight)

@@ -140,5 +140,7 @@ def _weights(path: Path, digest: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged, truncated or altered: its sha256 is not {digest}")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if not path.exists():  # deleted since its sha256 was taken
+            raise FileNotFoundError(f"there is no file {path}") from error
         raise ValueError(f"{path} is damaged: {error}") from error
