@@ -35,8 +35,10 @@ from .methods import (  # noqa: E402
     apply,
     draw_ticket,
     load,
+    print_trainable_parameters,
     save,
     select_features,
+    trainable_parameters,
     unconvert,
 )
 
@@ -64,8 +66,10 @@ __all__ = [
     "load",
     "memory",
     "nn",
+    "print_trainable_parameters",
     "save",
     "select_features",
     "storage",
+    "trainable_parameters",
     "unconvert",
 ]

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> str:
-    """Let ``write`` make a file beside ``path``, bring it to the disk and give it that name.
+def write_aside(
+    path: Path, write: Callable[[Path], object], named: Callable[[str], str] | None = None
+) -> str:
+    """Let ``write`` make a file beside ``path``, bring it to the disk and give it that name; or the
+    one that ``named`` makes of its sha256.
 
     Returns:
         The sha256 of its content.
@@ -20,7 +23,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> str:
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         digest = sha256_of(aside)
-        os.replace(aside, path)
+        os.replace(aside, path if named is None else path.with_name(named(digest)))
     finally:
         aside.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -33,6 +33,7 @@ __all__ = [
     "profile",
     "saved_bytes",
     "step_seconds",
+    "undisturbed",
 ]
 
 MIB = 2**20
@@ -147,6 +148,20 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         result = fn(*args, **kwargs)
     del result
     return saved.bytes
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers (running statistics) and the state of the generators are as before: for a
+    forward pass that only measures."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:

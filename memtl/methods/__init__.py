@@ -4,6 +4,7 @@ from .adaptformer import AdaptFormerConfig
 from .back_razor import BackRazorConfig
 from .base.applied import apply, unconvert
 from .base.config import Config
+from .base.counting import print_trainable_parameters, trainable_parameters
 from .base.record import applied
 from .base.saving import load, save
 from .base.transfer import Trained
@@ -42,7 +43,9 @@ __all__ = [
     "apply",
     "draw_ticket",
     "load",
+    "print_trainable_parameters",
     "save",
     "select_features",
+    "trainable_parameters",
     "unconvert",
 ]

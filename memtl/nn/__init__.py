@@ -1,7 +1,7 @@
 """Modules: what is known of each layer, and convert() / unconvert() for whole models."""
 
 from .convert import convert, unconvert
-from .exactness import exact
+from .exactness import exact, stock
 from .layers import ROLES, Layer, layer
 from .report import Report, Row
 from .standardized import StandardizedConv2d
@@ -18,5 +18,6 @@ __all__ = [
     "exact",
     "expand_weights",
     "layer",
+    "stock",
     "unconvert",
 ]

@@ -1,4 +1,4 @@
-"""exact(): for a while, converted layers keep what they keep as it is."""
+"""exact(), stock(): for a while, converted layers keep everything as it is, or what torch does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..storage import Dense, Format
 from .layers import Layer
+from .swap import without
 
 
 @contextlib.contextmanager
@@ -42,6 +43,30 @@ def exact(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, kept in before:
             setattr(module, name, kept)
+
+
+@contextlib.contextmanager
+def stock(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of ``model`` runs the forward that it had before it was converted, and
+    keeps what PyTorch keeps, be it needed or not; what methods added stays. Nothing is copied.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a layer's class was changed by others since (``fully_shard`` does).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    before = [(module, type(module)) for module in model.modules() if isinstance(module, Layer)]
+    own = [without(cls, Layer) for _, cls in before]
+    if changed := [cls for cls in own if issubclass(cls, Layer)]:
+        raise ValueError(f"{changed[0].__name__} was put in front of a converted layer's class")
+    try:
+        for (module, _), cls in zip(before, own, strict=True):
+            module.__class__ = cls
+        yield
+    finally:
+        for module, cls in before:
+            module.__class__ = cls
 
 
 def _exact(kept: Format | dict[str, Format]) -> Format | dict[str, Format]:

@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import memory
 
 KIB = 2**10
+
+_WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,9 @@ class Report:
         modules = {plain_name(name): module for name, module in model.named_modules()}
         if unknown := [row.name for row in self.rows if row.name not in modules]:
             raise ValueError(f"this is the report of another model: no {unknown[0]!r} in it")
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
-        with torch.random.fork_rng(), memory.SavedTensors(model) as saved:
+        with memory.undisturbed(model), memory.SavedTensors(model) as saved:
             result = model(*args, **kwargs)
         del result
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         by_name = {plain_name(name): count for name, count in saved.by_layer.items()}
         rows = [dataclasses.replace(row, saved=by_name.pop(row.name, 0)) for row in self.rows]
         for name, count in by_name.items():
@@ -116,5 +115,6 @@ def _table(
 
 
 def plain_name(name: str) -> str:
-    """A module's name without the prefixes of torch.compile and of parallel wrappers."""
-    return re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).lstrip(".")
+    """A module's name without what torch.compile, parallel wrappers and torch's checkpointed and
+    sharded modules put into it, in front or in between."""
+    return _WRAPPERS.sub("", name).lstrip(".")

@@ -74,6 +74,12 @@ def unswap_innermost(module: nn.Module, mixin: type) -> None:
     _forget(module, mixin)
 
 
+def without(cls: type, mixin: type) -> type:
+    """A swapped class without the mixins in front of it that derive from ``mixin``."""
+    original, *mixins = _made_of(cls)
+    return _in_front(original, *(m for m in mixins if not issubclass(m, mixin)))
+
+
 def is_swapped(module: nn.Module) -> bool:
     """Whether memtl changed this instance's class."""
     return hasattr(type(module), "memtl_original")

@@ -425,7 +425,7 @@ def test_decoded_weights_are_not_saved(tmp_path, train_bias):
     if not train_bias:
         model.conv_head.bias.zero_()
     assert memtl.methods.base.transfer.Trained.of(model).total == total(model)
-    owned = dict(memtl.methods.base.transfer.owned(model))
+    owned = memtl.methods.base.transfer.owned(model)
     bias = ["conv_head.bias"] if train_bias else []
     buffers = {n for n, _ in model.named_buffers() if n in model.state_dict()}
     assert sorted(owned.keys() - buffers) == ["classifier.bias", "classifier.weight", *bias]

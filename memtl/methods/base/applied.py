@@ -8,8 +8,8 @@ from torch import nn
 
 from ... import nn as layers
 from .config import Config, ConversionConfig
-from .record import applied, record
-from .transfer import TransferConfig
+from .record import applied, record, unwrapped
+from .transfer import TransferConfig, check_module
 
 
 def apply(model: nn.Module, config: Config) -> Any:
@@ -17,7 +17,8 @@ def apply(model: nn.Module, config: Config) -> Any:
 
     Args:
         model: any ``torch.nn.Module``; a model wrapped by peft stands for the one inside where the
-            method trains a part of it.
+            method trains a part of it. Such a method comes before ``torch.compile``, parallel
+            wrappers and sharding, which would not know of the parameters that it makes.
         config: a method's configuration, such as :class:`memtl.BackRazorConfig`.
 
     Returns:
@@ -25,22 +26,35 @@ def apply(model: nn.Module, config: Config) -> Any:
         :class:`memtl.methods.Trained`.
 
     Raises:
-        TypeError: ``config`` is no method's configuration.
+        TypeError: ``config`` is no method's configuration, or ``model`` no module.
         ValueError: the method finds nothing to change in this model; or it trains a part of the
-            model, which is compiled already.
+            model, which is compiled, in a parallel wrapper or sharded already.
     """
     if not isinstance(config, Config):
         raise TypeError(
             f"config must be a method's configuration, memtl.BackRazorConfig() say, got {config!r}"
         )
+    check_module(model)
     if isinstance(config, TransferConfig):
         if hasattr(model, "_orig_mod"):
             raise ValueError("apply the method first, torch.compile the model afterwards")
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+        check_local(model)
+        model = unwrapped(model)
     report = config.apply(model)
     record(model, (*applied(model), config.resolved(model)))
     return report
+
+
+def check_local(model: nn.Module) -> None:
+    """Raise unless all of ``model`` is in this process, and no gradient is shared with others yet.
+
+    Raises:
+        ValueError: it is in DistributedDataParallel, or sharded.
+    """
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError("apply the method, or load, first; DistributedDataParallel afterwards")
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ValueError("apply the method, or load, first; fully_shard afterwards")
 
 
 def unconvert(model: nn.Module) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
+from ...nn.report import plain_name
 from ...nn.weights import compressed
 from .backbone import classifier, linear_of
 from .config import Config
@@ -102,13 +103,17 @@ class Trained:
         """Numbers that train."""
         return sum(torch.Size(shape).numel() for _, shape in self.parameters)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The counts in one line, as peft prints them."""
         share = 100 * self.count / max(1, self.total)
-        summary = (
+        return (
             f"trainable params: {self.count:,} || all params: {self.total:,} || "
             f"trainable%: {share:.4f}"
         )
-        lines = [summary]
+
+    def __str__(self) -> str:
+        lines = [self.summary]
         groups: dict[tuple[str, tuple[int, ...]], int] = {}
         for name, shape in self.parameters:
             key = (re.sub(r"\b\d+\b", "*", name), shape)
@@ -139,18 +144,35 @@ def replace_classifier(model: nn.Module, name: str, head: nn.Module, classes: in
                 setattr(holder, count, classes)
 
 
-def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What has to be kept of a trained model, by name: the parameters that train; all that a method
-    made, frozen since or not; persistent buffers (running statistics, which a norm that somebody
-    put into training mode has changed; the index of selected features). Weights in 8 bits are
-    frozen, and no buffers, but for those of what a method made."""
-    made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_METHODS)]
+def owned(model: nn.Module) -> dict[str, Tensor]:
+    """What has to be kept of a trained model, by its name without wrappers: the parameters that
+    train; all that a method made, frozen since or not; persistent buffers (running statistics,
+    which a norm that somebody put into training mode has changed; the index of selected features).
+    Weights in 8 bits are frozen, and no buffers, but for those of what a method made."""
+    made = [plain_name(name) for name, m in model.named_modules() if _is_ours(m)]
     if any(isinstance(config, TransferConfig) for config in applied(model)):
-        made.append(classifier(model)[0])
+        made.append(plain_name(classifier(model)[0]))
     inside = tuple(f"{name}." for name in made)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    coded = compressed(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        own = name in parameters or name.startswith(inside)
-        if own or not (isinstance(tensor, nn.Parameter) or name in coded):
-            yield name, tensor.detach()
+    coded = set(map(plain_name, compressed(model)))
+    state = model.state_dict(keep_vars=True)
+    plain = {name: plain_name(name) for name in state}
+    several = Counter(plain.values())  # a network may have layers a.weight and a.module.weight
+    found = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
+        short = plain[name]
+        parameter = isinstance(tensor, nn.Parameter)
+        if (parameter and tensor.requires_grad) or short.startswith(inside):
+            own = True
+        else:
+            own = not (parameter or short in coded)
+        if own:
+            found[short if several[short] == 1 else name] = tensor
+    return found
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a method's file defines the class, in front of which FSDP may have put another."""
+    names = (cls.__module__ for cls in type(module).__mro__)
+    return next(n for n in names if not n.startswith("torch.distributed")).startswith(_METHODS)
