@@ -41,7 +41,7 @@ def rows():
     header = []
     for line in PAGE.splitlines():
         if not line.startswith("| "):
-            header = []
+            header = header if line.startswith("|--") else []
             continue
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not header:
