@@ -109,7 +109,7 @@ def test_lbfgs(column):
     def lbfgs(model):
         return torch.optim.LBFGS(trained(model).values(), 0.1, max_iter=4)
 
-    assert_trains(case, step, optimizer=lbfgs, steps=4)
+    assert_trains(case, step, optimizer=lbfgs, steps=7)
 
 
 @on(*COLUMNS)
