@@ -36,6 +36,14 @@ class Function(torch.autograd.Function):
             )
         cls.forward.__signature__ = _Given(parameters)  # type: ignore[attr-defined]
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """What is kept of a batch is packed as one; torch.func.vmap would have to take it apart."""
+        raise RuntimeError(
+            "memtl: torch.func.vmap does not go through layers that keep their own way for "
+            "backward: call memtl.unconvert(model) first, or vmap under torch.no_grad()"
+        )
+
 
 class _Given(inspect.Signature):
     """A signature whose binding gives back what it is given."""
@@ -114,8 +122,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     gradients as constants, and a gradient penalty would silently lose its term.
     """
 
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads):
+    def once(ctx, *grads):
         device = grads[0].device.type
         if not torch.is_autocast_enabled(device) and not torch.is_grad_enabled():
             return backward(ctx, *grads)  # the rule; what is below costs as much again
@@ -130,7 +137,27 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
         return refuse(*map(_leaf, outputs))  # type: ignore[arg-type]
 
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        if torch.compiler.is_compiling():
+            return once(ctx, *grads)
+        try:  # what is exact mostly consists of operators that know of batches of gradients
+            return once(ctx, *grads)
+        except RuntimeError as error:
+            if not any(_batched(g) for g in grads if g is not None):
+                raise
+            raise RuntimeError(
+                "memtl: gradients from what is kept are not computed several at a time "
+                "(is_grads_batched, torch.func.jacrev): ask for one after the other, or call "
+                "memtl.unconvert(model) first"
+            ) from error
+
     return wrapper
+
+
+def _batched(t: Tensor) -> bool:
+    """Whether t stands for a batch, torch.func's or that of ``is_grads_batched``."""
+    return "Batched" in str(torch._C._dispatch_keys(t))  # the latter's key has no name in Python
 
 
 def _leaf(t: Tensor | None) -> Tensor | None:

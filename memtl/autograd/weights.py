@@ -145,8 +145,9 @@ def standardized(weight: Tensor, eps: float) -> Tensor:
 
     Memory: none; a layer's backward makes it again from ``weight``, or from what that is made of.
     """
-    needed = torch.is_grad_enabled() and weight.requires_grad
-    return StandardizeFunction.apply(weight, eps, needed)
+    if not torch.is_grad_enabled():
+        return _standardized(weight, eps)
+    return StandardizeFunction.apply(weight, eps, weight.requires_grad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,5 +193,7 @@ def chosen(weight: Tensor, scores: Tensor | None, bits: Tensor) -> Tensor:
 
     Memory: none; a layer's backward makes it again from ``weight`` and ``bits``.
     """
-    needed = scores is not None and torch.is_grad_enabled() and scores.requires_grad
+    if not torch.is_grad_enabled():
+        return Chosen()(weight, bits)
+    needed = scores is not None and scores.requires_grad
     return ChosenFunction.apply(weight, scores, bits, needed)

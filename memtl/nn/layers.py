@@ -81,8 +81,10 @@ def layer(role: str, *names: str) -> Callable[[type[Layer]], type[Layer]]:
 @layer("linear", "torch.nn.modules.linear.Linear")
 class LinearLayer(Layer):
     @classmethod
-    def refuses(cls, module: Any) -> str | None:
-        return None if module.weight.is_floating_point() else f"computes in {module.weight.dtype}"
+    def refuses(cls, module: nn.Module) -> str | None:
+        # Not module.weight: to read a parametrised one may change it (spectral norm's iteration).
+        others = (p.dtype for p in module.parameters() if not p.is_floating_point())
+        return next((f"computes in {dtype}" for dtype in others), None)
 
     def forward(self, input: Tensor) -> Tensor:
         choose = getattr(self, "memtl_sparse_mask", None)
