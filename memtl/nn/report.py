@@ -116,5 +116,7 @@ def _table(
 
 
 def plain_name(name: str) -> str:
-    """A module's name without the prefixes of torch.compile and of parallel wrappers."""
-    return re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).lstrip(".")
+    """A module's name without what torch.compile and the wrappers of parallel training and of
+    checkpointing put into it."""
+    wrappers = "_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module"
+    return re.sub(rf"(^|\.)({wrappers})(?=\.|$)", "", name).lstrip(".")

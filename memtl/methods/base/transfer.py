@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...nn.report import plain_name
 from ...nn.weights import compressed
 from .backbone import classifier, linear_of
 from .config import Config
@@ -144,13 +145,16 @@ def owned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     made, frozen since or not; persistent buffers (running statistics, which a norm that somebody
     put into training mode has changed; the index of selected features). Weights in 8 bits are
     frozen, and no buffers, but for those of what a method made."""
-    made = [name for name, m in model.named_modules() if type(m).__module__.startswith(_METHODS)]
+    modules = model.named_modules()
+    made = [plain_name(n) for n, m in modules if type(m).__module__.startswith(_METHODS)]
     if any(isinstance(config, TransferConfig) for config in applied(model)):
-        made.append(classifier(model)[0])
+        made.append(plain_name(classifier(model)[0]))
     inside = tuple(f"{name}." for name in made)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    coded = compressed(model)
+    # By object: wrappers put other prefixes into the names of parameters than into state_dict().
+    parameters = {p for p in model.parameters() if p.requires_grad}
+    coded = {plain_name(name) for name in compressed(model)}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        own = name in parameters or name.startswith(inside)
-        if own or not (isinstance(tensor, nn.Parameter) or name in coded):
+        plain = plain_name(name)
+        own = tensor in parameters or plain.startswith(inside)
+        if own or not (isinstance(tensor, nn.Parameter) or plain in coded):
             yield name, tensor.detach()
