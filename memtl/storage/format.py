@@ -186,8 +186,8 @@ def pack(x: Tensor, format: Format) -> Packed:
     """
     if not format.exact and hasattr(x, "placements"):
         raise TypeError(
-            f"a DTensor {list(x.shape)} cannot be kept in {format}: leave layers that run in tensor "
-            "parallel out (exclude_modules), or keep them in Dense()"
+            f"a DTensor {list(x.shape)} cannot be kept in {format}: leave layers that run in "
+            "tensor parallel out (exclude_modules), or keep them in Dense()"
         )
     return Packed(format, format.pack(x), x.shape, x.dtype)
 

@@ -43,7 +43,7 @@ def lora(model: nn.Module) -> nn.Module:
     return adapted
 
 
-def images(count: int = 8) -> tuple[Tensor, Tensor]:
+def images(count: int = 4) -> tuple[Tensor, Tensor]:
     """Always the same ones, and their classes."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(count, 3, 32, 32, generator=generator)

@@ -36,7 +36,7 @@ def prepared(config, after=False, **options):
     if config is not None and not after:
         memtl.apply(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    loader = DataLoader(TensorDataset(*images()), batch_size=2)
+    loader = DataLoader(TensorDataset(*images()), batch_size=1)
     model, optimizer, loader = it.prepare(model, optimizer, loader)
     if config is not None and after:
         memtl.apply(model, config)
@@ -109,7 +109,9 @@ def test_a_forward_that_was_replaced_is_told():
     assert [row.name for row in report.skipped] == [""]
     assert "was replaced on the instance" in report.skipped[0].reason
     with pytest.raises(ValueError, match="nothing to convert"):
-        memtl.apply(accelerator(mixed_precision="bf16").prepare_model(nn.Linear(64, 3)), FEW["LowBit"])
+        memtl.apply(
+            accelerator(mixed_precision="bf16").prepare_model(nn.Linear(64, 3)), FEW["LowBit"]
+        )
 
     it = accelerator(mixed_precision="bf16")
     model = OwnCode()

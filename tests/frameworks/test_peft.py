@@ -10,7 +10,7 @@ import memtl
 from memtl.memory import saved_bytes
 from tests.frameworks.small import FEW, ROUNDING, assert_as, images, lora, train, vit, weights
 
-X, Y = images(4)
+X, Y = images()
 
 
 def converted(config, model):

@@ -135,9 +135,7 @@ def test_resumes(tmp_path):
     saved = tmp_path / "checkpoint-2" / "model.safetensors"
     assert saved.is_file()
     resumed = build("bert", config)
-    trainer(resumed, examples, tmp_path, **options).train(
-        resume_from_checkpoint=str(saved.parent)
-    )
+    trainer(resumed, examples, tmp_path, **options).train(resume_from_checkpoint=str(saved.parent))
     assert_as(weights(resumed), weights(whole))
     # What it saved is a model like any other, with the name of the model's own class.
     fresh = transformers.AutoModelForSequenceClassification.from_pretrained(saved.parent)
@@ -168,7 +166,5 @@ def test_the_signature_of_a_model_is_its_own(tmp_path):
             memtl.apply(model, config)
         it = trainer(model, examples, tmp_path, gradient_accumulation_steps=2)
         it.train()
-        found.append(
-            (it.model_accepts_loss_kwargs, it.label_names, it.evaluate()["eval_loss"])
-        )
+        found.append((it.model_accepts_loss_kwargs, it.label_names, it.evaluate()["eval_loss"]))
     assert found[0] == found[1]

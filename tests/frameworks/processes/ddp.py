@@ -1,19 +1,30 @@
-"""Each of two processes of test_distributed.py: DistributedDataParallel, half of a batch in each."""
+"""Each of two processes of test_distributed.py: DistributedDataParallel, half of a batch each."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 
+import accelerate
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import memtl
 from memtl.memory import SavedTensors
 from tests.frameworks.small import (
-    FEW, ROUNDING, assert_as, assert_gradients, images, lora, loss_of, run_checks, train, vit,
+    FEW,
+    ROUNDING,
+    assert_as,
+    assert_gradients,
+    images,
+    lora,
+    loss_of,
+    run_checks,
+    train,
+    vit,
     weights,
 )  # fmt: skip
 from tests.methods import convnets
@@ -30,11 +41,11 @@ def assert_same_in_all(model):
         assert torch.equal(first, t), name
 
 
-def trained(model, **options):
+def trained(model, steps=2, **options):
     """The weights after training it in both processes, and the bytes kept in this one."""
     x, y = images()
     parallel = DistributedDataParallel(model, **options)
-    kept = train(parallel, half(x), half(y))
+    kept = train(parallel, half(x), half(y), steps)
     assert_same_in_all(parallel)
     return weights(parallel), kept
 
@@ -63,7 +74,7 @@ def compare(build=vit, least=5.0, **options):
     assert_as(exact, stock)
     assert_as(exact, alone(converted(memtl.FrozenConfig(), build)), ROUNDING)
     for config in FEW.values():
-        assert kept >= least * trained(converted(config, build), **options)[1]
+        assert kept >= least * trained(converted(config, build), 1, **options)[1]
 
 
 def check_find_unused_parameters():
@@ -104,12 +115,12 @@ def check_lora():
         assert_as(trained(build())[0], stock)
         assert_as(alone(build()), stock, ROUNDING)
     for config in FEW.values():
-        assert kept >= 5 * trained(converted(config, lambda: lora(vit())))[1]
+        assert kept >= 5 * trained(converted(config, lambda: lora(vit())), 1)[1]
 
 
 def check_no_sync():
     x, y = images()
-    quarters = [(half(x)[i : i + 2], half(y)[i : i + 2]) for i in (0, 2)]
+    quarters = [(half(x)[i : i + 1], half(y)[i : i + 1]) for i in (0, 1)]
 
     def accumulated(model):
         parallel = DistributedDataParallel(model)
@@ -170,6 +181,33 @@ def check_methods_after_the_wrapper_are_refused():
             assert "apply the method first" in str(error)
         else:
             raise AssertionError("parameters were added that no process would exchange")
+
+
+def check_accelerate():
+    """The processes are those that ``accelerate launch`` would start."""
+    it = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert it.num_processes == 2
+
+    def accumulated(model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loader = DataLoader(TensorDataset(*images()), batch_size=1)
+        parallel, optimizer, loader = it.prepare(model, optimizer, loader)
+        assert isinstance(parallel, DistributedDataParallel)
+        for x, y in loader:
+            with it.accumulate(parallel):
+                with SavedTensors(parallel) as saved:
+                    loss = loss_of(parallel, x, y)
+                it.backward(loss)
+                assert_gradients(parallel)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same_in_all(parallel)
+        return weights(parallel), saved.bytes
+
+    stock, kept = accumulated(vit())
+    assert_as(accumulated(converted(memtl.FrozenConfig()))[0], stock)
+    for config in FEW.values():
+        assert kept >= 5 * accumulated(converted(config))[1]
 
 
 def check_save_and_load_through_the_wrapper():
