@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module_hooks
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Profile",
@@ -45,7 +46,8 @@ class SavedTensors:
 
     Storages are counted once, whole, whoever saves them how often; parameters and buffers of the
     modules that run, which are there anyway, are left out. What is counted is held until the
-    context object goes, so that no address is mistaken for another.
+    context object goes, so that no storage is mistaken for another; FSDP frees those of gathered
+    parameters underneath, so addresses would not do.
 
     Args:
         model: names the layers of the breakdown; without it they go by class.
@@ -55,7 +57,7 @@ class SavedTensors:
         self._names = {} if model is None else {m: n for n, m in model.named_modules()}
         self._running: list[str] = []
         self._storages: dict[int, tuple[str, Any]] = {}
-        self._own: set[int] = set()
+        self._own: dict[int, Any] = {}
         self._exits: list[Callable[[], Any]] = []
 
     def __enter__(self) -> SavedTensors:
@@ -85,17 +87,21 @@ class SavedTensors:
         if torch.compiler.is_compiling():  # traced: the call of the compiled module counts
             return
         self._running.append(self._names.get(module, type(module).__name__))
-        for t in (*module.parameters(), *module.buffers()):
-            self._own.update(storage.data_ptr() for storage in _storages_of(t))
+        self._note_own(module)
 
-    def _leave_module(self, *_: object) -> None:
+    def _leave_module(self, module: nn.Module, *_: object) -> None:
         if not torch.compiler.is_compiling():
             self._running.pop()
+            self._note_own(module)  # FSDP gathers a module's parameters after it was entered
+
+    def _note_own(self, module: nn.Module) -> None:
+        for t in (*module.parameters(), *module.buffers()):
+            self._own.update((storage._cdata, storage) for storage in _storages_of(t))
 
     def _pack(self, t: Tensor) -> Tensor:
         layer = self._running[-1] if self._running else ""
         for storage in _storages_of(t):
-            self._storages.setdefault(storage.data_ptr(), (layer, storage))
+            self._storages.setdefault(storage._cdata, (layer, storage))
         # Not t: an output that is kept by what made it would keep itself, and its graph, for ever.
         return t.detach()
 
@@ -106,8 +112,8 @@ class SavedTensors:
     def by_layer(self) -> dict[str, int]:
         """Bytes by the innermost module that was running when a storage was first saved."""
         result: dict[str, int] = {}
-        for address, (layer, storage) in self._storages.items():
-            if address not in self._own and storage.nbytes():
+        for key, (layer, storage) in self._storages.items():
+            if key not in self._own and storage.nbytes():
                 result[layer] = result.get(layer, 0) + storage.nbytes()
         return result
 
@@ -118,9 +124,13 @@ class SavedTensors:
 
 
 def _storages_of(t: Tensor) -> list[torch.UntypedStorage]:
-    """The storages behind a tensor: one, or those of a sparse tensor's parts."""
+    """The storages behind a tensor: one, or those of the parts of a sparse or a wrapping one."""
     if is_lazy(t):  # has no storage yet
         return []
+    if is_traceable_wrapper_subclass(t):  # a DTensor, say: what this process has of it
+        inside = (getattr(t, name) for name in t.__tensor_flatten__()[0])
+        tensors = (part for part in inside if isinstance(part, Tensor))
+        return [storage for part in tensors for storage in _storages_of(part)]
     parts: tuple[Tensor, ...]
     if t.layout == torch.sparse_coo:
         parts = (t._indices(), t._values())

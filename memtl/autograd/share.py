@@ -81,9 +81,15 @@ def _takes(format: Format, found: Packed) -> bool:
 def offered(x: Tensor) -> Packed | None:
     """What stands for this very tensor."""
     found = _offers.get(x)
-    if found is None or found.version != x._version:
+    if found is None or found.version != x._version or not _allocated(found.packed.tensors):
         return None
     return found.packed if found.versions == _versions(found.packed.tensors) else None
+
+
+def _allocated(tensors: Iterable[Tensor]) -> bool:
+    """Whether their memory is there. FSDP frees that of a norm's parameters, say, when its forward
+    is over, and gathers them anew for the norm's own backward: after that of whoever read y."""
+    return all(not t.numel() or t.untyped_storage().nbytes() for t in tensors)
 
 
 def held(weight: Tensor) -> Packed:

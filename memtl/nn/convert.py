@@ -14,7 +14,7 @@ from .bytecode import calls_of
 from .calls import CallsLayer
 from .layers import LAYERS, ROLES, Layer, forward_owner, layer_for
 from .report import Report, Row, plain_name
-from .swap import swap, unswap
+from .swap import HIDDEN, hides_forward, swap, unswap
 from .table import CALLS
 
 Patterns = str | Sequence[str] | None
@@ -89,6 +89,8 @@ def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]
         return Row(name, kind, reason="its parameters are not initialised yet"), None
     mixin = layer_for(module)
     if mixin is not None:
+        if hides_forward(module):
+            return Row(name, kind, reason=HIDDEN.format(kind)), None
         if (reason := mixin.refuses(module)) is not None:
             return Row(name, kind, reason=reason), None
         if mixin.role not in formats:
@@ -102,6 +104,8 @@ def _plan(name: str, module: nn.Module, kind: str, formats: Mapping[str, Format]
     if served:
         if leaf and (dtype := _other_dtype(module)) is not None:
             return Row(name, kind, reason=f"computes in {dtype}"), None
+        if hides_forward(module):
+            return Row(name, kind, reason=HIDDEN.format(kind)), None
         attributes = {"memtl_formats": dict(formats), "memtl_calls": calls}
         return _calls_row(name, module, calls, served, formats), (CallsLayer, attributes)
     if leaf and calls:
@@ -174,8 +178,8 @@ def unconvert(model: nn.Module) -> int:
     """Give every converted module its own class back; returns how many there were.
 
     Raises:
-        ValueError: nothing in ``model`` is converted, or a method that changes the model was
-            applied after the conversion.
+        ValueError: nothing in ``model`` is converted; or a method that changes the model was
+            applied after the conversion, or the forward of a converted module replaced.
     """
     modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
     converted = [(name, m) for name, m in modules if issubclass(type(m), Layer)]
@@ -185,6 +189,8 @@ def unconvert(model: nn.Module) -> int:
         if not issubclass(type(module).memtl_layer, Layer):  # type: ignore[attr-defined]
             what = repr(name) if name else f"this {type(module).__name__}"
             raise ValueError(f"{what} was changed by a method after the conversion")
+        if hides_forward(module):
+            raise ValueError(f"{HIDDEN.format(type(module).__name__)}: undo that first")
     for _, module in converted:
         unswap(module)
     return len(converted)

@@ -263,9 +263,11 @@ def _code_key(cls: type, methods: tuple[str, ...]) -> tuple:
 
 def forward_owner(cls: type[nn.Module]) -> type[nn.Module]:
     """The class whose ``forward`` instances of ``cls`` run; a class with ``memtl_passes`` runs the
-    next one's."""
+    next one's. Of a class that memtl made it is the mixin's."""
     return next(
-        c for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get("memtl_passes", False)
+        c
+        for c in cls.__mro__
+        if "forward" in vars(c) and not {"memtl_layer", "memtl_passes"} & vars(c).keys()
     )
 
 

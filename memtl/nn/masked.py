@@ -36,7 +36,7 @@ class MaskedWeight:
 
     def _hold(self, key: str) -> None:
         weight = getattr(self, key)
-        if weight.is_meta or _is_shard(weight):  # numbers that are not there, or are in parts
+        if weight.is_meta or is_shard(weight):  # numbers that are not there, or are in parts
             return
         bits = self._buffers[f"{key}_bits"] = self._buffers[f"{key}_bits"].to(weight.device)
         pruned = torch.ops.memtl.bits_apply(weight.detach(), bits, 1.0)
@@ -77,8 +77,9 @@ class MaskedWeight:
         self.memtl_hold()
 
 
-def _is_shard(weight: Tensor) -> bool:
-    return hasattr(weight, "placements")  # a DTensor
+def is_shard(weight: Tensor) -> bool:
+    """Whether this process has a part of it alone: a DTensor, as ``fully_shard`` makes them."""
+    return hasattr(weight, "placements")
 
 
 class _Hook:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+HIDDEN = "the forward of this {} was replaced on the instance (by accelerator.prepare, say)"
 
 
 @functools.cache
@@ -30,47 +35,107 @@ def swapped_class(mixin: type, original: type) -> type:
         "memtl_original": original,
         "memtl_layer": mixin,
     }
+    if (forward := getattr(mixin, "forward", None)) is not None and _takes_anything(forward):
+        namespace["forward"] = _signed(forward, original.forward)  # type: ignore[attr-defined]
     return type(original.__name__, (mixin, original), namespace)
 
 
+def _takes_anything(function: Callable) -> bool:
+    kinds = (p.kind for p in inspect.signature(function).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _signed(function: Any, original: Callable) -> Callable:
+    """``function`` under the signature of ``original``: trainers read from a model's forward which
+    columns of the data, and which options, it takes."""
+    code, closure = function.__code__, function.__closure__
+    name, defaults = function.__name__, function.__defaults__
+    copy: Any = types.FunctionType(code, function.__globals__, name, defaults, closure)
+    copy.__signature__ = inspect.signature(original)
+    copy.__doc__ = original.__doc__  # but no __wrapped__: accelerate would unwrap it
+    return copy
+
+
 def _made_of(cls: Any) -> tuple[type, ...]:
-    """The original class, and the mixins in front of it in the order in which they came."""
-    if "memtl_original" not in vars(cls):
-        return (cls,)
-    return (*_made_of(cls.memtl_original), cls.memtl_layer)
+    """The original class, and what came in front of it, in that order: mixins, and classes that
+    others made of ours at run time (``fully_shard``), which stand for themselves."""
+    if "memtl_original" in vars(cls):
+        return (*_made_of(cls.memtl_original), cls.memtl_layer)
+    ours = next((base for base in cls.__bases__ if hasattr(base, "memtl_original")), None)
+    return (cls,) if ours is None else (*_made_of(ours), cls)
 
 
-def _rebuild(original: type, *mixins: type) -> nn.Module:
-    return object.__new__(_in_front(original, *mixins))
+def _is_mixin(cls: type) -> bool:
+    return not issubclass(cls, nn.Module)
 
 
-def _in_front(original: type, *mixins: type) -> type:
-    """``original`` with the mixins in front of it, the last one foremost."""
-    return functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, original)
+def _rebuild(original: type, *front: type) -> nn.Module:
+    return object.__new__(_in_front(original, *front))
+
+
+def _in_front(original: type, *front: type) -> type:
+    """``original`` with what :func:`_made_of` says in front of it, the last one foremost."""
+    for cls in front:
+        original = swapped_class(cls, original) if _is_mixin(cls) else _made_again(cls, original)
+    return original
+
+
+@functools.cache
+def _made_again(cls: type, original: type) -> type:
+    """A class that somebody made of one of ours, made of ``original``."""
+    bases = (original if hasattr(base, "memtl_original") else base for base in cls.__bases__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(bases), own)
+
+
+def _bound_forwards(module: nn.Module) -> list[str]:
+    """The attributes of this instance that are its class's forward, bound: accelerate's hooks call
+    ``_old_forward``; Lightning leaves ``forward`` behind."""
+    own = type(module).forward
+    names = ("forward", "_old_forward")
+    return [n for n in names if getattr(vars(module).get(n), "__func__", None) is own]
+
+
+def hides_forward(module: nn.Module) -> bool:
+    """Whether this instance has a forward of its own, which goes past its class's."""
+    return "forward" in vars(module) and not _bound_forwards(module)
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    bound = _bound_forwards(module)
+    module.__class__ = cls
+    for name in bound:
+        vars(module)[name] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
 
 
 def swap(module: nn.Module, mixin: type, **attributes: Any) -> None:
     """Make ``module`` run ``mixin.forward``; the attributes, which the mixin annotates, are set on
-    the instance."""
+    the instance.
+
+    Raises:
+        ValueError: ``mixin`` has a forward, which a forward of the instance's own would hide.
+    """
     original: type = type(module)
-    module.__class__ = swapped_class(mixin, original)
+    if hasattr(mixin, "forward") and hides_forward(module):
+        raise ValueError(f"{HIDDEN.format(original.__name__)}: apply memtl before that is done")
+    _become(module, swapped_class(mixin, original))
     for name, value in attributes.items():
         setattr(module, name, value)
 
 
 def swap_innermost(module: nn.Module, mixin: type, **attributes: Any) -> None:
     """:func:`swap`, but directly in front of the module's own class, behind every other mixin."""
-    original, *mixins = _made_of(type(module))
-    module.__class__ = _in_front(original, mixin, *mixins)
+    original, *front = _made_of(type(module))
+    _become(module, _in_front(original, mixin, *front))
     for name, value in attributes.items():
         setattr(module, name, value)
 
 
 def unswap_innermost(module: nn.Module, mixin: type) -> None:
     """Undo :func:`swap_innermost`, whatever came in front or behind since."""
-    original, *mixins = _made_of(type(module))
-    mixins.remove(mixin)
-    module.__class__ = _in_front(original, *mixins)
+    original, *front = _made_of(type(module))
+    front.remove(mixin)
+    _become(module, _in_front(original, *front))
     _forget(module, mixin)
 
 
@@ -87,7 +152,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 def swapped_in(module: nn.Module) -> tuple[type, ...]:
     """The mixins in front of this instance's own class, the innermost first."""
-    return _made_of(type(module))[1:]
+    return tuple(cls for cls in _made_of(type(module))[1:] if _is_mixin(cls))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -96,9 +161,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def unswap(module: nn.Module) -> None:
-    """Give ``module`` the class back that it had before the last :func:`swap`."""
-    mixin = type(module).memtl_layer  # type: ignore[attr-defined]
-    module.__class__ = type(module).memtl_original  # type: ignore[attr-defined]
+    """Take back the last :func:`swap`; what others made of the class since, it still is."""
+    original, *front = _made_of(type(module))
+    mixin = swapped_in(module)[-1]
+    del front[len(front) - 1 - front[::-1].index(mixin)]
+    _become(module, _in_front(original, *front))
     _forget(module, mixin)
 
 

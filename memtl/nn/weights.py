@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..autograd.weights import decoded, encoded
 from ..storage import Dense
 from .calls import Formats, FunctionFormats
-from .masked import MaskedWeight
+from .masked import MaskedWeight, is_shard
 from .report import plain_name
 from .swap import swap_innermost, unswap_innermost
 
@@ -141,7 +141,8 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``bits`` is not 8, there is nothing to compress, or a weight, which is named,
-            holds a value that is not finite: then no weight is changed.
+            holds a value that is not finite or is sharded over processes already: then no weight is
+            changed.
 
     Memory: of weights one byte an element and 4 a channel. For backward none: the codes are kept
     by reference where x needs a gradient. The decoded weight is kept under torch.compile, which
@@ -155,6 +156,11 @@ def compress_weights(model: nn.Module, bits: int = 8) -> int:
         raise ValueError(f"bits must be 8, got {bits!r}")
     made = []
     for weight, holders in _compressible(model):
+        if is_shard(weight):
+            raise ValueError(
+                f"{holders[0][0] or type(model).__name__}.weight is sharded: compress the weights "
+                "first, fully_shard the model afterwards"
+            )
         try:
             made.append((encoded(weight), weight.dtype, [layer for _, layer in holders]))
         except ValueError as error:

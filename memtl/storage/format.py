@@ -179,7 +179,16 @@ class Packed:
 
 
 def pack(x: Tensor, format: Format) -> Packed:
-    """``x`` in ``format``."""
+    """``x`` in ``format``.
+
+    Raises:
+        TypeError: x is split over processes, and the format is not exact.
+    """
+    if not format.exact and hasattr(x, "placements"):
+        raise TypeError(
+            f"a DTensor {list(x.shape)} cannot be kept in {format}: leave layers that run in "
+            "tensor parallel out (exclude_modules), or keep them in Dense()"
+        )
     return Packed(format, format.pack(x), x.shape, x.dtype)
 
 

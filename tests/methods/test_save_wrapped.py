@@ -87,10 +87,10 @@ def test_what_parallel_training_would_not_know_of_is_refused(tmp_path, group):
     memtl.save(tuned(), tmp_path / "save")
     for wrap in (DistributedDataParallel, lambda m: lightly(DistributedDataParallel(m))):
         fresh = wrap(vit())
-        with pytest.raises(ValueError, match="load, first; DistributedDataParallel afterwards"):
+        with pytest.raises(ValueError, match="load first; DistributedDataParallel afterwards"):
             memtl.load(fresh, tmp_path / "save")
         assert applied(fresh) == ()
-    with pytest.raises(ValueError, match="load, first; DistributedDataParallel afterwards"):
+    with pytest.raises(ValueError, match="load first; DistributedDataParallel afterwards"):
         memtl.apply(DistributedDataParallel(vit()), VQT)
 
 

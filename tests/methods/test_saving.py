@@ -324,3 +324,16 @@ def test_peft_wrappers_stand_for_the_model_inside(tmp_path):
     assert_same(fresh.eval()(x), expected)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(merged.eval()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_wrapper_of_checkpointing_is_in_no_name(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = vit()
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    memtl.apply(model, memtl.BitFitConfig(num_classes=3))
+    memtl.save(model, tmp_path)
+    fresh = vit()
+    trained = memtl.load(fresh, tmp_path)
+    assert any(name.startswith("blocks.0.") for name, _ in trained.parameters)
+    assert_same(fresh.blocks[0].attn.qkv.bias, model.blocks[0].attn.qkv.bias)

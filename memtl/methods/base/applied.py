@@ -7,9 +7,12 @@ from typing import Any
 from torch import nn
 
 from ... import nn as layers
+from ...nn.masked import is_shard
 from .config import Config, ConversionConfig
 from .record import applied, record, unwrapped
 from .transfer import TransferConfig, check_module
+
+_FIRST = "apply the method first, or load first"
 
 
 def apply(model: nn.Module, config: Config) -> Any:
@@ -28,7 +31,8 @@ def apply(model: nn.Module, config: Config) -> Any:
     Raises:
         TypeError: ``config`` is no method's configuration, or ``model`` no module.
         ValueError: the method finds nothing to change in this model; or it trains a part of the
-            model, which is compiled, in a parallel wrapper or sharded already.
+            model, which is compiled, wrapped for parallel training or sharded already: what the
+            method adds would train in each process by itself.
     """
     if not isinstance(config, Config):
         raise TypeError(
@@ -52,9 +56,9 @@ def check_local(model: nn.Module) -> None:
         ValueError: it is in DistributedDataParallel, or sharded.
     """
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError("apply the method, or load, first; DistributedDataParallel afterwards")
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
-        raise ValueError("apply the method, or load, first; fully_shard afterwards")
+        raise ValueError(f"{_FIRST}; DistributedDataParallel afterwards")
+    if any(map(is_shard, model.parameters())):
+        raise ValueError(f"{_FIRST}; fully_shard afterwards")
 
 
 def unconvert(model: nn.Module) -> int:

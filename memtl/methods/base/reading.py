@@ -139,6 +139,19 @@ def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader)
         evaluate_all_but(model, head)
 
 
+def gather_for(block: Any, sent: Tensor, given: Tensor, shared: bool) -> None:
+    """Let FSDP have the parameters of ``block`` there for the way back from ``given`` to ``sent``.
+
+    It gathers them when a gradient of what the block returned arrives, and ``given`` left it by
+    another way. Where the block's own tokens have a gradient (``shared``), it sees to their end.
+    """
+    if not hasattr(block, "unshard") or not given.requires_grad:
+        return
+    given.register_hook(lambda _grad: block.unshard())
+    if not shared and sent.requires_grad:
+        sent.register_hook(lambda _grad: block.reshard())
+
+
 def tokens(output: Any) -> Tensor:
     """The tokens in what a block returns: some return a tuple."""
     return output if isinstance(output, Tensor) else output[0]

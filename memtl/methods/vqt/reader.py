@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...functional import query_attention
 from ...nn.calls import Tap
-from ..base.reading import PerThread, Reader, tokens
+from ..base.reading import PerThread, Reader, gather_for, tokens
 
 JACOBIAN_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -139,5 +139,8 @@ class QueryReader(Reader):
 
     def read(self, index: int, run: Callable[..., Any], batch: int, seen: list[Attended]) -> Tensor:
         """Z'_m [B, T, D] of block ``index``, whose forward is ``run``."""
+        queries = self.queries(index, batch)
         with Answering(seen, self.keep, self.jacobian):
-            return tokens(run(self.queries(index, batch)))
+            given = tokens(run(queries))
+        gather_for(getattr(run, "__self__", None), queries, given, self.trains_backbone)
+        return given
