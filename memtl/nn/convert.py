@@ -171,7 +171,7 @@ def _matching(names: Iterable[str], patterns: Patterns, option: str) -> set[str]
 
 
 def unconvert(model: nn.Module) -> int:
-    """Give every converted module its own class back; returns how many there were.
+    """Give every converted or checkpointed module its own class back; returns how many there were.
 
     Raises:
         ValueError: nothing in ``model`` is converted, or a method that changes the model was
@@ -186,5 +186,6 @@ def unconvert(model: nn.Module) -> int:
             what = repr(name) if name else f"this {type(module).__name__}"
             raise ValueError(f"{what} was changed by a method after the conversion")
     for _, module in converted:
-        unswap(module)
+        while issubclass(getattr(type(module), "memtl_layer", object), Layer):
+            unswap(module)
     return len(converted)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .convolution import ConvGeometry, library_weight_grad
+from .outline import outlined
 
 _KINDS: dict[str, type[Format]] = {}
 
@@ -180,7 +181,8 @@ class Packed:
 
 def pack(x: Tensor, format: Format) -> Packed:
     """``x`` in ``format``."""
-    return Packed(format, format.pack(x), x.shape, x.dtype)
+    (given,) = outlined(x)
+    return Packed(format, format.pack(given), x.shape, x.dtype)
 
 
 def check_rebuild(rebuild: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ... import nn as layers
-from .config import Config, ConversionConfig
+from .config import Config
 from .record import applied, record
 from .transfer import TransferConfig
 
@@ -44,11 +44,11 @@ def apply(model: nn.Module, config: Config) -> Any:
 
 
 def unconvert(model: nn.Module) -> int:
-    """Give every converted module its own class back; returns how many there were.
+    """Give every converted or checkpointed module its own class back; returns how many there were.
 
     Raises:
         ValueError: as :func:`memtl.nn.unconvert`.
     """
     count = layers.unconvert(model)
-    record(model, tuple(c for c in applied(model) if not isinstance(c, ConversionConfig)))
+    record(model, tuple(c for c in applied(model) if not c.is_undone))
     return count
