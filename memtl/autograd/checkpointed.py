@@ -16,7 +16,6 @@ from .keep import Function, is_parameter, keep, kept
 from .region import Region
 
 
-@torch.compiler.disable
 def checkpointed(
     module: nn.Module,
     forward: Callable[..., Any],
@@ -164,9 +163,7 @@ class _Surroundings:
             stack.enter_context(fork)
             torch.set_rng_state(self._cpu_state)
             if self._devices:
-                set_device_states(
-                    self._devices, self._device_states, device_type=self._device_type
-                )
+                set_device_states(self._devices, self._device_states, device_type=self._device_type)
             for autocast in self._autocasts:
                 stack.enter_context(autocast)
             if torch.get_default_device() != self._default_device:

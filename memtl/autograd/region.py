@@ -33,7 +33,7 @@ class Region:
 
     def run(self, first: Callable[[], Any]) -> Any:
         """The result of ``first``, the first run."""
-        run = _Run(self._saved)
+        run = Run(self._saved)
         with saved_tensors_hooks(self._place, self._value), outlines(), _running(run):
             result = first()
         self._keeps = run.keeps
@@ -43,6 +43,8 @@ class Region:
     def _place(self, t: Tensor) -> int:
         self._saved.append((t.shape, t.dtype))
         return len(self._saved) - 1
+
+    _place.memtl_shares = True  # type: ignore[attr-defined]
 
     def _value(self, place: int) -> Tensor:
         if place not in self._values:
@@ -61,7 +63,8 @@ class Region:
                 raise _Done
             return t
 
-        run = _Run(values, last=self._keeps if self._ends_in_keep else 0)
+        note.memtl_shares = True  # type: ignore[attr-defined]
+        run = Run(values, last=self._keeps if self._ends_in_keep else 0)
         hooks = saved_tensors_hooks(note, lambda t: t)
         with contextlib.suppress(_Done):
             with torch.enable_grad(), hooks, outlines(False), _running(run):
@@ -82,7 +85,7 @@ class _Done(Exception):
     """All that the first run saved is there."""
 
 
-class _Run:
+class Run:
     """One run of a region: how often memtl's Functions kept something, and how many tensors were
     saved by the end of the last time.
 
@@ -96,17 +99,18 @@ class _Run:
         self.last = last
         self.keeps = 0
         self.kept_until = 0
+        self.offers: Any = None  # what is shared in this run, and in no other: see share.py
 
 
 class _Current(threading.local):
-    run: _Run | None = None
+    run: Run | None = None
 
 
 _current = _Current()
 
 
 @contextlib.contextmanager
-def _running(run: _Run) -> Iterator[None]:
+def _running(run: Run) -> Iterator[None]:
     before, _current.run = _current.run, run
     try:
         yield
@@ -114,14 +118,15 @@ def _running(run: _Run) -> Iterator[None]:
         _current.run = before
 
 
-def _run_here() -> _Run | None:
-    """torch.compile does not trace what is local to a thread; compiled code is one saver of many."""
+def current() -> Run | None:
+    """The innermost run that is going on in this thread. (torch.compile does not trace what is local
+    to a thread; to a region, compiled code is one saver of many.)"""
     return None if torch.compiler.is_compiling() else _current.run
 
 
 def keeps(saved: Sequence[Tensor | None]) -> None:
     """To be told by a Function that is about to save these for its backward."""
-    if (run := _run_here()) is not None:
+    if (run := current()) is not None:
         run.keeps += 1
         run.kept_until = len(run.saved) + sum(t is not None for t in saved)
 
@@ -129,5 +134,5 @@ def keeps(saved: Sequence[Tensor | None]) -> None:
 def at_the_end() -> bool:
     """Whether the Function that runs now saves the last tensors of a region that is run again:
     what it returns, nobody reads."""
-    run = _run_here()
+    run = current()
     return run is not None and run.keeps + 1 == run.last

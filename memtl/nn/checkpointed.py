@@ -28,7 +28,10 @@ class CheckpointedLayer(Layer):
         own = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return own(*args, **kwargs)
-        return checkpointed(self, own, self.memtl_input, args, kwargs)  # type: ignore[arg-type]
+        run = checkpointed
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(run)
+        return run(self, own, self.memtl_input, args, kwargs)  # type: ignore[arg-type]
 
 
 def checkpoint_blocks(
@@ -80,7 +83,9 @@ def checkpoint_blocks(
 
 def _lists(modules: dict[str, nn.Module]) -> list[str]:
     lists = [name for name, module in modules.items() if _is_list_of_blocks(module)]
-    innermost = [n for n in lists if not any(o.startswith(f"{n}." if n else "") and o != n for o in lists)]
+    innermost = [
+        n for n in lists if not any(o.startswith(f"{n}." if n else "") and o != n for o in lists)
+    ]
     return [
         f"{name}.{child}".lstrip(".")
         for name in innermost
