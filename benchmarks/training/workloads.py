@@ -95,6 +95,12 @@ class Mode:
 STOCK = Mode("stock")
 CHECKPOINTING = Mode("checkpointing", checkpointing=True)
 
+
+def apply_fast(model: nn.Module) -> None:
+    """Back Razor in the layers, before something else comes on top."""
+    memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+
+
 MODES = (
     STOCK,
     CHECKPOINTING,
@@ -102,6 +108,8 @@ MODES = (
     Mode("fast, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
     Mode("small, keep 0.1", config=memtl.BackRazorConfig.preset("small", keep=0.1)),
     Mode("4 bits, once", config=memtl.LowBitConfig(bits=4)),
+    Mode("blocks in 8 bits", config=memtl.CheckpointConfig()),
+    Mode("blocks, fast 0.1", change=apply_fast, config=memtl.CheckpointConfig()),
     Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
 )
 
@@ -197,7 +205,15 @@ QUICK = (
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
 
-GPU_MODES = (
+GPU_
+
+
+def apply_fast(model: nn.Module) -> None:
+    """Back Razor in the layers, before something else comes on top."""
+    memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+
+
+MODES = (
     STOCK,
     CHECKPOINTING,
     Mode("Back Razor 0.1", config=memtl.BackRazorConfig(keep=0.1)),

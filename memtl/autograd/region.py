@@ -119,8 +119,8 @@ def _running(run: Run) -> Iterator[None]:
 
 
 def current() -> Run | None:
-    """The innermost run that is going on in this thread. (torch.compile does not trace what is local
-    to a thread; to a region, compiled code is one saver of many.)"""
+    """The innermost run that is going on in this thread. (torch.compile does not trace what is
+    local to a thread; to a region, compiled code is one saver of many.)"""
     return None if torch.compiler.is_compiling() else _current.run
 
 

@@ -9,8 +9,8 @@ any operation memtl does not know.
 Shared are results inside one graph alone, never leaves: parameters, inputs and buffers outlive a
 step, and may change unseen (through ``.data``, by a fused optimizer, a collective). Nothing is
 shared where other saved-tensor hooks are at work, which account for every tensor one by one
-(torch's checkpointing drops and repeats them), nor under ``torch.compile``, where the tensors of one traced
-Function cannot be handed to another by the side.
+(torch's checkpointing drops and repeats them), nor under ``torch.compile``, where the tensors of
+one traced Function cannot be handed to another by the side.
 """
 
 from __future__ import annotations

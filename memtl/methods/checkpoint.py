@@ -18,14 +18,16 @@ class CheckpointConfig(Config):
 
     Backward decodes a block's input and runs the block again. The forward stays exact, and so does
     what passes by a block on a residual connection. By itself it leaves the layers as they are; on
-    top of ``BackRazorConfig`` or ``LowBitConfig``, which are applied first, what a block keeps while
-    its backward runs is theirs: a smaller peak, and, with top-k on a CPU, a shorter step.
+    top of a conversion (``BackRazorConfig``, say), which is applied first, what a block keeps while
+    its backward runs is that conversion's: a smaller peak, and, with top-k on a CPU, a shorter
+    step. Compiled code breaks at every block, which runs uncompiled.
 
     Args:
         bits: 8, 4, 3 or 2; None for the input as it is, exact.
         target_modules: as in :func:`memtl.nn.checkpoint_blocks`.
 
     Raises:
+        TypeError: a field is of the wrong type.
         ValueError: bits that are none of those.
     """
 

@@ -65,7 +65,7 @@ def vit_with_dropout():
 
 
 class Convolutions(nn.Module):
-    """A stage of residual blocks with batch norms, the second ReLU in place on the block's input."""
+    """A stage of residual blocks with batch norms, each of which overwrites its input."""
 
     class Block(nn.Module):
         def __init__(self):
