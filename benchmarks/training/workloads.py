@@ -205,15 +205,7 @@ QUICK = (
     Workload("hf:bert", 2, tokens=32, options={"num_hidden_layers": 2, "vocab_size": 100}),
 )
 
-GPU_
-
-
-def apply_fast(model: nn.Module) -> None:
-    """Back Razor in the layers, before something else comes on top."""
-    memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
-
-
-MODES = (
+GPU_MODES = (
     STOCK,
     CHECKPOINTING,
     Mode("Back Razor 0.1", config=memtl.BackRazorConfig(keep=0.1)),

@@ -133,11 +133,11 @@ class _Arguments:
             coded = _is_plain(leaves[i]) and (given.needs_grad or i == first)
             by_reference = given.parameter or not coded
             pairs.append((given.laid(leaves[i]), Dense() if by_reference else format))
-        self._node = _Inputs.apply(_anchor(), tuple(pairs)).grad_fn
+        self._kept = _Inputs.apply(_anchor(), tuple(pairs))  # without it the node would be freed
 
     def restored(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments again."""
-        packed, _ = kept(self._node)
+        packed, _ = kept(self._kept.grad_fn)
         leaves = list(self._rest)
         for (i, given), p in zip(self._given.items(), packed, strict=True):
             leaves[i] = given.restore(p)
