@@ -106,7 +106,7 @@ class SavedTensors:
         return t.detach()
 
     # It changes nothing of what is saved: see autograd/share.py.
-    _pack.memtl_counts = True  # type: ignore[attr-defined]
+    _pack.memtl_shares = True  # type: ignore[attr-defined]
 
     @property
     def by_layer(self) -> dict[str, int]:

@@ -95,6 +95,12 @@ class Mode:
 STOCK = Mode("stock")
 CHECKPOINTING = Mode("checkpointing", checkpointing=True)
 
+
+def apply_fast(model: nn.Module) -> None:
+    """Back Razor in the layers, before something else comes on top."""
+    memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+
+
 MODES = (
     STOCK,
     CHECKPOINTING,
@@ -102,6 +108,8 @@ MODES = (
     Mode("fast, keep 0.03", config=memtl.BackRazorConfig(keep=0.03)),
     Mode("small, keep 0.1", config=memtl.BackRazorConfig.preset("small", keep=0.1)),
     Mode("4 bits, once", config=memtl.LowBitConfig(bits=4)),
+    Mode("blocks in 8 bits", config=memtl.CheckpointConfig()),
+    Mode("blocks, fast 0.1", change=apply_fast, config=memtl.CheckpointConfig()),
     Mode("paper, keep 0.1", config=memtl.BackRazorConfig.preset("paper", keep=0.1)),
 )
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Format, Packed, Quantized, pack
+from ..storage.outline import outlined
 from ..storage.quantized import grouped
 from ..storage.rebuilt import rebuilt
 from .keep import Function, first_order, keep, kept, packed_once
@@ -293,7 +294,7 @@ def _pack_derivative(x: Tensor, act: Activation, fused: str | None, format: Quan
     if fused is None or x.dtype == torch.float64:
         return pack(act.derivative(x), code)
     rounding = (code.bits, fused, act.lo, act.hi, code.seed)
-    codes = torch.ops.memtl.quant_pack_derivative(x, *rounding)
+    codes = torch.ops.memtl.quant_pack_derivative(*outlined(x), *rounding)
     return Packed(code, (codes,), x.shape, x.dtype)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..storage import Format, Packed, pack
+from . import region
 from .share import offer_input, shared
 
 
@@ -79,6 +80,7 @@ def keep(
         saved.extend(packed.tensors)
     ctx.specs = tuple(specs)
     ctx.num_exact = len(exact)
+    region.keeps(saved)
     ctx.save_for_backward(*saved)
     return kept
 

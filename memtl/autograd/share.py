@@ -8,9 +8,9 @@ any operation memtl does not know.
 
 Shared are results inside one graph alone, never leaves: parameters, inputs and buffers outlive a
 step, and may change unseen (through ``.data``, by a fused optimizer, a collective). Nothing is
-shared where saved-tensor hooks are at work, which account for every tensor one by one
-(checkpointing drops and repeats them), nor under ``torch.compile``, where the tensors of one traced
-Function cannot be handed to another by the side.
+shared where other saved-tensor hooks are at work, which account for every tensor one by one
+(torch's checkpointing drops and repeats them), nor under ``torch.compile``, where the tensors of
+one traced Function cannot be handed to another by the side.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..storage import Dense, Format, Packed
 from ..storage.rebuilt import View, rebuilt
+from . import region
 
 
 class _Offer(NamedTuple):
@@ -48,11 +49,12 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
     storage = x.untyped_storage()._cdata
     if any(t.untyped_storage()._cdata == storage for t in packed.tensors):
         return  # by reference: it would keep itself alive
-    _offers[x] = _Offer(packed, x._version + dirty, _versions(packed.tensors))
-    origin = _origins.get(x, lambda: None)()
+    offers, origins = _here()
+    offers[x] = _Offer(packed, x._version + dirty, _versions(packed.tensors))
+    origin = origins.get(x, lambda: None)()
     if origin is not None and packed.format.precision <= _CODED:
         packed = dataclasses.replace(packed, dtype=origin.dtype)
-        _offers[origin] = _Offer(packed, origin._version, _versions(packed.tensors))
+        offers[origin] = _Offer(packed, origin._version, _versions(packed.tensors))
 
 
 def offer_input(x: Tensor, packed: Packed) -> None:
@@ -80,7 +82,7 @@ def _takes(format: Format, found: Packed) -> bool:
 
 def offered(x: Tensor) -> Packed | None:
     """What stands for this very tensor."""
-    found = _offers.get(x)
+    found = _here()[0].get(x)
     if found is None or found.version != x._version or not _allocated(found.packed.tensors):
         return None
     return found.packed if found.versions == _versions(found.packed.tensors) else None
@@ -119,6 +121,17 @@ def _overlaps(x: Tensor) -> bool:
     return any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def _here() -> tuple[WeakTensorKeyDictionary, WeakTensorKeyDictionary]:
+    """Offers and origins. A region that will be run again shares within each of its runs alone, so
+    that both keep the same."""
+    run = region.current()
+    if run is None:
+        return _offers, _origins
+    if run.offers is None:
+        run.offers = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+    return run.offers
+
+
 def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(-1 if t.is_inference() else t._version for t in tensors)
 
@@ -133,7 +146,7 @@ def sharing() -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is None or getattr(hooks[0], "memtl_counts", False)
+    return hooks is None or getattr(hooks[0], "memtl_shares", False)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,5 +159,5 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if packed is not None:
         offer(y, dataclasses.replace(packed, dtype=dtype))
     elif dtype == torch.bfloat16:  # float16 may lose what float32 holds
-        _origins[y] = TensorWeakRef(x)
+        _here()[1][y] = TensorWeakRef(x)
     return y

@@ -9,6 +9,7 @@ from .base.record import applied
 from .base.saving import load, save
 from .base.transfer import Trained
 from .bitfit import BitFitConfig
+from .checkpoint import CheckpointConfig
 from .frozen import FrozenConfig
 from .head2toe import Head2ToeConfig
 from .linear_probe import LinearProbeConfig
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptFormerConfig",
     "BackRazorConfig",
     "BitFitConfig",
+    "CheckpointConfig",
     "Config",
     "FrozenConfig",
     "Head2ToeConfig",

@@ -1,5 +1,6 @@
 """Modules: what is known of each layer, and convert() / unconvert() for whole models."""
 
+from .checkpointed import checkpoint_blocks
 from .convert import convert, unconvert
 from .exactness import exact, stock
 from .layers import ROLES, Layer, layer
@@ -13,6 +14,7 @@ __all__ = [
     "Report",
     "Row",
     "StandardizedConv2d",
+    "checkpoint_blocks",
     "compress_weights",
     "convert",
     "exact",

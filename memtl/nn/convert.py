@@ -175,7 +175,7 @@ def _matching(names: Iterable[str], patterns: Patterns, option: str) -> set[str]
 
 
 def unconvert(model: nn.Module) -> int:
-    """Give every converted module its own class back; returns how many there were.
+    """Give every converted or checkpointed module its own class back; returns how many there were.
 
     Raises:
         ValueError: nothing in ``model`` is converted; or a method that changes the model was
@@ -192,5 +192,6 @@ def unconvert(model: nn.Module) -> int:
         if hides_forward(module):
             raise ValueError(f"{HIDDEN.format(type(module).__name__)}: undo that first")
     for _, module in converted:
-        unswap(module)
+        while issubclass(getattr(type(module), "memtl_layer", object), Layer):
+            unswap(module)
     return len(converted)

@@ -32,10 +32,10 @@ def exact(model: nn.Module) -> Iterator[None]:
         own = vars(module)
         if not isinstance(module, Layer):
             continue
-        if "memtl_formats" in own:  # by role, of the functions that it calls
-            before.append((module, "memtl_formats", own["memtl_formats"]))
-        elif "memtl_format" in own:
-            before.append((module, "memtl_format", own["memtl_format"]))
+        # Of a layer, by role of the functions that it calls, of a checkpointed block's input.
+        for name in ("memtl_format", "memtl_formats", "memtl_input"):
+            if name in own:
+                before.append((module, name, own[name]))
     try:
         for module, name, kept in before:
             setattr(module, name, _exact(kept))

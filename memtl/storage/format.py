@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .convolution import ConvGeometry, library_weight_grad
+from .outline import outlined
 
 _KINDS: dict[str, type[Format]] = {}
 
@@ -189,7 +190,8 @@ def pack(x: Tensor, format: Format) -> Packed:
             f"a DTensor {list(x.shape)} cannot be kept in {format}: leave layers that run in "
             "tensor parallel out (exclude_modules), or keep them in Dense()"
         )
-    return Packed(format, format.pack(x), x.shape, x.dtype)
+    (given,) = outlined(x)
+    return Packed(format, format.pack(given), x.shape, x.dtype)
 
 
 def check_rebuild(rebuild: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._ops import GROUP, ceil_div
 from .format import Format, Packed, check_rebuild
+from .outline import outlined
 
 BITS = (8, 4, 3, 2)
 
@@ -85,7 +86,8 @@ def pack_normalized(
         return None
     if torch.float64 in (x.dtype, mean.dtype, rstd.dtype):
         return None
-    packed = torch.ops.memtl.quant_pack_normalized(x, mean, rstd, format.bits, inner, format.seed)
+    given = outlined(x, mean, rstd)
+    packed = torch.ops.memtl.quant_pack_normalized(*given, format.bits, inner, format.seed)
     return Packed(format, packed, x.shape, torch.float32)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ... import nn as layers
 from ...nn.masked import is_shard
-from .config import Config, ConversionConfig
+from .config import Config
 from .record import applied, record, unwrapped
 from .transfer import TransferConfig, check_module
 
@@ -62,11 +62,11 @@ def check_local(model: nn.Module) -> None:
 
 
 def unconvert(model: nn.Module) -> int:
-    """Give every converted module its own class back; returns how many there were.
+    """Give every converted or checkpointed module its own class back; returns how many there were.
 
     Raises:
         ValueError: as :func:`memtl.nn.unconvert`.
     """
     count = layers.unconvert(model)
-    record(model, tuple(c for c in applied(model) if not isinstance(c, ConversionConfig)))
+    record(model, tuple(c for c in applied(model) if not c.is_undone))
     return count

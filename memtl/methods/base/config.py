@@ -23,9 +23,11 @@ METHODS: dict[str, type[Config]] = {}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(abc.ABC):
-    """The base of every method's configuration. ``method`` is its name, in JSON and in commands."""
+    """The base of every method's configuration. ``method`` is its name, in JSON and in commands;
+    ``is_undone``: whether ``unconvert`` takes it back."""
 
     method: ClassVar[str]
+    is_undone: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,17 +96,12 @@ class ConversionConfig(Config):
         target_modules, exclude_modules: as in :func:`memtl.nn.convert`.
     """
 
+    is_undone: ClassVar[bool] = True
     target_modules: Patterns = None
     exclude_modules: Patterns = None
 
     def __post_init__(self) -> None:
-        for option in ("target_modules", "exclude_modules"):
-            value = getattr(self, option)
-            if value is None or isinstance(value, str):
-                continue
-            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-                raise TypeError(f"{option} must be None, a string or strings, got {value!r}")
-            object.__setattr__(self, option, tuple(value))
+        check_patterns(self, "target_modules", "exclude_modules")
 
     @abc.abstractmethod
     def formats(self) -> dict[str, Format | None]:
@@ -118,6 +115,17 @@ class ConversionConfig(Config):
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
         )
+
+
+def check_patterns(config: Config, *names: str) -> None:
+    """Raise unless each of those fields is None, a string or strings; of a list make a tuple."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise TypeError(f"{name} must be None, a string or strings, got {value!r}")
+        object.__setattr__(config, name, tuple(value))
 
 
 def check_bits(config: Config, *names: str) -> None:
