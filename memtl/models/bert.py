@@ -45,11 +45,17 @@ def inputs(ids: Tensor, tokenizer: Any, types: bool = True) -> dict[str, Tensor]
 
 class Wrapped(nn.Module):
     """A model of transformers, ``model``, with timm's names for its classifier and for
-    checkpointing its layers."""
+    checkpointing its layers, and the backbone that it has itself."""
+
+    base_model_prefix = "model"
 
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.model.base_model
 
     def get_classifier(self) -> Any:
         """The last linear layer of the head, or the head as it is; None where there is none."""

@@ -135,7 +135,8 @@ def _of_name(name: str) -> Wants:
 
     if name in OWN or not is_model(name):
         return _of_config(models.timm_model(name).pretrained_cfg)
-    return _of_config(get_pretrained_cfg(name).to_dict())
+    config = get_pretrained_cfg(name)
+    return _of_config({} if config is None else config.to_dict())
 
 
 def _of_model(model: Any) -> Wants:
@@ -147,12 +148,11 @@ def _of_model(model: Any) -> Wants:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.in_channels == found.channels or isinstance(model, Wrapped):
         return found
-    fields = {
-        name: value if len(value) == first.in_channels else (sum(value) / len(value),)
-        for name in ("mean", "std")
-        for value in [getattr(found, name)]
-    }
-    return dataclasses.replace(found, channels=first.in_channels, **fields)
+    channels = first.in_channels  # what a timm model says is not in_chans
+    mean, std = (sum(values) / len(values) for values in (found.mean, found.std))
+    return dataclasses.replace(
+        found, channels=channels, mean=(mean,) * channels, std=(std,) * channels
+    )
 
 
 def _of_config(config: dict[str, Any]) -> Wants:
