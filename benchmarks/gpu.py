@@ -240,20 +240,29 @@ def main() -> int:
         "rows": [],
         "training": [],
         "left_out": [],
+        "complete": False,
     }
     print(f"{record.get('gpu', record['cpu'])}, torch {record['torch']}, {record['backends']}")
     print(f"copy {bandwidth / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s")
     seconds = math.inf if options.quick else 60 * options.minutes
     training = Budget(seconds * TRAINING_SHARE)
-    measure_training(record, scale, device, timer, training, int(options.budget_gib * GIB))
-    measure_kernels(record, scale, device, timer, Budget(seconds * (1 - TRAINING_SHARE)))
+    try:
+        measure_training(record, scale, device, timer, training, int(options.budget_gib * GIB))
+        measure_kernels(record, scale, device, timer, Budget(seconds * (1 - TRAINING_SHARE)))
+        record["complete"] = True
+    finally:  # what was measured until something failed, or somebody ended it, is worth keeping
+        conclude(record, options.output, device)
+    return 0
+
+
+def conclude(record: dict[str, Any], output: Path | None, device: str) -> None:
+    """Compare with the goals, print, and write the file."""
     record["slower_owners"] = slower_owners(record["rows"])
     record["goals"] = goals.compare(record)
     print(f"\n{goals.format_goals(record['goals'])}")
-    for title, lines in (("left out, for time", "left_out"), ("slower owners", "slower_owners")):
+    for title, lines in (("left out", "left_out"), ("slower owners", "slower_owners")):
         for line in record[lines]:
             print(f"{title}: {line}")
-    output = options.output
     if output is None and device == "cuda":
         name = re.sub(r"\W+", "-", record["gpu"]).strip("-").lower()
         output = harness.RESULTS / f"gpu-{name}.json"
@@ -261,7 +270,6 @@ def main() -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
         print(f"\nwritten to {harness.relative(str(output.resolve()))}")
-    return 0
 
 
 if __name__ == "__main__":

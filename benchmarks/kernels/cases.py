@@ -397,12 +397,13 @@ def fused_cases(batch: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
         n = WIDTHS[0]
         packed, grad_out = OPS.quant_pack(draw(batch * TOKENS, n), bits, 1), draw(batch * TOKENS, n)
         rstd, weight = torch.rand_like(grad_out[:, :1]).float() + 0.5, draw(n)
+        plain_weight = weight if weight.is_cuda else weight.float()  # as torch's kernels want it
 
         def plain() -> tuple[Tensor, ...]:
             x_hat = OPS.quant_unpack(*packed, bits, grad_out.shape, dtype)
             unit = torch.ones_like(rstd)
             grad_x, _, grad_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_out, x_hat, [n], unit - 1, unit, weight, weight, [True, False, True]
+                grad_out, x_hat, [n], unit - 1, unit, *(plain_weight,) * 2, [True, False, True]
             )
             return grad_x.mul_(rstd), (grad_out * x_hat).sum(0), grad_bias
 
