@@ -1,4 +1,5 @@
-"""The ``memtl`` command: doctor, profile, estimate, bench, demo, vtab, tickets, doublewin."""
+"""The ``memtl`` command: doctor, profile, train, eval, estimate, bench, demo, vtab, tickets,
+doublewin."""
 
 from __future__ import annotations
 
@@ -38,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .doublewin.command import main as doublewin
 
         return doublewin(arguments[1:])
+    if arguments[:1] == ["train"]:
+        from .runs.command import train
+
+        return train(arguments[1:])
+    if arguments[:1] == ["eval"]:
+        from .runs.command import evaluate
+
+        return evaluate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="memtl", description="Memory-efficient transfer learning."
     )
@@ -61,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_subparsers(dest="bench", metavar="measurement", required=True).add_parser(
         "fidelity", help="how close gradients are to the exact ones, and at how many bytes"
     )
+    commands.add_parser("train", help="fine-tune a model: a folder of results, to go on from")
+    commands.add_parser("eval", help="how good the model of a run is")
     commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
     commands.add_parser("vtab", help="compare methods on VTAB-1k by its published protocol")
     commands.add_parser("tickets", help="lottery tickets of a pre-trained encoder: which match it")

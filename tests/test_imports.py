@@ -14,7 +14,7 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo doublewin estimate fidelity lottery vtab",
+    "demo doublewin estimate fidelity lottery runs vtab",
     "report training tasks assets methods models analytic",
     "nn",
     "functional",

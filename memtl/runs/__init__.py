@@ -1,0 +1,7 @@
+"""One training run: settings in, a folder of results out."""
+
+from .loop import Interrupted, train
+from .results import evaluate, load
+from .settings import RunSettings
+
+__all__ = ["Interrupted", "RunSettings", "evaluate", "load", "train"]
