@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_aside
+from ..nn.report import plain_name
 from ..report import environment
 from ..training import Step, seeded, track
 from ..training.metrics import metric_named
@@ -165,8 +166,7 @@ class _Run:
             columns = ("epoch", "loss", "learning_rate", "seconds", "samples_per_second",
                        "val_loss", f"val_{self.data.metric}")  # fmt: skip
             log = Records(self.out, columns, first, settings.tensorboard)
-        if first:
-            say(f"going on after step {first} of {last}")
+        say(self._beginning() if not first else f"going on after step {first} of {last}")
         batches = iter(
             loader(self.data.train, Batches(self.order, first, last), settings.workers,
                    self.ranks.device)
@@ -231,6 +231,16 @@ class _Run:
                 log.flush()  # before the checkpoint that counts on them
             self._save(step, best)
         return evaluating or saving
+
+    def _beginning(self) -> str:
+        settings, recipe, order = self.settings, self.recipe, self.order
+        trained = sum(p.numel() for p in self.step.parameters)
+        passes = recipe.steps * order.a_step / order.samples
+        return (
+            f"{settings.model} on {settings.data}, {settings.methods}: {recipe.steps} steps of "
+            f"{order.a_step} samples, {passes:.3g} epochs of {order.samples}; {trained:,} of "
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters train"
+        )
 
     def finish(self) -> dict[str, Any]:
         """Leave the best weights and the summary in the folder; returns the summary."""
@@ -331,7 +341,7 @@ class _Run:
 
     def _restore(self, found: Checkpoint) -> None:
         """All but the weights, which the model has already."""
-        own = {name: p for name, p in self.model.named_parameters()}
+        own = {plain_name(name): p for name, p in self.model.named_parameters()}
         state: dict[str, dict[str, Any]] = {
             name: dict(values) for name, values in found.facts["optimizer"].items()
         }

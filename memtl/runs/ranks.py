@@ -20,6 +20,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    joined: bool = False  # here, and not by whoever called
 
     @classmethod
     def join(cls, device: str) -> Ranks:
@@ -46,9 +47,9 @@ class Ranks:
             torch.cuda.set_device(local)
         check_device(kind)
         found = torch.device(kind)
-        if not dist.is_initialized():
+        if joining := not dist.is_initialized():
             dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), found)
+        return cls(dist.get_rank(), dist.get_world_size(), found, joining)
 
     @property
     def first(self) -> bool:
@@ -72,8 +73,8 @@ class Ranks:
         return held[0]
 
     def leave(self) -> None:
-        """Part with the other processes."""
-        if self.world > 1:
+        """Part with the other processes, if this joined them."""
+        if self.joined:
             dist.destroy_process_group()
 
     def spread(self, model: nn.Module, sharded: bool) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from .. import training
 from ..methods import Config
 from ..methods.base.config import METHODS, config_from_dict
 
+_ASSIGNED = re.compile(r"[a-z_.]+=")
 FULL = "full"
 """The method that changes nothing: every parameter trains."""
 
@@ -80,7 +82,8 @@ class RunSettings:
             object.__setattr__(self, "epochs", 10.0)
         if self.epochs is not None and self.steps is not None:
             raise ValueError("epochs and steps say the same thing twice: give one of them")
-        counts = ("size", "tokens", "steps", "accumulate", "eval_every", "save_every", "keep")
+        counts = ("size", "tokens", "steps", "batch_size", "accumulate", "eval_every", "save_every",
+                  "keep")  # fmt: skip
         for name, valid, wanted in (
             *((n, (v := getattr(self, n)) is None or v >= 1, "at least 1") for n in counts),
             ("epochs", self.epochs is None or self.epochs > 0, "positive"),
@@ -175,7 +178,7 @@ def override(data: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         if not equals:
             if not word.startswith("--"):
                 raise ValueError(f"expected --setting value or setting=value, got {word!r}")
-            alone = not words or words[0].startswith("--")
+            alone = not words or words[0].startswith("--") or _ASSIGNED.match(words[0])
             text = "true" if alone else words.pop(0)
         name, _, option = name.replace("-", "_").partition(".")
         if not option:
