@@ -1,137 +1,92 @@
-"""The ``memtl`` command: doctor, profile, train, eval, estimate, bench, demo, vtab, tickets,
-doublewin."""
+"""The ``memtl`` command: which commands there are. Each is a program of its own, imported when it
+is called."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import difflib
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-from . import backends, models
+
+class Command(NamedTuple):
+    """What ``memtl --help`` says of a command, and the function that gets the rest of the line and
+    returns the exit status: 0; 1 where a training diverged or a process died; 2 for a wrong call.
+    """
+
+    help: str
+    module: str
+    function: str = "main"
+
+
+COMMANDS = {
+    "doctor": Command("versions, what loaded or why not, who serves what", ".cli", "doctor"),
+    "profile": Command("bytes a model saves for backward, stock and converted", ".profile"),
+    "estimate": Command("training memory by method as TinyTL's tables count it", ".estimate"),
+    "train": Command(
+        "fine-tune a model: a folder of results, to go on from", ".runs.command", "train"
+    ),
+    "eval": Command("how good the model of a run is", ".runs.command", "evaluate"),
+    "prune": Command("draw a lottery ticket of a model: which weights survive", ".runs.prune"),
+    "bench": Command("measurements: fidelity of gradients, kernels, whole steps", ".bench"),
+    "demo": Command("fine-tune handwritten digits several ways and compare", ".demo"),
+    "vtab": Command("compare methods on VTAB-1k by its published protocol", ".vtab.command"),
+    "tickets": Command(
+        "lottery tickets of a pre-trained encoder: which match it", ".lottery.command"
+    ),
+    "doublewin": Command(
+        "tickets of robustly pre-trained networks, transferred", ".doublewin.command"
+    ),
+}
+"""A new command is a row here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; without one, ``doctor``. Returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["demo"]:  # the demo is a program with options of its own
-        from .demo import main as demo
+    """Run one command; without one, say which there are. Returns the exit status."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        import memtl
 
-        return demo(arguments[1:])
-    if arguments[:2] == ["bench", "fidelity"]:  # and so is this
-        from .fidelity.command import main as fidelity
-
-        return fidelity(arguments[2:])
-    if arguments[:1] == ["estimate"]:
-        from .estimate import main as estimate
-
-        return estimate(arguments[1:])
-    if arguments[:1] == ["vtab"]:
-        from .vtab.command import main as vtab
-
-        return vtab(arguments[1:])
-    if arguments[:1] == ["tickets"]:
-        from .lottery.command import main as tickets
-
-        return tickets(arguments[1:])
-    if arguments[:1] == ["doublewin"]:
-        from .doublewin.command import main as doublewin
-
-        return doublewin(arguments[1:])
-    if arguments[:1] == ["train"]:
-        from .runs.command import train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["eval"]:
-        from .runs.command import evaluate
-
-        return evaluate(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="memtl", description="Memory-efficient transfer learning."
-    )
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    commands.add_parser("doctor", help="versions, what loaded or why not, who serves what")
-    profile = commands.add_parser(
-        "profile",
-        help="bytes a timm or transformers model saves for backward, stock and converted",
-    )
-    profile.add_argument("model", help=models.NAMES)
-    profile.add_argument("--method", default="back-razor", choices=("back-razor", "low-bit"))
-    profile.add_argument("--preset", choices=("fast", "small", "paper"), help="of back-razor")
-    profile.add_argument("--keep", type=float, help="fraction kept by back-razor, (0, 1]: 0.1")
-    profile.add_argument("--bits", type=int, help="of low-bit: 4")
-    profile.add_argument("--batch-size", type=int, default=1)
-    profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
-    profile.add_argument("--device", default="cpu")
-    profile.add_argument("--coverage", action="store_true", help="print the coverage table too")
-    commands.add_parser("estimate", help="training memory by method as TinyTL's tables count it")
-    bench = commands.add_parser("bench", help="measurements on a model: fidelity")
-    bench.add_subparsers(dest="bench", metavar="measurement", required=True).add_parser(
-        "fidelity", help="how close gradients are to the exact ones, and at how many bytes"
-    )
-    commands.add_parser("train", help="fine-tune a model: a folder of results, to go on from")
-    commands.add_parser("eval", help="how good the model of a run is")
-    commands.add_parser("demo", help="fine-tune handwritten digits several ways and compare")
-    commands.add_parser("vtab", help="compare methods on VTAB-1k by its published protocol")
-    commands.add_parser("tickets", help="lottery tickets of a pre-trained encoder: which match it")
-    commands.add_parser("doublewin", help="tickets of robustly pre-trained networks, transferred")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "profile":
-            return _profile(options)
-    except (ImportError, ValueError) as error:
-        print(f"memtl {options.command}: {error}", file=sys.stderr)
+        print(f"memtl {memtl.__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"do you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"memtl: there is no command {name!r}: {hint}", file=sys.stderr)
         return 2
+    command = COMMANDS[name]
+    return getattr(importlib.import_module(command.module, __package__), command.function)(rest)
+
+
+def overview() -> str:
+    """Every command, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: memtl COMMAND ...",
+            "",
+            "Memory-efficient transfer learning.",
+            "",
+            *lines,
+            "",
+            "memtl COMMAND --help says what a command takes, memtl --version which memtl this is.",
+        )
+    )
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Run ``memtl doctor``; returns the exit status."""
+    from . import backends
+
+    argparse.ArgumentParser(
+        prog="memtl doctor",
+        description="Versions, what loaded or why not, and who serves which operator where.",
+    ).parse_args(argv)
     print(backends.report())
     return 0
-
-
-def _profile(options: argparse.Namespace) -> int:
-    import torch
-
-    from . import memory
-    from .methods import apply, unconvert
-
-    torch.manual_seed(0)
-    model, arguments = models.build(
-        options.model,
-        batch_size=options.batch_size,
-        tokens=options.tokens,
-        device=options.device,
-    )
-    model.train()
-    config = _config(options)
-
-    def measure() -> memory.Profile:
-        return memory.profile(model, batch_size=options.batch_size, **arguments)
-
-    with memory.freed_memory_returned():  # memory first: see there
-        stock = measure()
-        report = apply(model, config)
-        converted = measure()
-    converted = dataclasses.replace(converted, seconds=memory.step_seconds(model, **arguments))
-    if options.coverage:
-        print(report.measure(model, **arguments), end="\n\n")
-    unconvert(model)
-    stock = dataclasses.replace(stock, seconds=memory.step_seconds(model, **arguments))
-    print(memory.comparison(stock, converted))
-    return 0
-
-
-def _config(options: argparse.Namespace) -> Any:
-    """The configuration that the options ask for; an option of another method is an error."""
-    from .methods import BackRazorConfig, LowBitConfig
-
-    of = {"back-razor": ("preset", "keep"), "low-bit": ("bits",)}
-    given = {
-        name: value
-        for names in of.values()
-        for name in names
-        if (value := getattr(options, name)) is not None
-    }
-    if foreign := sorted(given.keys() - set(of[options.method])):
-        raise ValueError(f"--{foreign[0]} is no option of --method {options.method}")
-    if options.method == "low-bit":
-        return LowBitConfig(**given)
-    return BackRazorConfig.preset(given.pop("preset", "fast"), **given)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "demo doublewin estimate fidelity lottery runs vtab",
+    "bench demo doublewin estimate fidelity lottery profile runs vtab",
     "report training tasks assets methods models analytic",
     "nn",
     "functional",

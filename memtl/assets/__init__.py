@@ -32,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "metadata",
     "names",
+    "quiet",
     "sha256",
 ]
 
@@ -304,7 +305,7 @@ def load_encoder(
     source = encoder() if source is None else source
     name, wrapper = _HEADS[head]
     labels = {"classifier": {"num_labels": num_classes}, "regressor": {"num_labels": 1}}
-    with _quiet(transformers):  # what of the checkpoint is of another head
+    with quiet(transformers):  # what of the checkpoint is of another head
         model = getattr(transformers, name).from_pretrained(source, **labels.get(head, {}))
         base = model.base_model
         if head in ("mlm", "spans") and getattr(base, "pooler", base) is None:
@@ -334,7 +335,7 @@ def _transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Loads without a bar and without the list of what the new head does not take over."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -43,16 +43,27 @@ def inputs(ids: Tensor, tokenizer: Any, types: bool = True) -> dict[str, Tensor]
     return given
 
 
-class _Encoder(nn.Module):
-    """A model of transformers with its tokenizer; timm's name for checkpointing its layers."""
+class Wrapped(nn.Module):
+    """A model of transformers, ``model``, with timm's names for its classifier and for
+    checkpointing its layers, and the backbone that it has itself."""
 
-    def __init__(self, model: Any, tokenizer: Any):
+    base_model_prefix = "model"
+
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
 
-    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        return inputs(ids, self.tokenizer, getattr(self.model.config, "type_vocab_size", 0) > 1)
+    @property
+    def base_model(self) -> nn.Module:
+        return self.model.base_model
+
+    def get_classifier(self) -> Any:
+        """The last linear layer of the head, or the head as it is; None where there is none."""
+        head = getattr(self.model, "classifier", None)
+        head = getattr(self.model, "score", None) if head is None else head
+        if isinstance(head, nn.Sequential):
+            return next((m for m in reversed(head) if isinstance(m, nn.Linear)), head)
+        return head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the inputs of layers alone, and run each one's forward again in backward."""
@@ -61,6 +72,17 @@ class _Encoder(nn.Module):
         older = f"gradient_checkpointing_{verb}"
         switch = getattr(self.model, name if hasattr(self.model, name) else older)
         switch(*([{"use_reentrant": False}] if enable else []))
+
+
+class _Encoder(Wrapped):
+    """One with its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        super().__init__(model)
+        self.tokenizer = tokenizer
+
+    def inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        return inputs(ids, self.tokenizer, getattr(self.model.config, "type_vocab_size", 0) > 1)
 
 
 class Classifier(_Encoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def timm_model(name: str, *, size: int | None = None, **options: Any) -> Any:
     try:
         return timm.create_model(name, **options)
     except RuntimeError as error:
-        raise ValueError(f"timm has no model {name!r}: {error}") from None
+        near = difflib.get_close_matches(name, () if timm.is_model(name) else timm.list_models())
+        hint = f"; do you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"timm has no model {name!r}: {error}{hint}") from None
 
 
 def _is_told_the_size(name: str) -> bool:
@@ -83,15 +86,30 @@ def _is_told_the_size(name: str) -> bool:
     return config is not None and config.fixed_input_size
 
 
-def _transformers_model(name: str) -> Any:
+def transformers_config(name: str, hub: bool = True) -> Any:
+    """A configuration of transformers: of a folder, of a type ("bert": its defaults), or, with
+    ``hub``, of a name there.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError, ValueError: there is nothing of that name.
+    """
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, AutoConfig
     except ModuleNotFoundError:
         raise ImportError("transformers is not installed: pip install memtl[models]") from None
-    if Path(name).exists():
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    local = Path(name).exists()
+    if local or (hub and name not in CONFIG_MAPPING):
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
     else:
         config = AutoConfig.for_model(name)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    return config
+
+
+def _transformers_model(name: str) -> Any:
+    config = transformers_config(name, hub=False)
+    from transformers import AutoModel
+
     return AutoModel.from_config(config)

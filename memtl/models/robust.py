@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .named import timm_model
+from .weights import put_weights, read_weights
 
 
 def load_robust(path: str | PathLike[str], arch: str = "resnet50", **options: Any) -> Any:
@@ -41,76 +37,8 @@ def load_robust(path: str | PathLike[str], arch: str = "resnet50", **options: An
         ImportError: timm is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    weights, normalisation = _network(_read(path), path)
+    weights, normalisation = read_weights(path)
     model = timm_model(arch, **options)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = {
-        # Files from before torch 1.0 do not have the counters, which nothing here reads.
-        "missing": [n for n in wanted.keys() - weights if not n.endswith("num_batches_tracked")],
-        "unexpected": [*(weights.keys() - wanted)],
-        "of another shape": [n for n in wanted.keys() & weights if wanted[n] != weights[n].shape],
-    }
-    if any(wrong.values()):
-        found = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
-        raise ValueError(f"{path} does not hold the weights of {arch}: {found}")
-    model.load_state_dict(weights)
+    put_weights(model, weights, f"{path} does not hold the weights of {arch}")
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **normalisation}
     return model
-
-
-def _read(path: Path) -> Any:
-    """What is in the file: tensors, and what holds them."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged, or holds objects beside its weights, which can run any code when "
-            "they are read. If you trust it, convert it once, where dill is installed: "
-            'import dill, torch; c = torch.load(PATH, "cpu", dill, weights_only=False); '
-            'torch.save({"model": c["model"]}, NEW)'
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _network(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
-    """The network's own weights; mean and deviation of the images, if the file has them."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not (
-        isinstance(content, Mapping)
-        and content
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise ValueError(f"{path} holds no state dict: no tensors by name")
-    weights = dict(content)
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): x for name, x in weights.items()}
-    if not any(name.startswith("model.") for name in weights):
-        return weights, {}
-    normalisation = {
-        kind: tuple(weights.pop(f"normalizer.new_{kind}").flatten().tolist())
-        for kind in ("mean", "std")
-        if f"normalizer.new_{kind}" in weights
-    }
-    return {
-        name.removeprefix("model."): x
-        for name, x in weights.items()
-        if not name.startswith("attacker.")
-    }, normalisation
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""One training run: settings in, a folder of results out."""
+"""One training run: a network and data by name, settings in, a folder of results out."""
 
 from .loop import Interrupted, train
 from .results import evaluate, load
