@@ -39,7 +39,10 @@ def evaluate(argv: Sequence[str]) -> int:
 def _train(argv: Sequence[str]) -> int:
     options, words = _train_parser().parse_known_args(argv)
     given = reading.read_file(options.config) if options.config else {}
-    settings = reading.read(reading.override(given, words))
+    try:
+        settings = reading.read(reading.override(given, words))
+    except TypeError as error:  # of a word of the line or the file, so the call is wrong
+        raise ValueError(error) from None
     out = options.out or Path("runs", _folder_name(settings))
     try:
         summary = train_run(settings, out, fresh=options.fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -39,7 +40,7 @@ class Records:
         for name, content in ((JSONL, lines), (CSV, table)):
             path = folder / name
             if not path.exists() or path.read_bytes() != content:
-                write_aside(path, lambda aside, content=content: aside.write_bytes(content))
+                write_aside(path, functools.partial(_write, content))
             self._files.append(path.open("ab", buffering=0))
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -86,6 +87,10 @@ def rows(path: Path, step: int | None = None) -> Iterator[dict[str, Any]]:
         if late or not line.endswith(b"\n"):
             return
         yield row
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _json(row: Mapping[str, Any]) -> bytes:
