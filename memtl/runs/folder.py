@@ -64,11 +64,11 @@ def begin(out: Path, settings: RunSettings, fresh: bool) -> None:
         there = read(out)
         if other := own.differences(there, settings):
             name = other[0]
-            more = f" (nor {', '.join(other[1:])})" if other[1:] else ""
+            more = f" ({', '.join(other[1:])} too)" if other[1:] else ""
             was, now = there.to_dict()[name], settings.to_dict()[name]
             raise ValueError(
-                f"{out} is of another run: its {name} is {was!r}, not {now!r}{more}. Go on with "
-                "its settings, choose another --out, or begin again with --fresh"
+                f"{out} is of another run, in which {name} is {was!r}, not {now!r}{more}. Go on "
+                "with its settings, choose another --out, or begin again with --fresh"
             )
     elif (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir()):
         raise ValueError(f"{out} has checkpoints, but no {SETTINGS}: choose another --out")

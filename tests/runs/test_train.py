@@ -142,10 +142,10 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
 
 def test_another_run_in_the_folder_is_an_error(tmp_path):
     train(tmp_path, steps=4)
-    wanted = "its batch_size is 8, not 4.*nor seed.*--out.*--fresh"
+    wanted = "in which batch_size is 8, not 4.*seed too.*--out.*--fresh"
     with pytest.raises(ValueError, match=wanted):
         train(tmp_path, steps=4, batch_size=4, seed=2)
-    with pytest.raises(ValueError, match="its method is .*'back_razor'"):
+    with pytest.raises(ValueError, match="method is .*'back_razor'"):
         train(tmp_path, steps=4, method="back-razor")
     assert train(tmp_path, steps=4, batch_size=4, seed=2, fresh=True)["settings"]["seed"] == 2
     assert [row["step"] for row in rows(tmp_path / JSONL)] == [1, 2, 3, 4, 4]
