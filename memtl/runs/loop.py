@@ -90,7 +90,6 @@ def train(
     ranks = Ranks.join(settings.device)
     say = say if say is not None and ranks.first else _silent
     with contextlib.ExitStack() as stack:
-        stack.callback(ranks.leave)
         if ranks.first:
             stack.enter_context(folder.held(out))
             folder.begin(out, settings, fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 from typing import Any
@@ -20,11 +21,10 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    joined: bool = False  # here, and not by whoever called
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """As torchrun's environment says. "auto" is a GPU if there is one, each process's own.
+        """As torchrun's environment says; of several they are joined until the process ends. "auto" is a GPU if there is one, each process's own.
 
         Raises:
             ValueError: the device cannot be used, or there are more processes than GPUs.
@@ -47,9 +47,11 @@ class Ranks:
             torch.cuda.set_device(local)
         check_device(kind)
         found = torch.device(kind)
-        if joining := not dist.is_initialized():
+        if not dist.is_initialized():
             dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), found, joining)
+            # Not sooner: in one process torch 2.11 does not join those of torchrun a second time.
+            atexit.register(dist.destroy_process_group)
+        return cls(dist.get_rank(), dist.get_world_size(), found)
 
     @property
     def first(self) -> bool:
@@ -71,11 +73,6 @@ class Ranks:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]
-
-    def leave(self) -> None:
-        """Part with the other processes, if this joined them."""
-        if self.joined:
-            dist.destroy_process_group()
 
     def spread(self, model: nn.Module, sharded: bool) -> nn.Module:
         """What to train: ``model`` itself; with others a copy in each process

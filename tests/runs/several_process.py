@@ -39,16 +39,14 @@ def back_to_the_first(out: Path, again: Path) -> None:
 
 def main() -> None:
     place = Path(sys.argv[1])
-    train(place / "ddp", batch_size=4)  # joins the others and leaves them
-    dist.init_process_group("gloo")
-    train(place / "fsdp", batch_size=4, fsdp=True)  # where they are joined already
+    train(place / "ddp", batch_size=4)  # joins the other
+    train(place / "fsdp", batch_size=4, fsdp=True)  # where it is joined already
     train(place / "parts", batch_size=2, accumulate=2)
     for name in ("ddp", "fsdp"):
         if dist.get_rank() == 0:
             back_to_the_first(place / name, place / f"{name}-again")
         dist.barrier()
         train(place / f"{name}-again", batch_size=4, fsdp=name == "fsdp")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
