@@ -24,7 +24,8 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """As torchrun's environment says; of several they are joined until the process ends. "auto" is a GPU if there is one, each process's own.
+        """As torchrun's environment says; several stay joined until they end. "auto" is a GPU if
+        there is one, each process's own.
 
         Raises:
             ValueError: the device cannot be used, or there are more processes than GPUs.
