@@ -1,5 +1,6 @@
 """The ``memtl`` command."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,24 +8,60 @@ import sys
 import pytest
 import torch
 
-from memtl import _ops
-from memtl.cli import main
+import memtl
+from memtl import _ops, bench
+from memtl.cli import COMMANDS, main
 
 
-def test_doctor_is_what_runs_without_a_command(capsys):
+def test_what_there_is_without_a_command(capsys):
     assert main([]) == 0
     alone = capsys.readouterr().out
+    for flag in ("--help", "-h", "help"):
+        assert main([flag]) == 0
+        assert capsys.readouterr().out == alone
+    lines = alone.splitlines()
+    for name, command in COMMANDS.items():
+        assert any(line.split() == [name, *command.help.split()] for line in lines)
+
+
+def test_doctor(capsys):
     assert main(["doctor"]) == 0
-    assert capsys.readouterr().out == alone
-    assert f"torch {torch.__version__}" in alone
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text
     for op in _ops.NAMES:
-        assert op in alone
+        assert op in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memtl {memtl.__version__}\n"
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "memtl"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "memtl", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "operator" in done.stdout
+
+
+HERE = [n for n, c in COMMANDS.items() if importlib.util.find_spec("memtl" + c.module)]
+"""Commands whose module is in this tree."""
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_command_says_what_it_takes(name, capsys):
+    try:
+        status = main([name, "--help"])
+    except SystemExit as exit:  # argparse's
+        status = exit.code
+    assert not status
+    assert f"usage: memtl {name}" in capsys.readouterr().out
+
+
+def test_the_table_names_functions_that_there_are():
+    for name in HERE:
+        command = COMMANDS[name]
+        module = importlib.import_module("memtl" + command.module)
+        assert callable(getattr(module, command.function))
 
 
 @pytest.fixture
@@ -74,11 +111,52 @@ def test_profile_says_what_is_wrong(arguments, said, capsys):
     assert captured.out == ""
 
 
-def test_an_unknown_command(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["trian"])
-    assert error.value.code == 2
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+def test_profile_by_other_methods(tiny_bert, capsys):
+    line = ["profile", tiny_bert, "--tokens", "20"]
+    kept = []
+    for options in (["low-bit", "--bits", "8"], ["low-bit"], ["frozen"], ["frozen", "--bits", "4"]):
+        assert main([*line, "--method", *options]) == 0
+        kept.append(float(row(capsys.readouterr().out, "saved for backward")[-2]))
+    assert kept[1] < kept[0] < kept[2] and kept[3] < kept[2]
+
+
+def test_an_option_of_another_method(tiny_bert, capsys):
+    assert main(["profile", tiny_bert, "--method", "low-bit", "--keep", "0.1"]) == 2
+    assert "--keep is no option of --method low-bit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "memtl: there is no command 'trian': do you mean train?"),
+        (["xyzzy"], "memtl: there is no command 'xyzzy': there are doctor, profile"),
+        (["bench", "fidelty"], "memtl bench: there is no measurement 'fidelty': do you mean fid"),
+        (["bench", "xyzzy"], "there are fidelity, kernels, training"),
+    ],
+)
+def test_an_unknown_command(arguments, said, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(said) or said in captured.err
+    assert captured.out == ""
+
+
+def test_bench_says_what_there_is(capsys):
+    assert main(["bench"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in ("fidelity", *bench.SCRIPTS))
+
+
+def test_bench_runs_the_scripts_of_a_checkout(monkeypatch, tmp_path, capsys):
+    for _, script in bench.SCRIPTS.values():
+        assert (bench.CHECKOUT / "benchmarks" / script).is_file()
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    assert main(["bench", "kernels"]) == 2
+    assert "benchmarks come with memtl's source" in capsys.readouterr().err
+    script = tmp_path / "benchmarks" / "kernels" / "table.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
+    assert main(["bench", "kernels", "7"]) == 7
 
 
 def test_the_demo_gets_the_rest_of_the_line(tmp_path, capsys):

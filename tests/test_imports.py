@@ -14,7 +14,8 @@ PACKAGE = ROOT / "memtl"
 ORDER = (
     "__main__",
     "cli",
-    "bench demo doublewin estimate fidelity lottery profile runs vtab",
+    "bench",
+    "demo doublewin estimate fidelity lottery profile runs vtab",
     "report training tasks assets methods models analytic",
     "nn",
     "functional",
@@ -70,7 +71,7 @@ def test_imports_go_downward(path):
                 assert LEVEL[part] < LEVEL["nn"], "who serves an operator concerns reports alone"
             else:
                 assert other in LEVEL, f"{part} imports {other}"
-                assert LEVEL[other] > LEVEL[part] or LEVEL[other] == LEVEL[part] == 3
+                assert LEVEL[other] > LEVEL[part] or LEVEL[other] == LEVEL[part] == LEVEL["report"]
         assert "memory" not in imported or LEVEL[part] < ABOVE_OPS
 
 

@@ -127,6 +127,6 @@ def datasets_library() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            "GLUE and SQuAD need the library datasets: pip install datasets"
+            "GLUE, SQuAD and datasets:NAME need the library datasets: pip install datasets"
         ) from error
     return datasets

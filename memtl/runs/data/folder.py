@@ -58,7 +58,7 @@ def read(name: str, root: Path | None) -> Found:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError("folders of images need Pillow: pip install memtl[demo]") from error
+        raise ImportError("folders of images need Pillow: pip install memtl[data]") from error
     top = Path(root or "", name)
     if not top.is_dir():
         raise FileNotFoundError(

@@ -67,7 +67,8 @@ class Transform:
         image = image.resize((wants.size, wants.size), how, box)
         if mirrored:
             image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).view(wants.size, wants.size, -1).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(image)).view(wants.size, wants.size, -1)
+        pixels = pixels.permute(2, 0, 1).contiguous()
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (wants.mean, wants.std))
         return (pixels.float() / 255 - mean) / std
 

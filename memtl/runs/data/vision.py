@@ -52,7 +52,7 @@ def read(name: str, root: Path | None, download: bool = False) -> Found:
         from torchvision import datasets
     except ImportError as error:
         raise ImportError(
-            f"torchvision:{name} needs torchvision: pip install memtl[demo]"
+            f"torchvision:{name} needs torchvision: pip install memtl[data]"
         ) from error
     kinds: dict[str, Any] = {
         n: k for n in datasets.__all__ if inspect.isclass(k := getattr(datasets, n))
