@@ -6,6 +6,7 @@ from .cost import Cost, Way, costs
 from .gap import domain_gap, frechet_distance
 from .loop import (
     OPTIMIZERS,
+    PRECISIONS,
     History,
     Settings,
     Step,
@@ -15,6 +16,7 @@ from .loop import (
     loss_of,
     score,
     seeded,
+    tally,
 )
 from .masking import GradientCheck, check_gradients
 from .metrics import METRICS
@@ -26,6 +28,7 @@ from .robust import autoattack, robust_accuracy
 __all__ = [
     "METRICS",
     "OPTIMIZERS",
+    "PRECISIONS",
     "Adversarial",
     "Attack",
     "CatastrophicOverfitting",
@@ -52,5 +55,6 @@ __all__ = [
     "robust_accuracy",
     "score",
     "seeded",
+    "tally",
     "track",
 ]

@@ -8,15 +8,16 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.report import plain_name
 from ..tasks import Split, Task
-from .metrics import count, metric_named
+from .metrics import check_labels, count, metric_named
 from .progress import track
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -119,9 +120,22 @@ Objective = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 """Of a model, images, labels and label smoothing, the loss."""
 
 
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""What a forward computes in: by autocast, unless it is fp32."""
+
+
 class Step:
     """Training, one step a call: forward, loss, backward, optimiser. Calling it returns the loss
     that ``objective`` gives, to which ``penalty``, a function of the weights, is added.
+
+    Args:
+        precision: one of :data:`PRECISIONS`; under "fp16" a GradScaler leaves out the steps whose
+            gradients overflow.
+        average: of this process's loss, the mean over all processes.
 
     Raises:
         ValueError: no parameter of ``model`` requires a gradient.
@@ -133,15 +147,28 @@ class Step:
         settings: Settings,
         penalty: Callable[[], Tensor] | None = None,
         objective: Objective = loss_of,
+        *,
+        precision: str = "fp32",
+        average: Callable[[float], float] = float,
     ):
         self.model = model
         self.penalty = penalty
         self.objective = objective
         self.settings = settings
+        self.average = average
         self.done = 0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        named = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
         if not self.parameters:
             raise ValueError(f"no parameter of this {type(model).__name__} requires a gradient")
+        kind = self.parameters[0].device.type
+        self.autocast = functools.partial(
+            torch.autocast, kind, PRECISIONS[precision], enabled=precision != "fp32"
+        )
+        self.scaler = torch.amp.GradScaler(kind, enabled=precision == "fp16")
+        # Names as the optimizer counts: weights first, then vectors.
+        self._names = [n for n, p in named.items() if p.ndim > 1]
+        self._names += [n for n, p in named.items() if p.ndim <= 1]
         groups = [
             {
                 "params": [p for p in self.parameters if p.ndim > 1],
@@ -153,26 +180,72 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor) -> float:
         """Raises FloatingPointError, before any weight is touched, where the loss is not finite."""
+        return self.over([(images, labels)])
+
+    def over(self, parts: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """One step on the mean of the losses of several parts, one after the other in memory; as a
+        call raises."""
         settings = self.settings
         rate = settings.rate(self.done)
-        loss = self.objective(self.model, images, labels, settings.label_smoothing)
-        if self.penalty is not None:
-            loss = loss + self.penalty()
-        value = loss.item()
+        self.optimizer.zero_grad()
+        losses = []
+        for number, (images, labels) in enumerate(parts, 1):
+            with _apart(self.model) if number < len(parts) else contextlib.nullcontext():
+                with self.autocast():
+                    loss = self.objective(self.model, images, labels, settings.label_smoothing)
+                    if self.penalty is not None:
+                        loss = loss + self.penalty()
+                losses.append(loss.detach())
+                self.scaler.scale(loss / len(parts)).backward()
+        value = self.average(torch.stack(losses).mean().item())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {self.done + 1} of {settings.steps} (learning rate "
                 f"{rate:.3g}): lower the learning rate, clip gradients, or look at the data"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
         if settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.done += 1
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on besides the weights: ``done``, ``scaler``, and under
+        ``optimizer`` what that keeps of every parameter, by the parameter's name."""
+        state = self.optimizer.state_dict()["state"]
+        kept = {self._names[number]: dict(values) for number, values in state.items()}
+        return {"done": self.done, "scaler": self.scaler.state_dict(), "optimizer": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the step was whose :meth:`state_dict` this is.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        kept = state["optimizer"]
+        if kept and (other := sorted(set(kept) ^ set(self._names))):
+            raise ValueError(
+                f"the optimizer's state does not fit this model: {other[0]!r} trains in one of "
+                f"them alone ({len(other)} such parameters)"
+            )
+        whole = self.optimizer.state_dict()
+        whole["state"] = {i: dict(kept[n]) for i, n in enumerate(self._names) if n in kept}
+        self.optimizer.load_state_dict(whole)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.done = state["done"]
+
+
+def _apart(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, a backward leaves gradients in this process: those of the last part are exchanged,
+    with what has added up before."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def fit(
@@ -287,14 +360,27 @@ def evaluate(
     score = metric_named(metric)
     if not len(split):
         raise ValueError("cannot evaluate on an empty split")
-    device, counts = _device(model), torch.zeros((), dtype=torch.int64)
-    own: Any = getattr(model, "memtl_count", None)
-    counted = own or (lambda images, labels: count(model(images), labels))
     batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    return score(tally(model, batches)[0])
+
+
+@torch.no_grad()
+def tally(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, float]:
+    """What :func:`memtl.training.metrics.count` counts in all of ``batches``, of ``model`` in
+    evaluation mode, on the CPU; and the cross-entropy of a sample, summed over all (NaN for a model
+    with a ``memtl_count``, which need not have classes)."""
+    device, counts, loss = _device(model), torch.zeros((), dtype=torch.int64), 0.0
+    own: Any = getattr(model, "memtl_count", None)
     with evaluating(model):
         for images, labels in batches:
-            counts = counts + counted(images.to(device), labels).cpu()
-    return score(counts)
+            if own is not None:
+                counts, loss = counts + own(images.to(device), labels).cpu(), math.nan
+                continue
+            logits = model(images.to(device))
+            counts = counts + count(logits, labels).cpu()
+            labels = check_labels(logits, labels)
+            loss += len(labels) * F.cross_entropy(logits.float(), labels).item()
+    return counts, loss
 
 
 def score(model: nn.Module, task: Task, split: Split) -> float:

@@ -1,0 +1,53 @@
+"""The same run by DDP and by FSDP, and both again from their first checkpoint; under torchrun.
+
+torchrun --nproc-per-node 2 several_process.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch.distributed as dist
+
+from memtl import runs
+from memtl.runs import folder
+from memtl.runs.state import POINTER
+from tests.runs import small
+
+FIELDS = {"steps": 6, "eval_every": 3, "save_every": 3, "ema": 0.8}
+
+
+def train(out: Path, **fields: object) -> None:
+    """As :func:`tests.runs.small.settings`, of a network whose loss no split of a batch changes."""
+    model = small.network(norm=False, dropout=0.0)
+    runs.train(small.settings(**FIELDS, **fields), out, model=model, data=small.data(), say=None)
+
+
+def back_to_the_first(out: Path, again: Path) -> None:
+    """A copy of a finished run, as if it had been killed behind its first checkpoint."""
+    shutil.copytree(out, again)
+    pointer = again / folder.CHECKPOINTS / POINTER
+    first = json.loads(pointer.read_text())["checkpoints"][0]
+    pointer.write_text(json.dumps({"checkpoints": [first], "best": first}))
+    (again / folder.SUMMARY).unlink()
+
+
+def main() -> None:
+    place = Path(sys.argv[1])
+    train(place / "ddp", batch_size=4)  # joins the other
+    train(place / "fsdp", batch_size=4, fsdp=True)  # where it is joined already
+    train(place / "parts", batch_size=2, accumulate=2)
+    for name in ("ddp", "fsdp"):
+        if dist.get_rank() == 0:
+            back_to_the_first(place / name, place / f"{name}-again")
+        dist.barrier()
+        train(place / f"{name}-again", batch_size=4, fsdp=name == "fsdp")
+
+
+if __name__ == "__main__":
+    main()
