@@ -44,7 +44,8 @@ class SavedTensors:
 
     Storages are counted once, whole, whoever saves them how often; parameters and buffers of the
     modules that run, which are there anyway, are left out. What is counted is held until the
-    context object goes, so that no address is mistaken for another.
+    context object goes, so that none is mistaken for another. Tensors without data (torch's fakes)
+    are counted like any.
 
     Args:
         model: names the layers of the breakdown; without it they go by class.
@@ -85,7 +86,7 @@ class SavedTensors:
             return
         self._running.append(self._names.get(module, type(module).__name__))
         for t in (*module.parameters(), *module.buffers()):
-            self._own.update(storage.data_ptr() for storage in _storages_of(t))
+            self._own.update(storage._cdata for storage in _storages_of(t))
 
     def _leave_module(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
@@ -94,7 +95,7 @@ class SavedTensors:
     def _pack(self, t: Tensor) -> Tensor:
         layer = self._running[-1] if self._running else ""
         for storage in _storages_of(t):
-            self._storages.setdefault(storage.data_ptr(), (layer, storage))
+            self._storages.setdefault(storage._cdata, (layer, storage))
         # Not t: an output that is kept by what made it would keep itself, and its graph, for ever.
         return t.detach()
 
@@ -105,8 +106,8 @@ class SavedTensors:
     def by_layer(self) -> dict[str, int]:
         """Bytes by the innermost module that was running when a storage was first saved."""
         result: dict[str, int] = {}
-        for address, (layer, storage) in self._storages.items():
-            if address not in self._own and storage.nbytes():
+        for identity, (layer, storage) in self._storages.items():
+            if identity not in self._own and storage.nbytes():
                 result[layer] = result.get(layer, 0) + storage.nbytes()
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,57 @@ def _is_told_the_size(name: str) -> bool:
     return config is not None and config.fixed_input_size
 
 
+def input_size(name: str) -> tuple[int, int]:
+    """Channels of the images that a model of :func:`timm_model` takes, and pixels of their side.
+
+    Raises:
+        ImportError, ValueError: as :func:`timm_model`.
+    """
+    with torch.device("meta"):
+        channels, *sides = timm_model(name).default_cfg["input_size"]
+    return channels, sides[0]
+
+
 def _transformers_model(name: str) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_config(text_config(name))
+
+
+def text_config(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The configuration of a type of transformers, or of a folder, with those options.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: it does not know the type.
+    """
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
     except ModuleNotFoundError:
         raise ImportError("transformers is not installed: pip install memtl[models]") from None
     if Path(name).exists():
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, **(options or {}))
     else:
-        config = AutoConfig.for_model(name)
+        config = AutoConfig.for_model(name, **(options or {}))
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    return AutoModel.from_config(config)
+    return config
+
+
+def text_model(config: Any, language: bool = False) -> Any:
+    """Of that configuration, a model that classifies texts, or, with ``language``, predicts each
+    token from those before.
+
+    Raises:
+        ValueError: transformers has none of that type.
+    """
+    import transformers
+
+    if getattr(config, "pad_token_id", None) is None and hasattr(config, "vocab_size"):
+        config.pad_token_id = 0  # texts in a batch end where padding begins
+    kind = (
+        transformers.AutoModelForCausalLM
+        if language
+        else transformers.AutoModelForSequenceClassification
+    )
+    return kind.from_config(config)
