@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return fidelity(arguments[2:])
     if arguments[:1] == ["estimate"]:
-        from .estimate import main as estimate
+        from .estimate.command import main as estimate
 
         return estimate(arguments[1:])
     if arguments[:1] == ["vtab"]:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.add_argument("--tokens", type=int, default=128, help="sequence length of an hf: model")
     profile.add_argument("--device", default="cpu")
     profile.add_argument("--coverage", action="store_true", help="print the coverage table too")
-    commands.add_parser("estimate", help="training memory by method as TinyTL's tables count it")
+    commands.add_parser("estimate", help="training memory by method, predicted, or what fits")
     bench = commands.add_parser("bench", help="measurements on a model: fidelity")
     bench.add_subparsers(dest="bench", metavar="measurement", required=True).add_parser(
         "fidelity", help="how close gradients are to the exact ones, and at how many bytes"

@@ -104,8 +104,12 @@ def predict(
         raise TypeError(f"a Step has its options already, got {', '.join(options)} as well")
     fakes = fake.mode()
     module = fake.build(model.build, lambda module: change(module, method), fakes, device)
-    with fake.nothing_allocated(fakes):
-        return _predict(model, module, batch_size, optimizer, autocast, device)
+    try:
+        with fake.nothing_allocated(fakes):
+            return _predict(model, module, batch_size, optimizer, autocast, device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{model.name} cannot take this step: {reason}") from error
 
 
 def _predict(
