@@ -67,9 +67,7 @@ def predicted(case: Case, way: str, device: str = "cpu") -> dict[str, int]:
     """The figures of a way to train, by prediction."""
     step = case.step()
     change = WAYS[way].change
-    found = predict(
-        step, lambda model: change(model, step), batch_size=case.batch, device=device
-    )
+    found = predict(step, lambda model: change(model, step), batch_size=case.batch, device=device)
     return {name: getattr(found, name) for name in FIGURES}
 
 
@@ -123,8 +121,12 @@ def in_a_process(case: Case, way: str, device: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(cases: Sequence[Case], device: str) -> list[dict[str, Any]]:
-    """A row a model and way: what is predicted, what is measured."""
+def compare(
+    cases: Sequence[Case], device: str, known: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """A row a model and way: what is predicted, what is measured, unless a row of ``known`` has
+    that already."""
+    had = {(row["model"], row["batch"], row["way"]): row["measured"] for row in known}
     rows = []
     for case in cases:
         for way in case.ways:
@@ -134,7 +136,8 @@ def compare(cases: Sequence[Case], device: str) -> list[dict[str, Any]]:
                 "options": dict(case.options),
                 "way": way,
                 "predicted": predicted(case, way, device),
-                "measured": in_a_process(case, way, device),
+                "measured": had.get((case.model, case.batch, way))
+                or in_a_process(case, way, device),
             }
             rows.append(row)
             print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
@@ -166,6 +169,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="two small models")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/estimates*.json")
+    parser.add_argument(
+        "--again", type=Path, metavar="JSON", help="predict again, and take what was measured there"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,7 +181,8 @@ def main() -> None:
         return
     on_a_gpu = options.device == "cuda"
     cases = QUICK if options.quick else ON_A_GPU if on_a_gpu else CASES
-    rows = compare(cases, options.device)
+    known = json.loads(options.again.read_text())["rows"] if options.again else ()
+    rows = compare(cases, options.device, known)
     print(table(rows))
     path = options.json
     if path is None and not options.quick:

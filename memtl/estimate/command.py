@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..models import NAMES
-from ..report import Table
+from ..report import Table, check_device
 from ..report.arguments import count
 from . import papers
 from .fit import largest_batch, memory
@@ -50,6 +50,7 @@ def _predicted(options: argparse.Namespace) -> str:
     budget = memory(options.memory) if options.memory else None
     if budget and options.batch_size:
         raise ValueError("--memory looks for the batch: it goes without --batch-size")
+    check_device(options.device or "cpu")
     step = Step.of(
         options.model, num_classes=options.num_classes, size=options.size,
         tokens=options.tokens or 128, language=options.language,
@@ -146,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="(adamw)")
     parser.add_argument("--autocast", choices=AUTOCAST, help="of forward and loss")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="whose kernels are taken (cpu); cuda needs no GPU"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="whose kernels are taken (cpu)")
     parser.add_argument(
         "--analytic", action="store_true",
         help="by TinyTL's definition, as the papers' tables count it",

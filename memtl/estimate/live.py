@@ -12,8 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .scratch import within
+
+aten = torch.ops.aten
 GRAIN = {"cuda": 512}
 """What an allocator rounds up to, where that is more than a few bytes."""
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+"""What gives memory that nobody has written to; a CPU has none of it yet."""
 
 _ENGINE = "_engine_run_backward"  # of torch/autograd/graph.py: what calls the engine
 
@@ -21,12 +26,13 @@ _ENGINE = "_engine_run_backward"  # of torch/autograd/graph.py: what calls the e
 class Live(TorchDispatchMode):
     """While active, adds up the bytes of all storages that are alive, and their maximum.
 
-    It sees what operators are given back, not what a kernel allocates and frees inside. Put it
-    inside a ``FakeTensorMode``, and nothing is computed.
+    It sees what operators are given back, and knows of a few what they allocate inside
+    (:mod:`memtl.estimate.scratch`). Above a ``FakeTensorMode`` nothing is computed.
 
     Args:
         known: tensors that are there before.
-        device: whose tensors count.
+        device: whose tensors count. On "cpu" memory that is not written to does not: the system
+            gives a page when it is first touched.
 
     Attributes:
         now, peak: bytes.
@@ -39,6 +45,7 @@ class Live(TorchDispatchMode):
         self._device = device
         self._grain = GRAIN.get(device, 1)
         self._storages: dict[int, weakref.ref] = {}
+        self._untouched: set[int] = set()
         for t in known:
             self._add(t)
 
@@ -46,38 +53,58 @@ class Live(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.peak = max(self.peak, self.now)
+        if self._untouched and func._schema.is_mutable:
+            for t in tree_leaves((args, kwargs)):
+                if isinstance(t, Tensor):
+                    self._touch(t)
+        before = self.now
         out = func(*args, **(kwargs or {}))
+        lazy = self._device == "cpu" and func.overloadpacket in EMPTY
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                self._add(t)
+                self._add(t, lazy)
+        if self._device == "cpu":
+            self.peak = max(self.peak, before + within(func, args, out))
         # The engine adds two gradients in place where nobody else has the first; not while a mode
         # sees it, where the first goes only after the sum is there. The next call sees what is left.
-        if func is not torch.ops.aten.add.Tensor or not _called_by_the_engine():
+        if func is not aten.add.Tensor or not _called_by_the_engine():
             self.peak = max(self.peak, self.now)
         return out
 
-    def _add(self, t: Tensor) -> None:
+    def _add(self, t: Tensor, untouched: bool = False) -> None:
         if t.device.type != self._device or t.layout != torch.strided:
             return
         storage = t.untyped_storage()
         key = storage._cdata
         if key in self._storages:
             return
-        size = -(-storage.nbytes() // self._grain) * self._grain
+        size = self._size(storage)
 
         def gone(_: object) -> None:
             del self._storages[key]
-            self.now -= size
+            if key in self._untouched:
+                self._untouched.remove(key)
+            else:
+                self.now -= size
 
         self._storages[key] = weakref.ref(storage, gone)
-        self.now += size
+        if untouched:
+            self._untouched.add(key)
+        else:
+            self.now += size
+
+    def _touch(self, t: Tensor) -> None:
+        if t.layout != torch.strided:
+            return
+        storage = t.untyped_storage()
+        if storage._cdata in self._untouched:
+            self._untouched.remove(storage._cdata)
+            self.now += self._size(storage)
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._grain) * self._grain
 
 
 def _called_by_the_engine() -> bool:
     """Whether no Python of a Function or hook stands between the engine and the operator."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        "torch.utils._python_dispatch"
-    ):
-        frame = frame.f_back
-    return frame.f_code.co_name == _ENGINE
+    return sys._getframe(2).f_code.co_name == _ENGINE

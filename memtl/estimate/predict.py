@@ -75,8 +75,8 @@ def predict(
     Model, method, forward, loss, backward and the optimizer's step all run as they will, on
     tensors that have shapes and no data, and the bytes that are alive are added up. Gradients are
     None when a step begins, and the optimizer's state is there. What a kernel allocates and frees
-    inside one operator is not seen: oneDNN's copies of what a convolution reads, cuDNN's workspace,
-    what memtl's kernels decode at a time.
+    inside is known of a CPU's convolutions and of memtl's attention, and of no other: not of cuDNN,
+    nor what memtl's kernels decode at a time.
 
     Args:
         model: a name as in :meth:`Step.of`, which takes ``options``, or a step of one's own.
@@ -84,8 +84,8 @@ def predict(
         batch_size: samples of the step.
         optimizer: one of ``OPTIMIZERS``; of the parameters that train.
         autocast: the type of an autocast region around forward and loss.
-        device: "cpu" or "cuda", which need not be there: torch takes other kernels on it, and
-            memtl too.
+        device: "cpu" or "cuda": which kernels are taken, by torch and by memtl. The device has to
+            be there; nothing is allocated on it.
 
     Raises:
         ImportError: timm or transformers is not installed.
