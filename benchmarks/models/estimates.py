@@ -1,4 +1,4 @@
-"""What ``memtl.estimate`` predicts against what is then measured: python -m benchmarks.models.estimates
+"""What ``memtl.estimate`` predicts against what is then measured.
 
 Every measurement has a process of its own, so that nothing that another one freed is used again.
 The peak is the high-water mark of a step above what was in use before, and the bytes of what was:

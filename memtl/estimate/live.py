@@ -66,7 +66,7 @@ class Live(TorchDispatchMode):
         if self._device == "cpu":
             self.peak = max(self.peak, before + within(func, args, out))
         # The engine adds two gradients in place where nobody else has the first; not while a mode
-        # sees it, where the first goes only after the sum is there. The next call sees what is left.
+        # sees it: then the first goes once the sum is there. The next call sees what is left.
         if func is not aten.add.Tensor or not _called_by_the_engine():
             self.peak = max(self.peak, self.now)
         return out

