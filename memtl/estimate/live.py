@@ -21,6 +21,7 @@ EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.n
 """What gives memory that nobody has written to; a CPU has none of it yet."""
 
 _ENGINE = "_engine_run_backward"  # of torch/autograd/graph.py: what calls the engine
+WRAPPERS = ("torch._compile", "torch._dynamo", "torch.utils._python_dispatch")  # of a mode
 
 
 class Live(TorchDispatchMode):
@@ -107,4 +108,7 @@ class Live(TorchDispatchMode):
 
 def _called_by_the_engine() -> bool:
     """Whether no Python of a Function or hook stands between the engine and the operator."""
-    return sys._getframe(2).f_code.co_name == _ENGINE
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(WRAPPERS):
+        frame = frame.f_back
+    return frame.f_code.co_name == _ENGINE

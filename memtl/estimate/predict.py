@@ -76,8 +76,8 @@ def predict(
     tensors that have shapes and no data, and the bytes that are alive are added up. Gradients are
     None when a step begins, and the optimizer's state is there. What a kernel allocates and frees
     inside is known of a CPU's convolutions and of memtl's attention, and of no other: not of cuDNN,
-    nor what memtl's kernels decode at a time. A causal model of transformers is taken to have a mask
-    [B, 1, T, T] of bytes, which it makes where it cannot see that no text is padded or packed.
+    nor what memtl's kernels decode at a time. A causal model of transformers is taken to have a
+    mask [B, 1, T, T] of bytes, which it makes where it cannot see that no text is padded or packed.
 
     Args:
         model: a name as in :meth:`Step.of`, which takes ``options``, or a step of one's own.

@@ -124,7 +124,7 @@ WAYS: dict[str, Way] = {
 """Name -> way, in the order of the table."""
 
 
-def _classes(step: Step) -> dict[str, int]:
+def _classes(step: Step) -> dict[str, Any]:
     if not step.classes:
         raise ValueError("is for classifiers")
     return {"num_classes": step.classes}
