@@ -85,7 +85,7 @@ def build(
 
     for module in model.modules():
         for own in (module._parameters, module._buffers):
-            own.update({name: faked(t) for name, t in own.items() if t is not None})  # type: ignore[arg-type, misc]
+            own.update({name: faked(t) for name, t in own.items() if t is not None})  # type: ignore[misc]
         for name, value in vars(module).items():  # constants that are no buffers
             if isinstance(value, Tensor) and value.is_meta:
                 vars(module)[name] = faked(value)

@@ -28,7 +28,8 @@ def within(func: Any, args: Sequence[Any], out: Any) -> int:
         y, x, w = args[:3]
         wants_x, wants_w, _ = args[10]
         read = _blocked(y) + w.nbytes
-        for_x = wants_x * max(read + _blocked(x), _blocked(x) + x.nbytes)
+        strided = max(args[4]) > 1 and args[9] == 1  # measured: the gradient of x a third time
+        for_x = wants_x * max(read + _blocked(x), (1 + strided) * _blocked(x) + x.nbytes)
         for_w = wants_w * (wants_x * x.nbytes + read + _blocked(x))
         return max(for_x, for_w)
     if func is torch.ops.memtl.attention_grad.default and args[4] is None and not args[5]:
@@ -49,7 +50,7 @@ def _by_onednn(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
     backend = torch._C._select_conv_backend(
         x, w, None, stride, padding, dilation, transposed, output_padding, groups, None
     )
-    return backend == torch._C._ConvBackend.Mkldnn
+    return backend == torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
 
 
 def _blocked(t: Tensor) -> int:
