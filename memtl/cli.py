@@ -24,7 +24,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "doctor": Command("versions, what loaded or why not, who serves what", ".cli", "doctor"),
     "profile": Command("bytes a model saves for backward, stock and converted", ".profile"),
-    "estimate": Command("training memory by method as TinyTL's tables count it", ".estimate"),
+    "estimate": Command(
+        "training memory by method, predicted; the largest batch that fits", ".estimate.command"
+    ),
     "train": Command(
         "fine-tune a model: a folder of results, to go on from", ".runs.command", "train"
     ),

@@ -47,7 +47,8 @@ class SavedTensors:
     Storages are counted once, whole, whoever saves them how often; parameters and buffers of the
     modules that run, which are there anyway, are left out. What is counted is held until the
     context object goes, so that no storage is mistaken for another; FSDP frees those of gathered
-    parameters underneath, so addresses would not do.
+    parameters underneath, so addresses would not do. Tensors without data (torch's fakes) are
+    counted like any.
 
     Args:
         model: names the layers of the breakdown; without it they go by class.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import memtl
+from memtl.estimate.ways import checkpoint, lora
 from memtl.methods import Config
 from memtl.methods.tickets import CompactOptimizer, parameter_masks
 
@@ -72,11 +73,7 @@ class Mode:
     def prepare(self, model: Any) -> None:
         """Change ``model`` in place."""
         if self.checkpointing:
-            if hasattr(model, "set_grad_checkpointing"):
-                model.set_grad_checkpointing()
-            else:  # what transformers calls it since 5, and before
-                enable = getattr(model, "activation_checkpointing_enable", None)
-                (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpoint(model)
         if self.change is not None:
             self.change(model)
         if self.config is not None:
@@ -125,28 +122,14 @@ FROZEN_MODES = (
 """Steps beside a forward pass of the frozen backbone, which is what a step cannot do without."""
 
 
-def apply_lora(model: Any) -> None:
-    """Updates of rank 8 of every projection to queries, keys and values, and the classifier."""
-    import peft
-
-    fused = hasattr(model, "get_classifier")  # timm's
-    targets = ["qkv"] if fused else ["query", "key", "value"]
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets)
-    peft.inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    classifier = model.get_classifier() if fused else model.classifier
-    classifier.requires_grad_(True)
-
-
-LORA = Mode("LoRA", change=apply_lora)
+LORA = Mode("LoRA", change=lora)
 FEW_BITS = memtl.FrozenConfig(linear=8, attention=8, norm=8, activation=4)
 
 LORA_MODES = (
     LORA,
-    Mode("LoRA, checkpointing", checkpointing=True, change=apply_lora),
-    Mode("LoRA, frozen", change=apply_lora, config=memtl.FrozenConfig()),
-    Mode("LoRA, frozen, 4-8 bits", change=apply_lora, config=FEW_BITS),
+    Mode("LoRA, checkpointing", checkpointing=True, change=lora),
+    Mode("LoRA, frozen", change=lora, config=memtl.FrozenConfig()),
+    Mode("LoRA, frozen, 4-8 bits", change=lora, config=FEW_BITS),
     Mode("full fine-tuning"),
 )
 """A frozen network with small updates in it: what its layers keep by PyTorch, and by memtl."""

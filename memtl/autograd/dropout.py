@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..storage import Bits, Packed
 from ..storage.rebuilt import rebuilt
@@ -104,7 +105,8 @@ def _scale(p: float, x: Tensor) -> float:
 
 @functools.cache
 def _noise(p: float, dtype: torch.dtype) -> float:
-    return torch.ones((), dtype=dtype).div_(1 - p).item()
+    with unset_fake_temporarily():  # a number, also where tensors have no data
+        return torch.ones((), dtype=dtype).div_(1 - p).item()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,22 @@ def _is_told_the_size(name: str) -> bool:
     return config is not None and config.fixed_input_size
 
 
-def transformers_config(name: str, hub: bool = True) -> Any:
+def input_size(name: str) -> tuple[int, int]:
+    """Channels of the images that a model of :func:`timm_model` takes, and pixels of their side.
+
+    Raises:
+        ImportError, ValueError: as :func:`timm_model`.
+    """
+    with torch.device("meta"):
+        channels, *sides = timm_model(name).default_cfg["input_size"]
+    return channels, sides[0]
+
+
+def transformers_config(
+    name: str, hub: bool = True, options: Mapping[str, Any] | None = None
+) -> Any:
     """A configuration of transformers: of a folder, of a type ("bert": its defaults), or, with
-    ``hub``, of a name there.
+    ``hub``, of a name there; with those options.
 
     Raises:
         ImportError: transformers is not installed.
@@ -100,9 +113,9 @@ def transformers_config(name: str, hub: bool = True) -> Any:
         raise ImportError("transformers is not installed: pip install memtl[models]") from None
     local = Path(name).exists()
     if local or (hub and name not in CONFIG_MAPPING):
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        config = AutoConfig.from_pretrained(name, local_files_only=local, **(options or {}))
     else:
-        config = AutoConfig.for_model(name)
+        config = AutoConfig.for_model(name, **(options or {}))
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return config
@@ -113,3 +126,22 @@ def _transformers_model(name: str) -> Any:
     from transformers import AutoModel
 
     return AutoModel.from_config(config)
+
+
+def text_model(config: Any, language: bool = False) -> Any:
+    """Of that configuration, a model that classifies texts, or, with ``language``, predicts each
+    token from those before.
+
+    Raises:
+        ValueError: transformers has none of that type.
+    """
+    import transformers
+
+    if getattr(config, "pad_token_id", None) is None and hasattr(config, "vocab_size"):
+        config.pad_token_id = 0  # texts in a batch end where padding begins
+    kind = (
+        transformers.AutoModelForCausalLM
+        if language
+        else transformers.AutoModelForSequenceClassification
+    )
+    return kind.from_config(config)

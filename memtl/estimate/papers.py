@@ -1,19 +1,17 @@
-"""``memtl estimate``: what methods need by the papers' definition, beside what PyTorch keeps."""
+"""What methods need by the papers' definition, beside what PyTorch keeps."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import analytic, models
-from .memory import SavedTensors
-from .methods import (
+from .. import analytic, models
+from ..memory import SavedTensors
+from ..methods import (
     BitFitConfig,
     FrozenConfig,
     LinearProbeConfig,
@@ -22,10 +20,10 @@ from .methods import (
     RepNetConfig,
     apply,
 )
-from .methods.base.backbone import linear_classifier
-from .methods.base.stages import NoStages
-from .methods.base.transfer import TransferConfig
-from .report import Table
+from ..methods.base.backbone import linear_classifier
+from ..methods.base.stages import NoStages
+from ..methods.base.transfer import TransferConfig
+from ..report import Table
 
 MB = 1e6
 SAMPLES = 2  # of the forward that is measured
@@ -127,32 +125,23 @@ def _kept(model: nn.Module, images: Tensor) -> float:
     return saved.bytes / len(images)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, or 2 for a wrong call."""
-    options = _parser().parse_args(argv)
-    try:
-        if not options.analytic:
-            raise ValueError(
-                "there is no estimate but --analytic yet; memtl profile measures a model"
-            )
-        print(_table(options))
-    except (ImportError, ValueError) as error:
-        print(f"memtl estimate: {error}", file=sys.stderr)
-        return 2
-    return 0
+def table(
+    model: str, methods: Sequence[str] | None, *, batch_size: int, num_classes: int, size: int
+) -> str:
+    """What the command prints: those methods, or all that apply, and which do not.
 
-
-def _table(options: argparse.Namespace) -> str:
+    Raises:
+        ImportError, ValueError: as :func:`estimate`.
+    """
     rows = []
     notes = []
-    for method in dict.fromkeys(options.methods or METHODS):
+    for method in dict.fromkeys(methods or METHODS):
         try:
             found = estimate(
-                options.model, method, batch_size=options.batch_size,
-                num_classes=options.num_classes, size=options.size,
-            )  # fmt: skip
+                model, method, batch_size=batch_size, num_classes=num_classes, size=size
+            )
         except NoStages as error:
-            if options.methods:
+            if methods:
                 raise
             notes.append(f"{method}: {error}")
             continue
@@ -163,34 +152,12 @@ def _table(options: argparse.Namespace) -> str:
         rows.append((method, f"{found.trainable:,}", *(f"{b / MB:.2f}" for b in bytes_)))
     header = (
         "MB (10^6 bytes)", "trainable", "parameters", "activations/sample",
-        f"total, batch {options.batch_size}", "PyTorch/sample", "FrozenConfig/sample",
+        f"total, batch {batch_size}", "PyTorch/sample", "FrozenConfig/sample",
     )  # fmt: skip
     return (
-        f"{options.model}, {options.num_classes} classes, {options.size} x {options.size} pixels\n"
+        f"{model}, {num_classes} classes, {size} x {size} pixels\n"
         f"\n{Table(header, tuple(rows))}\n\n"
         "parameters, activations, total: analytic (TinyTL's definition): not what PyTorch needs\n"
         "PyTorch, FrozenConfig: measured, kept for backward by the model as it is, and converted"
         + "".join(f"\n{note}" for note in notes)
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="memtl estimate",
-        description="The memory of training a model by several methods, as the tables of TinyTL "
-        "and Rep-Net count it, and beside it what PyTorch keeps for backward.",
-    )
-    parser.add_argument("model", help="a classifier of timm's (resnet50), or proxylessnas_mobile")
-    parser.add_argument("--analytic", action="store_true", help="by TinyTL's definition")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples (8)")
-    parser.add_argument(
-        "--num-classes", type=int, default=102, metavar="N", help="of the classifier (102)"
-    )
-    parser.add_argument(
-        "--size", type=int, default=224, metavar="N", help="pixels of an image's side (224)"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD",
-        help=f"some of {', '.join(METHODS)} (all that apply)",
-    )  # fmt: skip
-    return parser

@@ -1,10 +1,10 @@
-"""``memtl estimate``."""
+"""``memtl estimate --analytic``."""
 
 import pytest
 import torch
 
-from memtl import estimate as module
 from memtl.cli import main
+from memtl.estimate import papers as module
 
 pytest.importorskip("timm")
 
@@ -84,16 +84,12 @@ def test_what_trains():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["resnet18"], "no estimate but --analytic yet; memtl profile measures a model"),
         (["nope", "--analytic"], "timm has no model 'nope'"),
         (["hf:bert", "--analytic"], "image classifiers of timm's, not hf:bert"),
         (
             ["resnet18", "--analytic", "--methods", "nope"],
             "--methods nope: unknown, known",
         ),
-        (["resnet18", "--analytic", "--size", "0"], "--size must be at least 1, got 0"),
-        (["resnet18", "--analytic", "--num-classes", "0"], "--num-classes must be at least 1"),
-        (["resnet18", "--analytic", "--batch-size", "-1"], "--batch-size must be at least 1"),
         (["vit_tiny_patch16_224", "--analytic", "--size", "5"], "takes no images of 5 x 5 pixels"),
         (["deit_tiny_distilled_patch16_224", "--analytic"], "has 2 classifiers"),
     ],
@@ -104,3 +100,10 @@ def test_it_says_what_is_wrong(arguments, said, capsys):
     assert captured.err.startswith("memtl estimate: ")
     assert said in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("option", ["--size", "--num-classes", "--batch-size"])
+def test_numbers_from_1_on(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["estimate", "resnet18", "--analytic", option, "0"])
+    assert f"{option}: must be at least 1, got 0" in capsys.readouterr().err
