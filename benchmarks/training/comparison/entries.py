@@ -52,8 +52,8 @@ class Backbone:
     steps: int
     batch_size: int = 32
     batch_norms: bool = False
-    every: int = 10
-    watched: int = 150
+    every: int = 5
+    watched: int = 100
     most: int | None = None
 
     @property
@@ -75,9 +75,9 @@ class Backbone:
 
 
 BACKBONES = (
-    Backbone("vit", "digits", target=0.9, steps=60),
-    Backbone("cnn", "digits", target=0.9, steps=50, batch_size=64, batch_norms=True),
-    Backbone("bert", "kind", target=0.6, steps=100),
+    Backbone("vit", "digits", target=0.9, steps=50),
+    Backbone("cnn", "digits", target=0.9, steps=40, batch_size=64, batch_norms=True),
+    Backbone("bert", "kind", target=0.6, steps=80, every=10),
 )
 
 
