@@ -137,6 +137,10 @@ def test_program(tmp_path, monkeypatch, capsys):
     assert plots == ["comparison-vit-accuracy.svg", "comparison-vit-time.svg"]
     assert all(f"({name})" in text for name in plots)
     assert all((tmp_path / "docs" / name).stat().st_size < 150_000 for name in plots)
+    (tmp_path / "docs" / "a.md").unlink()
+    monkeypatch.setattr(runs, "measure", None)  # of what is there already
+    monkeypatch.setattr(sys, "argv", [*arguments, "--render"])
+    assert program.main() == 0 and (tmp_path / "docs" / "a.md").read_text() == text
     assert {"commit", "torch", "threads", "load_average", "command"} <= record.keys()
 
 
