@@ -132,10 +132,7 @@ def document(record: Mapping[str, Any], folder: Path) -> str:
         whole=whole, part=part, seeds=seeds, rounds=first["rounds"], watched=first["watched"],
         every=first["every"],
     )  # fmt: skip
-    machine = (
-        f"{record['cpu']}, {record['threads']} thread(s), torch {record['torch']}, "
-        f"load average {record['load_average']:.1f} when times were measured"
-    )
+    machine = f"{record['cpu']}, {record['threads']} thread(s), torch {record['torch']}"
     parts = [
         "# Ways to fine-tune, compared",
         "Made by `make compare`; this one by",
@@ -148,7 +145,8 @@ def document(record: Mapping[str, Any], folder: Path) -> str:
         sizes = ", ".join(f"{count} {name}" for name, count in backbone["sizes"].items())
         parts.append(
             f"Shipped with memtl, {GOALS[backbone['task']]} ({sizes}): {backbone['steps']} steps "
-            f"of {backbone['batch_size']}."
+            f"of {backbone['batch_size']}. The machine's load was {backbone['load_average']:.1f} when "
+            "times were measured."
         )
         if backbone["batch_norms"]:
             parts.append(

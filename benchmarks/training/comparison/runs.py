@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -109,6 +110,7 @@ class _Study:
             if entry.trained_as(self.backbone) == entry.name
         }
         methods = [entry.method for entry in chosen]
+        load = os.getloadavg()[0]
         measured = measure(self.backbone.experiment, self.task, methods, rounds, "cpu", None)
         rows = []
         for entry, footprint, timed in zip(chosen, footprints, measured, strict=True):
@@ -133,7 +135,8 @@ class _Study:
                 }
             )
         sizes = {name: len(getattr(self.task, name)) for name in ("train", "val", "test")}
-        return dataclasses.asdict(self.backbone) | {"sizes": sizes, "rounds": rounds, "rows": rows}
+        facts = {"sizes": sizes, "rounds": rounds, "load_average": load}
+        return dataclasses.asdict(self.backbone) | facts | {"rows": rows}
 
     def footprint(self, entry: Entry) -> Footprint:
         """In a fresh process: what others have freed would hide in its peak."""
