@@ -216,7 +216,7 @@ def test_released_attention_drops_what_it_says():
     out = model()
     (out * torch.arange(out.numel()).view_as(out)).sum().backward()
     probabilities = (q @ k.mT / 2).softmax(-1)
-    # v enters linearly: out = p v and d(out . w)/dv = p^T w for the same dropped p
+    # v enters linearly: out = p v, and its gradient is p^T w, of the same dropped p
     w = torch.arange(out.numel(), dtype=out.dtype).view_as(out)
     torch.testing.assert_close((v.grad * v).sum(), (out * w).sum(), rtol=2e-3, atol=1e-2)
     assert not torch.allclose(out, probabilities @ v)

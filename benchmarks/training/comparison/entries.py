@@ -75,9 +75,9 @@ class Backbone:
 
 
 BACKBONES = (
-    Backbone("vit", "digits", target=0.9, steps=50),
-    Backbone("cnn", "digits", target=0.9, steps=40, batch_size=64, batch_norms=True),
-    Backbone("bert", "kind", target=0.6, steps=80, every=10),
+    Backbone("vit", "digits", target=0.95, steps=50),
+    Backbone("cnn", "digits", target=0.95, steps=40, batch_size=64, batch_norms=True),
+    Backbone("bert", "kind", target=0.65, steps=80, every=10),
 )
 
 

@@ -145,8 +145,8 @@ def document(record: Mapping[str, Any], folder: Path) -> str:
         sizes = ", ".join(f"{count} {name}" for name, count in backbone["sizes"].items())
         parts.append(
             f"Shipped with memtl, {GOALS[backbone['task']]} ({sizes}): {backbone['steps']} steps "
-            f"of {backbone['batch_size']}. The machine's load was {backbone['load_average']:.1f} when "
-            "times were measured."
+            f"of {backbone['batch_size']}. Times were measured under a load of "
+            f"{backbone['load_average']:.1f}."
         )
         if backbone["batch_norms"]:
             parts.append(
