@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null)
 
-.PHONY: install demo test races bench bench-training models lint format gpu clean
+.PHONY: install demo test races bench bench-training compare models lint format gpu clean
 
 install: $(VENV)/.built
 
@@ -39,6 +39,9 @@ bench: install
 
 bench-training: install
 	$(BIN)/python benchmarks/training/table.py
+
+compare: install
+	$(BIN)/python -m benchmarks.training.comparison
 
 models: install
 	$(BIN)/python benchmarks/models/table.py

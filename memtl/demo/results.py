@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..report import Table, mean_std, ratio
 from ..tasks import Task
@@ -84,16 +85,18 @@ def train(
     device: torch.device | str = "cpu",
     progress: bool | None = None,
     test: bool = True,
+    watch: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[float, float, tuple[float, ...]]:
     """One run: build, fit, and the scores on the validation and, with ``test``, the test split
-    (else NaN); and the losses."""
+    (else NaN); and the losses. ``watch`` is given the model after every step, and how many there
+    have been."""
     model = build(experiment, method, task.num_classes, seed, device)
     settings = Settings(
         steps=steps, batch_size=experiment.batch_size, learning_rate=learning_rate, seed=seed
     )
     history = fit(
         model, task.train, task.val, settings, metric=task.metric, progress=progress,
-        description=method.name,
+        on_step=None if watch is None else functools.partial(watch, model), description=method.name,
     )  # fmt: skip
     score = evaluate(model, task.test, metric=task.metric) if test else float("nan")
     return history.val_score, score, history.losses
