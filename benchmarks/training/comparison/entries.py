@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import memtl
 from memtl.demo.experiments import EXPERIMENTS, Experiment, Method, Rate
+from memtl.estimate.ways import lora
 from memtl.models.bert import Classifier
 from memtl.tasks import Split, Task
 
 from ..released_back_razor import apply_released_back_razor
-from ..workloads import Mode, apply_lora
+from ..workloads import Mode, apply_fast
 
 FULL = "full fine-tuning"
 """The way that others are compared with."""
@@ -167,7 +168,7 @@ def _razor(name: str = "fast", keep: float = 0.1) -> memtl.BackRazorConfig:
 
 def _lora(name: str, config: memtl.FrozenConfig | None = None, **fields: Any) -> Entry:
     """On a transformer's projections to queries, keys and values."""
-    return Entry(name, change=apply_lora, config=config, part=True, only=TRANSFORMERS, **fields)
+    return Entry(name, change=lora, config=config, part=True, only=TRANSFORMERS, **fields)
 
 
 Change = Callable[[nn.Module], object]
@@ -182,6 +183,12 @@ ENTRIES = (
     Entry("Back Razor 0.03", config=_razor(keep=0.03)),
     Entry("Back Razor 0.1, small", config=_razor("small")),
     Entry("4 bits, once", config=memtl.LowBitConfig(bits=4)),
+    Entry(
+        "Back Razor 0.1, blocks in 8 bits",
+        change=apply_fast,
+        config=memtl.CheckpointConfig(),
+        only=TRANSFORMERS,
+    ),
     Entry("released Back Razor 0.1", change=_RELEASED, only=TRANSFORMERS),
     _lora("LoRA"),
     _lora("LoRA, frozen", memtl.FrozenConfig(), same_as="LoRA"),
