@@ -59,12 +59,13 @@ format: install
 
 # On a machine with a card, with or without a network: builds for that card with the Python that is
 # there (PYTHON=...: one with torch, timm, transformers and pytest), tests, in several processes where
-# pytest-xdist is there too, then measures.
+# pytest-xdist is there too, then measures for MINUTES.
+MINUTES ?= 4
 gpu:
 	MEMTL_CUDA_ARCHS=native $(PYTHON) -m pip install --quiet --no-index --no-deps \
 	    --no-build-isolation --editable .
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c "import xdist; print('-n auto')" 2>/dev/null)
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py --minutes $(MINUTES)
 
 clean:
 	rm -rf build dist *.egg-info memtl/*.so memtl/_build.json $(VENV)/.built

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..storage import Format
@@ -122,6 +122,11 @@ def _served(*arguments: Any) -> bool:
     )
 
 
+def _idle(module: Any) -> bool:
+    """Whether it drops nothing, as most dropout in pre-trained models, and gives back its input."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and not (module.training and module.p)
+
+
 class CallsLayer(Layer):
     """In front of a module that calls functions of :data:`CALLS` in its own code."""
 
@@ -130,7 +135,7 @@ class CallsLayer(Layer):
     memtl_calls: frozenset[Callable]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _idle(self):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with FunctionFormats(self.memtl_formats, self.memtl_calls):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
