@@ -689,8 +689,7 @@ def test_attention_grad(case, dtype):
         assert (a - e).abs().max() <= 2 * (p - e).abs().max() + band
 
 
-# queries, keys, d, e: keys in one block of 128 or 256, or in several; widths padded to a power of
-# two; those too wide for float32, and for any kernel.
+# queries, keys, d, e
 ATTENTION_SIZES = (
     (1, 1, 1, 1),
     (100, 100, 64, 64),
@@ -722,33 +721,9 @@ def test_attention_grad_at_sizes(size, dtype, is_causal):
     for a, p, x in zip(actual, plain, exact, strict=False):
         assert a.dtype == dtype and a.shape == x.shape and a.is_contiguous()
         band = torch.finfo(dtype).eps * x.abs().max()  # as above
-        # In float32 what counts is the order of sums: here one after another, not in parts.
+        # In float32 what counts is the order of sums.
         more = 5 if dtype == torch.float32 else 2
         assert (a - x).abs().max() <= more * (p - x).abs().max() + band
-    if max(d, e) <= 64:  # every result of a kernel has one writer
-        again = torch.ops.memtl.attention_grad(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_attention_grad_beyond_32_bit_offsets(dtype):
-    """The first and the last row are more than 2^31 numbers apart."""
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
-    apart = 2**31 // 128 + 64
-    room = torch.empty(129 * apart, dtype=dtype, device=DEVICE)
-    small = [draw(1, 1, 129, 64, seed=i).to(DEVICE, dtype) for i in range(4)]
-    results = []
-    for i in range(3):  # grad_out, q, k in turn
-        far = room.as_strided((1, 1, 129, 64), (0, 0, apart, 1)).copy_(small[i])
-        arguments = [*small[:i], far, *small[i + 1 :]]
-        results.append(
-            torch.ops.memtl.attention_grad(*arguments, None, 0.0, None, False, None, False, False)
-        )
-    near = torch.ops.memtl.attention_grad(*small, None, 0.0, None, False, None, False, False)
-    for result in results:
-        assert all(torch.equal(a, b) for a, b in zip(result, near, strict=True))
 
 
 def test_attention_grad_replays_dropout():
