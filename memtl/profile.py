@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), help="of back-razor (fast)")
     parser.add_argument("--keep", type=float, help="fraction kept by back-razor, (0, 1] (0.1)")
-    parser.add_argument("--bits", type=int, help="of low-bit (4), frozen (exact) and checkpoint (8)")
+    parser.add_argument("--bits", type=int, help="of low-bit (4), frozen (exact), checkpoint (8)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="samples (1)")
     parser.add_argument(
         "--tokens", type=int, default=128, metavar="N", help="sequence length of an hf: model (128)"

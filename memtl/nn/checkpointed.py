@@ -17,9 +17,7 @@ from .swap import original_class, swap
 
 Patterns = str | Sequence[str] | None
 
-UNCOMPILED = (
-    "memtl: a checkpointed block runs uncompiled: use torch.compile without fullgraph=True"
-)
+UNCOMPILED = "memtl: a checkpointed block runs uncompiled: use torch.compile without fullgraph=True"
 
 
 class CheckpointedLayer(Layer):

@@ -100,8 +100,8 @@ class Reader:
             )
         return gathered
 
-    def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Run block ``index``; gather something; return the block's own output."""
+    def block(self, block: ReadBlock, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run ``block``, whose forward is ``run``; gather something; return the block's output."""
         raise NotImplementedError
 
 
@@ -120,7 +120,7 @@ class ReadBlock:
             return run(*args, **kwargs)
         if self.training and getattr(self, "gradient_checkpointing", False):  # transformers'
             raise RuntimeError(CHECKPOINTED)
-        return self.memtl_reader.block(self.memtl_index, run, args, kwargs)
+        return self.memtl_reader.block(self, run, args, kwargs)
 
 
 def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader) -> None:
