@@ -21,7 +21,7 @@ class CheckpointConfig(Config):
     what passes by a block on a residual connection. By itself it leaves the layers as they are; on
     top of a conversion (``BackRazorConfig``, say), which is applied first, what a block keeps while
     its backward runs is that conversion's: a smaller peak, and, with top-k on a CPU, a shorter
-    step. Compiled code breaks at every block, which runs uncompiled.
+    step. Compiled code breaks at every block, which runs uncompiled; ``fullgraph=True`` is refused.
 
     Args:
         bits: 8, 4, 3 or 2; None for the input as it is, exact.
