@@ -5,17 +5,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from . import memory, models
-from .methods import BackRazorConfig, FrozenConfig, LowBitConfig, apply, unconvert
+from .methods import (
+    BackRazorConfig,
+    CheckpointConfig,
+    Config,
+    FrozenConfig,
+    LowBitConfig,
+    apply,
+    unconvert,
+)
 from .methods.back_razor import PRESETS
-from .methods.base.config import ConversionConfig
-from .nn import ROLES
+from .nn import ROLES, Report
 from .report.calling import call
 
-OPTIONS = {"back-razor": ("preset", "keep"), "low-bit": ("bits",), "frozen": ("bits",)}
+OPTIONS = {
+    "back-razor": ("preset", "keep"),
+    "low-bit": ("bits",),
+    "frozen": ("bits",),
+    "checkpoint": ("bits",),
+}
 """Method -> the options that are its own."""
 
 
@@ -27,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    config = config_of(options)
+    configs = configs_of(options)
     model, arguments = models.build(
         options.model,
         batch_size=options.batch_size,
@@ -41,10 +54,11 @@ def _run(options: argparse.Namespace) -> int:
 
     with memory.freed_memory_returned():  # memory first: see there
         stock = measure()
-        report = apply(model, config)
+        reports = [apply(model, config) for config in configs]
         converted = measure()
     converted = dataclasses.replace(converted, seconds=memory.step_seconds(model, **arguments))
     if options.coverage:
+        report = Report(tuple(row for report in reports for row in report.rows))
         print(report.measure(model, **arguments), end="\n\n")
     unconvert(model)
     stock = dataclasses.replace(stock, seconds=memory.step_seconds(model, **arguments))
@@ -52,23 +66,33 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def config_of(options: argparse.Namespace) -> ConversionConfig:
-    """The configuration that the options ask for.
+def configs_of(options: argparse.Namespace) -> list[Config]:
+    """The configurations that the options ask for, in the order in which they are applied.
 
     Raises:
-        ValueError: an option is of another method.
+        ValueError: a method that there is not, or an option of none of the methods, or of several.
     """
-    given = {
-        name: value
-        for names in OPTIONS.values()
-        for name in names
-        if (value := getattr(options, name)) is not None
-    }
-    if foreign := sorted(given.keys() - set(OPTIONS[options.method])):
-        raise ValueError(f"--{foreign[0]} is no option of --method {options.method}")
-    if options.method == "low-bit":
+    methods = options.method.split(",")
+    if unknown := [method for method in methods if method not in OPTIONS]:
+        raise ValueError(f"--method must be among {', '.join(OPTIONS)}, got {unknown[0]!r}")
+    given: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for name in sorted({name for names in OPTIONS.values() for name in names}):
+        if (value := getattr(options, name)) is None:
+            continue
+        owners = [method for method in methods if name in OPTIONS[method]]
+        if len(owners) != 1:
+            what = "an option of each method in" if owners else "no option of"
+            raise ValueError(f"--{name} is {what} --method {options.method}")
+        given[owners[0]][name] = value
+    return [_config(method, given[method]) for method in methods]
+
+
+def _config(method: str, given: dict[str, Any]) -> Config:
+    if method == "low-bit":
         return LowBitConfig(**given)
-    if options.method == "frozen":
+    if method == "checkpoint":
+        return CheckpointConfig(**given)
+    if method == "frozen":
         return FrozenConfig(**dict.fromkeys(ROLES, given.get("bits")))
     return BackRazorConfig.preset(given.pop("preset", "fast"), **given)
 
@@ -81,11 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help=models.NAMES)
     parser.add_argument(
-        "--method", default="back-razor", choices=tuple(OPTIONS), help="(back-razor)"
+        "--method",
+        default="back-razor",
+        metavar="NAME[,NAME]",
+        help=f"{', '.join(OPTIONS)}; back-razor,checkpoint for both, in that order (back-razor)",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), help="of back-razor (fast)")
     parser.add_argument("--keep", type=float, help="fraction kept by back-razor, (0, 1] (0.1)")
-    parser.add_argument("--bits", type=int, help="of low-bit (4) and frozen (exact)")
+    parser.add_argument("--bits", type=int, help="of low-bit (4), frozen (exact), checkpoint (8)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="samples (1)")
     parser.add_argument(
         "--tokens", type=int, default=128, metavar="N", help="sequence length of an hf: model (128)"

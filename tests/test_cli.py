@@ -120,9 +120,29 @@ def test_profile_by_other_methods(tiny_bert, capsys):
     assert kept[1] < kept[0] < kept[2] and kept[3] < kept[2]
 
 
-def test_an_option_of_another_method(tiny_bert, capsys):
-    assert main(["profile", tiny_bert, "--method", "low-bit", "--keep", "0.1"]) == 2
-    assert "--keep is no option of --method low-bit" in capsys.readouterr().err
+def test_profile_of_checkpointed_blocks(tiny_bert, capsys):
+    line = ["profile", tiny_bert, "--tokens", "20", "--method"]
+    kept = []
+    for method in ("back-razor", "checkpoint", "back-razor,checkpoint"):
+        assert main([*line, method, "--coverage"]) == 0
+        text = capsys.readouterr().out
+        assert ("input 8-bit" in text) == ("checkpoint" in method)
+        kept.append(float(row(text, "saved for backward")[-2]))
+    assert kept[2] < kept[0] and kept[2] < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["low-bit", "--keep", "0.1"], "--keep is no option of --method low-bit"),
+        (["low-bit,checkpoint", "--bits", "8"], "--bits is an option of each method in"),
+        (["back_razor"], "--method must be among back-razor, low-bit, frozen, checkpoint, got 'b"),
+        (["checkpoint,low-bit"], "already converted"),
+    ],
+)
+def test_profile_of_methods_that_do_not_go(options, said, tiny_bert, capsys):
+    assert main(["profile", tiny_bert, "--method", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

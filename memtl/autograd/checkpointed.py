@@ -48,10 +48,11 @@ def checkpointed(
         )
     arguments = _Arguments(format, args, kwargs)
     surroundings = _Surroundings(tensors)
+    members = _Members(module)
 
     def again() -> None:
         given, named = arguments.restored()
-        with surroundings.restored(), _statistics_kept(module):
+        with surroundings.restored(), members.restored(), _statistics_kept(module):
             forward(*given, **named)
 
     return Region(again).run(lambda: forward(*args, **kwargs))
@@ -169,6 +170,35 @@ class _Surroundings:
             if torch.get_default_device() != self._default_device:
                 stack.enter_context(self._default_device)
             yield
+
+
+class _Members:
+    """A module's parameters and buffers: ``torch.func.functional_call`` puts others in their places
+    for a forward, and backward comes later."""
+
+    def __init__(self, module: nn.Module):
+        self._members = [
+            (place, name, t)
+            for m in module.modules()
+            for place in (m._parameters, m._buffers)
+            for name, t in place.items()
+        ]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Each in its place, inside."""
+        moved = [
+            (place, name, t, place[name])
+            for place, name, t in self._members
+            if place.get(name, t) is not t
+        ]
+        for place, name, t, _ in moved:
+            place[name] = t
+        try:
+            yield
+        finally:
+            for place, name, _, other in moved:
+                place[name] = other
 
 
 def _autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ from torch import nn
 from ..nn import Report, checkpoint_blocks
 from ..storage import Dense, Format, Quantized
 from .base.config import Config, Patterns, check_bits, check_patterns
+from .base.reading import check_not_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class CheckpointConfig(Config):
     what passes by a block on a residual connection. By itself it leaves the layers as they are; on
     top of a conversion (``BackRazorConfig``, say), which is applied first, what a block keeps while
     its backward runs is that conversion's: a smaller peak, and, with top-k on a CPU, a shorter
-    step. Compiled code breaks at every block, which runs uncompiled.
+    step. Compiled code breaks at every block, which runs uncompiled; ``fullgraph=True`` is refused.
 
     Args:
         bits: 8, 4, 3 or 2; None for the input as it is, exact.
@@ -45,5 +46,11 @@ class CheckpointConfig(Config):
         return Dense() if self.bits is None else Quantized(self.bits)
 
     def apply(self, model: nn.Module) -> Report:
-        """Checkpoint the blocks of ``model``, in place."""
+        """Checkpoint the blocks of ``model``, in place.
+
+        Raises:
+            TypeError, ValueError: as :func:`memtl.nn.checkpoint_blocks`; or a method reads the
+                model's blocks (VQT, Head2Toe), which a second run would show to it again.
+        """
+        check_not_read(model)
         return checkpoint_blocks(model, self.format(), target_modules=self.target_modules)

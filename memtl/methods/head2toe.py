@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .base.backbone import Backbone
 from .base.freezing import freeze
 from .base.head import ChunkedHead
-from .base.reading import Reader, attach, tokens
+from .base.reading import ReadBlock, Reader, attach, tokens
 from .base.transfer import Trained, TransferConfig, check_count, check_flag, replace_classifier
 
 
@@ -77,7 +77,7 @@ class PoolReader(Reader):
         super().__init__(depth, trains_backbone=False)
         self.pool = pool
 
-    def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def block(self, block: ReadBlock, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with torch.no_grad():
             output = run(*args, **kwargs)
             self.now.gathered.append(pooled(tokens(output), self.pool))

@@ -17,6 +17,8 @@ from .swap import original_class, swap
 
 Patterns = str | Sequence[str] | None
 
+UNCOMPILED = "memtl: a checkpointed block runs uncompiled: use torch.compile without fullgraph=True"
+
 
 class CheckpointedLayer(Layer):
     """In front of a block, converted or not: see :mod:`memtl.autograd.checkpointed`."""
@@ -30,6 +32,7 @@ class CheckpointedLayer(Layer):
             return own(*args, **kwargs)
         run = checkpointed
         if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=UNCOMPILED)
             run = torch.compiler.disable(run)
         return run(self, own, self.memtl_input, args, kwargs)  # type: ignore[arg-type]
 

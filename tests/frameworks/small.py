@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import peft
 import timm
@@ -92,6 +95,19 @@ def assert_as(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], bound: 
     assert found.keys() == wanted.keys()
     for name, t in wanted.items():
         assert (found[name] - t).abs().max() <= bound, name
+
+
+@contextlib.contextmanager
+def one_folder() -> Iterator[str]:
+    """The same new folder in every process."""
+    import torch.distributed as dist
+
+    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    yield str(names[0])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(str(names[0]))
 
 
 def run_checks(module: Mapping[str, object]) -> None:

@@ -346,6 +346,76 @@ def test_a_second_derivative_is_refused_inside_a_conversion():
         g.square().sum().backward()
 
 
+def test_a_second_derivative_of_stock_layers_is_stocks():
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    model, x = nn.Sequential(block, copy.deepcopy(block)), torch.randn(4, 8)
+
+    def second(model):
+        weights = list(model.parameters())
+        first = torch.autograd.grad(model(x).square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+
+    expected = second(model)
+    checkpoint_blocks(model, Dense(), target_modules=["0", "1"])
+    torch.testing.assert_close(second(model), expected, rtol=0, atol=0)
+
+
+def reading(config):
+    model = vit()
+    memtl.apply(model, config)
+    return model
+
+
+@pytest.mark.parametrize("config", [memtl.VQTConfig(), memtl.Head2ToeConfig()])
+def test_blocks_that_are_read_are_not_run_again(config):
+    """A second run would not find what the first one was read by."""
+    with pytest.raises(ValueError, match="leave CheckpointConfig out"):
+        memtl.apply(reading(CODED), config)
+    with pytest.raises(ValueError, match="leave CheckpointConfig out"):
+        memtl.apply(reading(config), CODED)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        memtl.BitFitConfig(weight_bits=8),
+        memtl.AdaptFormerConfig(dropout=0.0),
+        memtl.VPTConfig(dropout=0.0),
+        "lora",
+    ],
+)
+def test_with_methods_that_train_a_part(config, first, tmp_path):
+    """Applied before or after: the same gradients, and what is saved loads."""
+
+    def adapted(*checkpoint):
+        torch.manual_seed(1)
+        model = vit()
+        steps = [*checkpoint, config] if first else [config, *checkpoint]
+        for step in steps:
+            if step == "lora":
+                peft = pytest.importorskip("peft")
+                lora = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+                torch.manual_seed(2)
+                peft.inject_adapter_in_model(lora, model)
+            else:
+                torch.manual_seed(2)
+                memtl.apply(model, step)
+        return model
+
+    model, inputs = adapted(EXACT), images()
+    actual, expected = outcome(model, inputs), outcome(adapted(), inputs)
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += p.requires_grad
+    memtl.save(model, tmp_path)
+    fresh = vit() if config != "lora" else adapted()
+    fresh.load_state_dict(model.state_dict(), strict=False)  # what is frozen
+    memtl.load(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(**inputs), model.eval()(**inputs))
+
+
 def test_frozen_parts():
     model, inputs = vit(), images()
     model.requires_grad_(False)
@@ -389,12 +459,15 @@ def test_compiled():
     model, inputs = vit(), images()
     expected = outcome(model, inputs, EXACT)
     memtl.apply(model, EXACT)
-    y = torch.compile(model, backend="aot_eager")(**inputs)
+    compiled = torch.compile(model, backend="aot_eager")  # the graph breaks at every block
+    y = compiled(**inputs)
     torch.testing.assert_close(y, expected[0])
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     (y * direction).sum().backward()
     actual = {name: p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close(actual, expected[1])
+    kept = memtl.memory.saved_bytes(compiled, inputs["x"])
+    assert kept == memtl.memory.saved_bytes(model, inputs["x"])
 
 
 def test_data_parallel(tmp_path):

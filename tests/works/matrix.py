@@ -25,6 +25,7 @@ LOSSY = {
     "fast": memtl.BackRazorConfig(),
     "small": memtl.BackRazorConfig.preset("small"),
     "low-bit": memtl.LowBitConfig(),
+    "checkpoint": memtl.CheckpointConfig(target_modules=r"(.*\.)?(blocks|layer)\.\d+"),
 }
 EXACT = ("frozen", "bitfit")
 """What memtl keeps gives the very gradients that PyTorch's own layers give."""

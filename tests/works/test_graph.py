@@ -23,6 +23,9 @@ from tests.works.matrix import (
 REBUILDS = ("small", "low-bit")
 """Where hooks see what is saved, nothing is shared: a rounding more, and other gradients."""
 
+KEEP_LESS = ("rep-net", "checkpoint")
+"""Whose blocks keep less than their inputs, which a library's checkpointing keeps."""
+
 
 def assert_unchanged(case, change=plain_step, twin=None):
     """Trained by the step ``change`` the model of a method ends as its twin does without, to the
@@ -61,7 +64,7 @@ def test_checkpointing_by_timm(column):
             case.loss(case.ours).backward()
         return
     assert_unchanged(case, twin=twin)
-    if column != "rep-net":  # whose frozen blocks keep less than their inputs
+    if column not in KEEP_LESS:
         assert saved_bytes(case.ours, case.x) < before
 
 
@@ -76,7 +79,8 @@ def test_checkpointing_by_transformers(column, reentrant):
     if reentrant:
         inside.enable_input_require_grads()
     assert_unchanged(case, twin=twin)
-    assert saved_bytes(case.ours, case.x) < before
+    if column not in KEEP_LESS:
+        assert saved_bytes(case.ours, case.x) < before
 
 
 @on(*COLUMNS)
@@ -108,7 +112,7 @@ def test_anomaly_mode(column):
         assert_unchanged(case, step)
 
 
-@on(*COLUMNS)
+@on(*(column for column in COLUMNS if column != "checkpoint"))
 def test_a_second_derivative(column):
     case = build(column)
     loss = case.loss(case.ours)

@@ -58,7 +58,7 @@ def rows():
 ROWS = list(rows())
 
 
-def tests_in(path):
+def names_in(path):
     """The names of the tests of a file."""
     body = ast.parse((ROOT / path).read_text()).body
     return [f.name for f in body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
@@ -73,7 +73,7 @@ def columns_of(path, name):
 
 @pytest.mark.parametrize(("row", "cells", "path", "name"), ROWS, ids=[row[0] for row in ROWS])
 def test_a_row_of_the_page_has_its_test(row, cells, path, name):
-    assert name in tests_in(path)
+    assert name in names_in(path)
     if path.startswith(FOLDER):  # tests elsewhere are parametrised in their own way
         assert tuple(cells) == COLUMNS
         run = {column for column, cell in cells.items() if not cell.startswith("n.a.")}
@@ -86,4 +86,4 @@ def test_every_test_of_the_folder_is_in_the_page():
     for file in sorted((ROOT / FOLDER).glob("test_*.py")):
         path = f"{FOLDER}{file.name}"
         if (ROOT / path) != Path(__file__).resolve():
-            assert {(path, name) for name in tests_in(path)} <= named
+            assert {(path, name) for name in names_in(path)} <= named

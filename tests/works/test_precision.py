@@ -4,7 +4,6 @@ import torch
 
 from tests.works.matrix import (
     COLUMNS,
-    LOSSY,
     assert_saves,
     assert_trains,
     build,
@@ -75,7 +74,7 @@ def test_a_model_in_bfloat16(column):
     )
 
 
-@on(*LOSSY, "frozen", "rep-net")
+@on("fast", "small", "low-bit", "frozen", "rep-net")
 def test_channels_last(column):
     case = build(column, None if column == "rep-net" else "cnn")
     case.x = case.x.to(memory_format=torch.channels_last)

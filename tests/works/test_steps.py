@@ -93,7 +93,7 @@ def test_optimizers(column, optimizer):
     assert_trains(case, optimizer=lambda model: make(list(trained(model).values())))
 
 
-@on(*LOSSY, *EXACT)
+@on("fast", "small", "low-bit", *EXACT)
 def test_lbfgs(column):
     case = build(column)
 

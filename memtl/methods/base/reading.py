@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...nn.checkpointed import CheckpointedLayer
 from ...nn.swap import swap
 from .freezing import evaluate_all_but
 
 State = TypeVar("State")
 
+_BOTH = "a model that is read layer by layer cannot be checkpointed"
 CHECKPOINTED = (
-    "a model that is read layer by layer cannot be checkpointed: call "
-    "set_grad_checkpointing(False) or gradient_checkpointing_disable(); a frozen backbone keeps "
-    "nothing anyway"
+    f"{_BOTH}: call set_grad_checkpointing(False) or gradient_checkpointing_disable(); a frozen "
+    "backbone keeps nothing anyway"
 )
 
 
@@ -99,8 +100,8 @@ class Reader:
             )
         return gathered
 
-    def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Run block ``index``; gather something; return the block's own output."""
+    def block(self, block: ReadBlock, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run ``block``, whose forward is ``run``; gather something; return the block's output."""
         raise NotImplementedError
 
 
@@ -119,24 +120,32 @@ class ReadBlock:
             return run(*args, **kwargs)
         if self.training and getattr(self, "gradient_checkpointing", False):  # transformers'
             raise RuntimeError(CHECKPOINTED)
-        return self.memtl_reader.block(self.memtl_index, run, args, kwargs)
+        return self.memtl_reader.block(self, run, args, kwargs)
 
 
 def attach(model: nn.Module, blocks: tuple[str, ...], head: str, reader: Reader) -> None:
     """Let ``reader`` read the named blocks whenever ``model`` is called.
 
     Raises:
-        ValueError: something reads this model already.
+        ValueError: something reads this model already, or its blocks are checkpointed.
     """
     modules = [model.get_submodule(name) for name in blocks]
     if any(isinstance(module, ReadBlock) for module in modules):
         raise ValueError("this model is read layer by layer already: one such method at a time")
+    if any(isinstance(module, CheckpointedLayer) for module in modules):
+        raise ValueError(f"{_BOTH}: leave CheckpointConfig out")
     for index, module in enumerate(modules):
         swap(module, ReadBlock, memtl_reader=reader, memtl_index=index)
     model.register_forward_pre_hook(reader.arm)
     model.register_forward_hook(reader.disarm, always_call=True)
     if not reader.trains_backbone:
         evaluate_all_but(model, head)
+
+
+def check_not_read(model: nn.Module) -> None:
+    """Raise where blocks of ``model`` are read, and thus cannot be run a second time."""
+    if any(isinstance(module, ReadBlock) for module in model.modules()):
+        raise ValueError(f"{_BOTH}: leave CheckpointConfig out")
 
 
 def gather_for(block: Any, sent: Tensor, given: Tensor, shared: bool) -> None:

@@ -106,9 +106,10 @@ class FromCache(nn.Module):
             return self.module(batch)
         head = _head(self.module)
         reader, found = head.reader, []
-        for index, block in enumerate(_blocks(self.module)):
+        for block in _blocks(self.module):
             run = super(ReadBlock, block).forward  # type: ignore[misc]
-            found.append(reader.read(index, run, len(batch), batch.block(index)))
+            seen = batch.block(block.memtl_index)
+            found.append(reader.read(block, run, len(batch), seen))
         reader.now.armed, reader.now.gathered = True, found
         return head(batch.features)
 

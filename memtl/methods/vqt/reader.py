@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...functional import query_attention
 from ...nn.calls import Tap
-from ..base.reading import PerThread, Reader, gather_for, tokens
+from ..base.reading import PerThread, ReadBlock, Reader, gather_for, tokens
 
 JACOBIAN_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -120,27 +120,29 @@ class QueryReader(Reader):
         """Where to note, inside :meth:`noting`."""
         return self._noting.now.noted
 
-    def block(self, index: int, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def block(self, block: ReadBlock, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         enabled = torch.is_grad_enabled()
         with torch.set_grad_enabled(enabled and self.trains_backbone), Seeing() as seeing:
             output = run(*args, **kwargs)
         batch = tokens(output).shape[0]
         if not seeing.seen or any(read.key.shape[0] != batch for read in seeing.seen):
             raise NotImplementedError(
-                f"block {index} does not attend to all of its tokens at once by "
+                f"block {block.memtl_index} does not attend to all of its tokens at once by "
                 "F.scaled_dot_product_attention, so queries cannot read it (timm: fused_attn, "
                 'transformers: attn_implementation="sdpa"; windows are not supported)'
             )
         if self.noted is not None:
             self.noted.seen.append(seeing.seen)
         else:
-            self.now.gathered.append(self.read(index, run, batch, seeing.seen))
+            self.now.gathered.append(self.read(block, run, batch, seeing.seen))
         return output
 
-    def read(self, index: int, run: Callable[..., Any], batch: int, seen: list[Attended]) -> Tensor:
-        """Z'_m [B, T, D] of block ``index``, whose forward is ``run``."""
-        queries = self.queries(index, batch)
+    def read(
+        self, block: ReadBlock, run: Callable[..., Any], batch: int, seen: list[Attended]
+    ) -> Tensor:
+        """Z'_m [B, T, D] of ``block``, whose forward is ``run``."""
+        queries = self.queries(block.memtl_index, batch)
         with Answering(seen, self.keep, self.jacobian):
             given = tokens(run(queries))
-        gather_for(getattr(run, "__self__", None), queries, given, self.trains_backbone)
+        gather_for(block, queries, given, self.trains_backbone)
         return given

@@ -22,6 +22,7 @@ from tests.frameworks.small import (
     images,
     lora,
     loss_of,
+    one_folder,
     run_checks,
     train,
     vit,
@@ -210,17 +211,38 @@ def check_accelerate():
         assert kept >= 5 * accumulated(converted(config))[1]
 
 
-def check_save_and_load_through_the_wrapper():
-    import tempfile
+def converted_and_checkpointed(model, bits=None):
+    memtl.apply(model, memtl.BackRazorConfig(keep=0.1))
+    memtl.apply(model, memtl.CheckpointConfig(bits=bits))
+    return model
 
-    model = converted(memtl.BitFitConfig(num_classes=10))
-    trained(model)
-    with tempfile.TemporaryDirectory() as folder:
-        memtl.save(DistributedDataParallel(model), folder)
-        fresh = DistributedDataParallel(converted(memtl.BitFitConfig(num_classes=10)))
-        memtl.load(fresh, folder)
+
+def check_checkpointed_blocks():
+    exact = memtl.CheckpointConfig(bits=None)
+    for options in ({}, {"static_graph": True}):
+        stock, kept = trained(vit(), **options)
+        assert_as(trained(converted(exact), **options)[0], stock)
+        few = converted(memtl.CheckpointConfig())
+        assert kept >= 5 * trained(few, 1, **options)[1]
+    assert_as(alone(converted(exact)), stock, ROUNDING)
+    fast = trained(converted(memtl.BackRazorConfig(keep=0.1)))
+    both = trained(converted_and_checkpointed(vit()))
+    assert_as(both[0], fast[0])  # what is packed in the second run is what the first would have
+    assert trained(converted_and_checkpointed(vit(), bits=8), 1)[1] < fast[1]
+
+
+def check_save_and_load_through_the_wrapper():
     x, _ = images()
-    assert torch.equal(fresh(x), model(x))
+    for apply in (
+        lambda: converted(memtl.BitFitConfig(num_classes=10)),
+        lambda: converted_and_checkpointed(vit()),
+    ):
+        model, fresh = apply(), apply()
+        trained(model)
+        with one_folder() as folder:
+            memtl.save(DistributedDataParallel(model), folder)
+            memtl.load(DistributedDataParallel(fresh), folder)
+        assert torch.equal(fresh(x), model(x))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from tests.frameworks.small import (
     images,
     lora,
     loss_of,
+    one_folder,
     run_checks,
     train,
     vit,
@@ -165,6 +165,42 @@ def check_methods_that_train_a_part():
         assert_as(found, weights(twin), ROUNDING)
 
 
+def check_checkpointed_blocks():
+    exact = memtl.CheckpointConfig(bits=None)
+    for options in ({"reshard_after_forward": True}, {"reshard_after_forward": False}):
+        stock, kept = trained(by_block(vit(), **options))
+        few = by_block(converted(memtl.CheckpointConfig(), vit()), **options)
+        assert kept >= 5 * trained(few, steps=1)[1]
+        for model in (
+            by_block(converted(exact, vit()), **options),
+            converted(exact, by_block(vit(), **options)),
+        ):
+            assert_as(trained(model)[0], stock)
+
+
+def check_save_and_load():
+    x, _ = images()
+    for configs in (
+        (memtl.BitFitConfig(num_classes=10),),
+        (memtl.VQTConfig(num_classes=10, dropout=0.0),),
+        (FEW["Back Razor"], memtl.CheckpointConfig()),
+    ):
+        model, fresh, sharded = vit(), vit(), vit()
+        for config in configs:
+            memtl.apply(model, config)
+            memtl.apply(sharded, config)
+        trained(by_block(model))
+        by_block(sharded)
+        with one_folder() as folder:
+            memtl.save(model, folder)
+            memtl.load(fresh, folder)
+            memtl.load(sharded, folder)
+        for other in (fresh, sharded):
+            assert_as(weights(other), weights(model))
+        with torch.no_grad():
+            assert torch.equal(fresh(x), sharded(x))
+
+
 def check_queries_of_a_block_that_was_sharded_again():
     """Their gradients come to a block whose own output has none."""
     model = converted(memtl.VQTConfig(num_classes=10), converted(FEW["LowBit"], vit()))
@@ -188,8 +224,6 @@ def check_what_comes_too_late_is_refused():
 
 def check_distributed_checkpoint():
     x, y = images()
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
 
     def step(model, optimizer):
         loss_of(model, half(x), half(y)).backward()
@@ -204,13 +238,15 @@ def check_distributed_checkpoint():
     full = get_model_state_dict(model, options=options)
     assert dist.get_rank() or full.keys() == vit().state_dict().keys()
     both = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(both, checkpoint_id=folder[0])
-
     other = converted(FEW["LowBit"], by_block(vit()))
     again = torch.optim.AdamW(other.parameters())
-    both = dict(zip(("model", "optimizer"), get_state_dict(other, again), strict=True))
-    dcp.load(both, checkpoint_id=folder[0])
-    set_state_dict(other, again, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+    loaded = dict(zip(("model", "optimizer"), get_state_dict(other, again), strict=True))
+    with one_folder() as folder:
+        dcp.save(both, checkpoint_id=folder)
+        dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        other, again, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+    )
     assert_as(weights(other), weights(model))
     for pair in ((model, optimizer), (other, again)):
         step(*pair)
