@@ -45,6 +45,7 @@ class AdaptFormerConfig(TransferConfig):
     """
 
     method: ClassVar[str] = "adaptformer"
+    networks: ClassVar[str] = "vision transformers"
     bottleneck: int = 64
     scale: float = 0.1
     dropout: float = 0.1

@@ -44,6 +44,7 @@ class Head2ToeConfig(TransferConfig):
     """
 
     method: ClassVar[str] = "head2toe"
+    networks: ClassVar[str] = "vision transformers"
     pool: int = 1
     normalize: bool = True
     selected: int | None = None

@@ -52,6 +52,7 @@ class VPTConfig(TransferConfig):
     """
 
     method: ClassVar[str] = "vpt"
+    networks: ClassVar[str] = "vision transformers"
     num_prompts: int = 10
     deep: bool = True
     dropout: float = 0.1

@@ -42,15 +42,18 @@ def create_model(settings: RunSettings, classes: int) -> nn.Module:
 
 
 def prepare(model: nn.Module, settings: RunSettings) -> nn.Module:
-    """``model`` with the ticket, the methods, the layout and the checkpointing of the settings; new
-    weights are drawn from torch's generator.
+    """``model`` with the ticket, LoRA, the methods, the layout and the checkpointing of the
+    settings; new weights are drawn from torch's generator.
 
     Raises:
-        ValueError: a method finds nothing to change, the ticket does not fit, or the network has no
-            checkpointing.
+        ValueError: a method or LoRA finds nothing to change, the ticket does not fit, or the
+            network has no checkpointing.
+        ImportError: LoRA is wanted, but peft is not installed.
     """
     if settings.ticket is not None:
         Ticket.load(settings.ticket).apply(model)
+    if settings.lora is not None:
+        settings.lora.apply(model)
     for config in settings.method:
         apply(model, config)
     if settings.channels_last:

@@ -16,6 +16,7 @@ from typing import Any
 from ..report.arguments import count, writable
 from ..report.calling import call
 from . import settings as reading
+from .chosen import overview
 from .loop import Interrupted
 from .loop import train as train_run
 from .results import SPLITS, WHICH
@@ -104,7 +105,7 @@ def _train_parser() -> argparse.ArgumentParser:
         "[--SETTING VALUE | SETTING=VALUE ...]",
         description="Fine-tune a model. Called again with the same settings it goes on where it "
         "was, however it ended. torchrun --nproc-per-node N -m memtl train ... uses N processes.",
-        epilog="settings:\n" + "\n".join(rows),
+        epilog="settings:\n" + "\n".join(rows) + "\n\nmethods:\n" + overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

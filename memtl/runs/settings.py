@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -13,11 +12,13 @@ from typing import Any
 
 from .. import training
 from ..methods import Config
-from ..methods.base.config import METHODS, config_from_dict
+from . import chosen
+from .chosen import FULL, nearest, scalar
+from .lora import LoRA
 
-_ASSIGNED = re.compile(r"[a-z_.]+=")
-FULL = "full"
-"""The method that changes nothing: every parameter trains."""
+_ASSIGNED = re.compile(r"[a-z0-9_.-]+=")
+OPTIONS = ("method", "lora")
+"""Settings that have options of their own."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -41,9 +42,14 @@ class RunSettings:
     size: int | None = _setting(None, "of images, in pixels; none: the model's own")
     tokens: int | None = _setting(None, "of a text; none: the data's own")
     val_fraction: float = _setting(0.1, "of the images, where there is no validation split")
+    lora: LoRA | None = dataclasses.field(
+        default=None,
+        metadata={"help": "rank of peft's LoRA, to which methods are applied; lora.targets=qkv,fc1 "
+        "(projections of attention), lora.alpha=16 (the rank), lora.dropout=0.1 (0)"},
+    )  # fmt: skip
     method: tuple[Config, ...] = _setting(
-        (), f"{FULL} (everything trains), or one of {', '.join(sorted(METHODS))}; options follow a "
-        "dot: method.keep=0.05; in YAML also a list of mappings",
+        (), f"{FULL} (everything trains), or methods of those below, with commas, in the order in "
+        "which they are applied; options follow a dot: method.keep=0.05; in YAML also mappings",
     )  # fmt: skip
     ticket: str | None = _setting(None, "a file of Ticket.save, applied before the method")
     epochs: float | None = _setting(None, "passes over the data (10, unless there are steps)")
@@ -74,9 +80,10 @@ class RunSettings:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            read = _methods(value) if field.name == "method" else _typed(
-                field.name, value, hints[field.name]
-            )  # fmt: skip
+            if field.name in OPTIONS:
+                read: Any = (chosen.lora if field.name == "lora" else chosen.methods)(value)
+            else:
+                read = _typed(field.name, value, hints[field.name])
             object.__setattr__(self, field.name, read)
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 10.0)
@@ -110,12 +117,14 @@ class RunSettings:
 
     @property
     def methods(self) -> str:
-        """The methods' names, for people."""
-        return " + ".join(config.method for config in self.method) or FULL
+        """What is done to the network, for people."""
+        names = ["lora"] * (self.lora is not None) + [config.method for config in self.method]
+        return " + ".join(names) or FULL
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for YAML and JSON; :func:`read` reads it back."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["lora"] = None if self.lora is None else _plain(dataclasses.asdict(self.lora))
         plain["method"] = [_plain(config.to_dict()) for config in self.method]
         return plain
 
@@ -134,7 +143,7 @@ def read(data: Mapping[str, Any]) -> RunSettings:
     known = [field.name for field in dataclasses.fields(RunSettings)]
     for name in data:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}{_nearest(name, known)}")
+            raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
     for name in ("model", "data"):
         if not data.get(name):
             raise ValueError(f"{name} must be given: --{name} NAME")
@@ -171,7 +180,7 @@ def override(data: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: a word is none of these; an option of a method that is not one.
     """
-    result, words = dict(data), list(words)
+    result, words, options = dict(data), list(words), []
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
@@ -183,16 +192,12 @@ def override(data: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         name, _, option = name.replace("-", "_").partition(".")
         if not option:
             result[name] = text
-            continue
-        if name != "method":
+        elif name in OPTIONS:
+            options.append((name, option, text))
+        else:
             raise ValueError(f"{name} has no options of its own: {word!r}")
-        given = result.get("method", FULL)
-        if isinstance(given, (list, tuple)):
-            if len(given) != 1:
-                raise ValueError(f"{word!r}: which of the {len(given)} methods? Say so in the file")
-            given = given[0]
-        as_mapping = dict(given) if isinstance(given, Mapping) else {"method": given}
-        result["method"] = as_mapping | {option: text}
+    for name, option, text in options:  # of what is named anywhere in the line
+        result[name] = chosen.with_option(name, result.get(name), option, text)
     return result
 
 
@@ -200,19 +205,6 @@ def differences(one: RunSettings, other: RunSettings) -> list[str]:
     """Names of settings in which two runs differ that ought to be one run."""
     a, b = one.to_dict(), other.to_dict()
     return [name for name in a if a[name] != b[name] and name not in FREE]
-
-
-def scalar(text: str) -> bool | int | float | str | None:
-    """What a word of a command line, or of YAML, means (YAML itself takes 1e-3 for a string)."""
-    named = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -232,53 +224,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise TypeError(f"{name} must be {' or '.join(words)}, got {value!r}")
 
 
-def _methods(value: Any) -> tuple[Config, ...]:
-    """The configurations of a name, a mapping, or a list of these."""
-    several = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(config for each in several if (config := _method(each)) is not None)
-
-
-def _method(value: Any) -> Config | None:
-    if isinstance(value, Config):
-        return value
-    fields = dict(value) if isinstance(value, Mapping) else {"method": value}
-    name = fields.pop("method", None)
-    if not isinstance(name, str):
-        raise TypeError(f"method must be a name, or a mapping with one as `method`, got {value!r}")
-    name = name.replace("-", "_")
-    if name in (FULL, "none"):
-        if fields:
-            raise ValueError(f"method {FULL!r} has no options, got {sorted(fields)}")
-        return None
-    if name not in METHODS:
-        raise ValueError(
-            f"unknown method {name!r}{_nearest(name, [FULL, *METHODS])} "
-            f"(there are {', '.join([FULL, *sorted(METHODS)])})"
-        )
-    options = {k: scalar(v) if isinstance(v, str) else v for k, v in fields.items()}
-    if "preset" in options:
-        cls: Any = METHODS[name]
-        if not hasattr(cls, "preset"):
-            raise ValueError(f"method {name!r} has no presets")
-        preset = cls.preset(options.pop("preset"))
-        options = {k: v for k, v in preset.to_dict().items() if k != "method"} | options
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"method {name!r} has no option {option!r}{_nearest(option, known)}")
-    return config_from_dict({"method": name, **options})
-
-
 def _plain(value: Any) -> Any:
     """Tuples as lists: YAML has no tuples."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _yaml() -> Any:

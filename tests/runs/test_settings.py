@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from memtl import BackRazorConfig, FrozenConfig, LowBitConfig
+from memtl import BackRazorConfig, CheckpointConfig, FrozenConfig, LowBitConfig
 from memtl.runs import RunSettings
 from memtl.runs import settings as s
+from memtl.runs.lora import LoRA
 from memtl.storage import Quantized
 
 GIVEN = {"model": "vit", "data": "digits"}
@@ -54,7 +55,7 @@ def test_methods():
 
 @pytest.mark.parametrize("method", [[], ["bitfit", "frozen"], "back-razor", FrozenConfig(norm=4)])
 def test_what_is_written_reads_back(method, tmp_path):
-    read = of("ema=0.9", "epochs=3", "--fsdp", method=method)
+    read = of("ema=0.9", "epochs=3", "--fsdp", "lora.targets=qkv", method=method)
     s.write_file(tmp_path / "run.yaml", read)
     assert s.read(s.read_file(tmp_path / "run.yaml")) == read
 
@@ -84,6 +85,18 @@ def test_what_is_written_reads_back(method, tmp_path):
         (["method=back-razor", "method.kep=1"], "'back_razor' has no option 'kep': .*'keep'"),
         (["method=back-razor", "method.keep=2"], r"keep must be in \(0, 1\], got 2"),
         (["method=bitfit", "method.preset=small"], "'bitfit' has no presets"),
+        (["method=lora"], "lora is a setting of its own.*--lora 8"),
+        (["method=bitfit,frosen"], "unknown method 'frosen': did you mean 'frozen'?"),
+        (["method=low-bit,checkpoint", "method.bits=4"], "several of .* have it: method.NAME.bits"),
+        (["method=low-bit,checkpoint", "method.vpt.bits=4"], "none of low_bit, checkpoint has it"),
+        (["lora=0"], "lora.rank must be at least 1, got 0"),
+        (["lora=x"], "lora.rank must be an int"),
+        (["lora.aplha=1"], "lora has no option 'aplha': did you mean 'alpha'?"),
+        (["lora.alpha=0"], "lora.alpha must be positive"),
+        (["lora.alpha=x"], "lora.alpha must be a number or none, got 'x'"),
+        (["lora.dropout=1"], r"lora.dropout must be in \[0, 1\), got 1"),
+        (["lora.targets=a,,b"], "lora.targets must be names of layers, with a comma"),
+        (["lora.targets=3"], "lora.targets must be names of layers or none, got 3"),
         (["method.keep=0.1"], "method 'full' has no options, got .'keep'"),
         (["data.size=3"], "data has no options of its own"),
         (["model="], "model must be given: --model NAME"),
@@ -94,9 +107,34 @@ def test_what_is_wrong_is_said(words, said):
         of(*words)
 
 
+def test_several_methods_on_the_line():
+    read = of("method=back-razor,checkpoint", "method.keep=0.1", "method.bits=4")
+    assert read.method == (BackRazorConfig(keep=0.1), CheckpointConfig(bits=4))
+    assert read.methods == "back_razor + checkpoint"
+    words = (
+        "method.checkpoint.bits=none",
+        "method.low-bit.bits=2",
+        "--method",
+        "low-bit,checkpoint",
+    )
+    assert of(*words).method == (LowBitConfig(bits=2), CheckpointConfig(bits=None))
+    preset = of("method.preset=small", "method=back-razor,checkpoint").method[0]
+    assert preset == BackRazorConfig.preset("small")
+
+
+def test_lora():
+    assert of().lora is None and of("lora=none").lora is None
+    assert of("--lora").lora == of("lora.alpha=none").lora == LoRA(rank=8)
+    read = of("--lora", "4", "lora.targets=qkv,proj", "lora.alpha=16", "method=frozen")
+    assert read.lora == LoRA(rank=4, targets=("qkv", "proj"), alpha=16)
+    assert read.methods == "lora + frozen" and of("lora=4").methods == "lora"
+    assert of(lora={"rank": 4, "targets": ["qkv", "proj"], "alpha": 16}).lora == read.lora
+    assert s.differences(of("lora=4"), of("lora=8")) == ["lora"]
+
+
 def test_options_of_one_of_several_methods():
-    with pytest.raises(ValueError, match="which of the 2 methods"):
-        of("method.bits=3", method=["bitfit", "low-bit"])
+    with pytest.raises(ValueError, match="none of bitfit, frozen has it"):
+        of("method.bits=3", method=["bitfit", "frozen"])
     assert of("method.bits=3", method=["low-bit"]).method == (LowBitConfig(bits=3),)
 
 

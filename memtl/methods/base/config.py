@@ -24,9 +24,10 @@ METHODS: dict[str, type[Config]] = {}
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(abc.ABC):
     """The base of every method's configuration. ``method`` is its name, in JSON and in commands;
-    ``is_undone``: whether ``unconvert`` takes it back."""
+    ``is_undone``: whether ``unconvert`` takes it back; ``networks``: what it is for, in words."""
 
     method: ClassVar[str]
+    networks: ClassVar[str] = "any network"
     is_undone: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

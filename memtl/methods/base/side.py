@@ -41,6 +41,7 @@ class SideConfig(PartialConfig):
             the size that the network says it is made for.
     """
 
+    networks: ClassVar[str] = "convolutional networks"
     expand: float = 1.0
     groups: int = 2
     weight_standardization: bool = True

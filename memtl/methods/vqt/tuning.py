@@ -1,4 +1,4 @@
-"""Visual Query Tuning: its configuration, and the head with the queries of every block."""
+"""Visual Query Tuning: a head on what queries in every block read; nothing else trains."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ class VQTConfig(TransferConfig):
     """
 
     method: ClassVar[str] = "vqt"
+    networks: ClassVar[str] = "vision transformers"
     num_queries: int = 1
     dropout: float = 0.1
     combine: Literal["concat", "mean", "weighted"] = "concat"
