@@ -4,6 +4,10 @@ It is what ``attention_grad`` computes, so the reference is this; and a kernel o
 comes here for cases that it has not, since none may import the reference.
 """
 
+import contextlib
+import operator
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,22 +32,40 @@ def attention_grad(
     log-sum has to be kept. Dropout is replayed from the generator's saved state, and the present
     state restored.
     """
-    cuda = [q.device] if q.is_cuda else []
-    replay = torch.random.fork_rng(cuda, enabled=rng_state is not None)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    if mask is not None and mask_grad:
+        mask = mask.detach().requires_grad_()
+        leaves.append(mask)
+    q, k, v = leaves[:3]
+    replay = contextlib.nullcontext() if rng_state is None else _replayed(rng_state, q)
     with replay, torch.enable_grad(), _recording():
-        if rng_state is not None:
-            (torch.cuda.set_rng_state if q.is_cuda else torch.set_rng_state)(rng_state)
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        if mask is not None and mask_grad:
-            mask = mask.detach().requires_grad_()
-            leaves.append(mask)
-        q, k, v = leaves[:3]
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+    grads = _grads(out, leaves, grad_out)
     dq, dk, dv = (grad.contiguous() for grad in grads[:3])
     return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
+
+
+def _grads(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Sequence[Tensor]:
+    """The gradients of ``leaves``. Where all of attention is one step of autograd's, that step is
+    made by itself: to call the engine inside a backward costs as much again."""
+    step = out.grad_fn
+    inputs = [getattr(node, "variable", None) for node, _ in step.next_functions]
+    if len(inputs) >= len(leaves) and all(map(operator.is_, inputs, leaves)):
+        with torch.no_grad():
+            grads = step(grad_out)[: len(leaves)]
+        if all(grad is not None for grad in grads):
+            return grads
+    return torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+
+
+@contextlib.contextmanager
+def _replayed(state: Tensor, like: Tensor) -> Iterator[None]:
+    """Random numbers from the generator's ``state``; what comes after is as if none were drawn."""
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        (torch.cuda.set_rng_state if like.is_cuda else torch.set_rng_state)(state)
+        yield
 
 
 def _recording() -> torch._C._ForceDispatchKeyGuard:
