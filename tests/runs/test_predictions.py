@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 
 from memtl import runs
 from memtl.cli import main
+from memtl.runs.build import open_data
+from memtl.runs.data.transform import Transform
+from memtl.runs.networks import wants
 
 pytest.importorskip("timm")
 images = pytest.importorskip("PIL.Image")
@@ -18,7 +22,7 @@ images = pytest.importorskip("PIL.Image")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    words = ("--model", "vit", "--data", "digits", "--steps", "30", "--batch-size", "16")
+    words = ("--model", "vit", "--data", "digits", "--steps", "5", "--batch-size", "16")
     assert main(["train", *words, "--device", "cpu", "--out", str(out)]) == 0
     return out
 
@@ -30,9 +34,6 @@ def test_of_images(run, tmp_path, capsys):
         images.fromarray(image).save(file)
     found = runs.predict(run, files, device="cpu")
     model = runs.load(run)
-    from memtl.runs.data.transform import Transform
-    from memtl.runs.networks import wants
-
     for i, file in enumerate(files):
         with images.open(file) as image, torch.no_grad():
             chances = model(Transform(wants(model))(image, None)[None])[0].softmax(0)
@@ -80,17 +81,15 @@ def test_of_texts(tmp_path):
     settings = runs.RunSettings(model="bert", data="kind", steps=1, batch_size=4, device="cpu",
                                 tokens=16)  # fmt: skip
     out = tmp_path / "run"
-    runs.train(settings, out, say=None, data=_few(settings))
-    one = runs.predict(out, ["Open a file."], device="cpu")
-    both = runs.predict(out, ["Return a number.", "Open a file."], device="cpu")
-    assert both[1] == one[0] and both[0]["input"] == "Return a number."
+    data = _few(settings)
+    runs.train(settings, out, say=None, data=data)
+    texts = ["Open a file.", "Return a number.", "Open a file."]
+    found = runs.predict(out, texts, device="cpu")
+    assert [each["input"] for each in found] == texts and found[0] == found[2] != found[1]
+    assert all(each["class"] in data.classes for each in found)
 
 
 def _few(settings):
-    import dataclasses
-
-    from memtl.runs.build import open_data
-
     data = open_data(settings)
 
     class First:
