@@ -174,31 +174,31 @@ class _Surroundings:
 
 class _Members:
     """A module's parameters and buffers: ``torch.func.functional_call`` puts others in their places
-    for a forward, and backward comes later."""
+    for a forward, and backward comes later. FSDP, which exchanges shards and what it gathers from
+    them, sees to its own."""
 
     def __init__(self, module: nn.Module):
-        self._members: list[tuple[dict[str, Any], str, Any]] = [
-            (place, name, t)
-            for m in module.modules()
-            for place in (m._parameters, m._buffers)
-            for name, t in place.items()
-        ]
+        places: list[Any] = [p for m in module.modules() for p in (m._parameters, m._buffers)]
+        self._members = [(p, name, t) for p in places for name, t in p.items()]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Each in its place, inside."""
-        moved = [
-            (place, name, t, place[name])
-            for place, name, t in self._members
-            if place.get(name, t) is not t
-        ]
-        for place, name, t, _ in moved:
-            place[name] = t
+        moved = []
+        for place, name, t in self._members:
+            other = place.get(name, t)
+            if other is not t and not (_is_sharded(t) or _is_sharded(other)):
+                moved.append((place, name, other))
+                place[name] = t
         try:
             yield
         finally:
-            for place, name, _, other in moved:
+            for place, name, other in moved:
                 place[name] = other
+
+
+def _is_sharded(t: Any) -> bool:
+    return hasattr(t, "full_tensor")  # a DTensor; its class takes long to import
 
 
 def _autocast(device_type: str) -> contextlib.AbstractContextManager:

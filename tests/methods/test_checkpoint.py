@@ -467,7 +467,7 @@ def test_compiled():
     actual = {name: p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close(actual, expected[1])
     kept = memtl.memory.saved_bytes(compiled, inputs["x"])
-    assert kept == memtl.memory.saved_bytes(model, inputs["x"])
+    assert 0 < kept <= memtl.memory.saved_bytes(model, inputs["x"])
 
 
 def test_data_parallel(tmp_path):

@@ -176,6 +176,8 @@ def check_checkpointed_blocks():
             converted(exact, by_block(vit(), **options)),
         ):
             assert_as(trained(model)[0], stock)
+        by_layers = by_layer(converted(exact, vit()), **options)
+        assert_as(trained(by_layers)[0], stock, ROUNDING)
 
 
 def check_save_and_load():
