@@ -177,7 +177,7 @@ class _Members:
     for a forward, and backward comes later."""
 
     def __init__(self, module: nn.Module):
-        self._members = [
+        self._members: list[tuple[dict[str, Any], str, Any]] = [
             (place, name, t)
             for m in module.modules()
             for place in (m._parameters, m._buffers)

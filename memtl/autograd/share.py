@@ -15,13 +15,13 @@ one traced Function cannot be handed to another by the side.
 
 from __future__ import annotations
 
-import dataclasses
+import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from ..storage import Dense, Format, Packed
 from ..storage.rebuilt import View, rebuilt
@@ -34,8 +34,30 @@ class _Offer(NamedTuple):
     versions: tuple[int, ...]  # of the packed tensors
 
 
-_offers = WeakTensorKeyDictionary()  # tensor -> _Offer
-_origins = WeakTensorKeyDictionary()  # what autocast made of a tensor -> that tensor
+_T = TypeVar("_T")
+
+
+class _ByTensor(Generic[_T]):
+    """Values by tensor object, for as long as it lives. torch's WeakTensorKeyDictionary does the
+    same, but hashes and compares in Python: several times as long, at every call of a layer."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], _T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __setitem__(self, t: Tensor, value: _T) -> None:
+        key, entries = id(t), self._entries
+        entries[key] = weakref.ref(t, lambda _: entries.pop(key, None)), value
+
+    def get(self, t: Tensor) -> _T | None:
+        entry = self._entries.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+
+_offers: _ByTensor[_Offer] = _ByTensor()
+_origins: _ByTensor[TensorWeakRef] = _ByTensor()  # what autocast made of a tensor -> that tensor
 _CODED = 8  # bits up to which the rounding to bfloat16 is nothing beside that of the code
 
 
@@ -46,15 +68,16 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
     """
     if packed is None or not sharing() or x.is_inference() or _wrapped(x, *packed.tensors):
         return
-    storage = x.untyped_storage()._cdata
-    if any(t.untyped_storage()._cdata == storage for t in packed.tensors):
+    if any(torch._C._is_alias_of(x, t) for t in packed.tensors):
         return  # by reference: it would keep itself alive
     offers, origins = _here()
-    offers[x] = _Offer(packed, x._version + dirty, _versions(packed.tensors))
-    origin = origins.get(x, lambda: None)()
-    if origin is not None and packed.format.precision <= _CODED:
-        packed = dataclasses.replace(packed, dtype=origin.dtype)
-        offers[origin] = _Offer(packed, origin._version, _versions(packed.tensors))
+    versions = _versions(packed.tensors)
+    offers[x] = _Offer(packed, x._version + dirty, versions)
+    origin = origins.get(x)
+    if origin is None or packed.format.precision > _CODED:
+        return
+    if (wide := origin()) is not None:
+        offers[wide] = _Offer(packed.to(wide.dtype), wide._version, versions)
 
 
 def offer_input(x: Tensor, packed: Packed) -> None:
@@ -121,14 +144,14 @@ def _overlaps(x: Tensor) -> bool:
     return any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _here() -> tuple[WeakTensorKeyDictionary, WeakTensorKeyDictionary]:
+def _here() -> tuple[_ByTensor[_Offer], _ByTensor[TensorWeakRef]]:
     """Offers and origins. A region that will be run again shares within each of its runs alone, so
     that both keep the same."""
     run = region.current()
     if run is None:
         return _offers, _origins
     if run.offers is None:
-        run.offers = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        run.offers = _ByTensor(), _ByTensor()
     return run.offers
 
 
@@ -157,7 +180,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         return y
     packed = shared(x)
     if packed is not None:
-        offer(y, dataclasses.replace(packed, dtype=dtype))
+        offer(y, packed.to(dtype))
     elif dtype == torch.bfloat16:  # float16 may lose what float32 holds
         _here()[1][y] = TensorWeakRef(x)
     return y

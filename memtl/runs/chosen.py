@@ -59,7 +59,8 @@ def lora(value: Any) -> LoRA | None:
     for name in fields:
         if name not in known:
             raise ValueError(f"lora has no option {name!r}{nearest(name, known)}")
-    return LoRA(**{k: scalar(v) if isinstance(v, str) else v for k, v in fields.items()})
+    options: Any = {k: scalar(v) if isinstance(v, str) else v for k, v in fields.items()}
+    return LoRA(**options)
 
 
 def with_option(setting: str, given: Any, option: str, text: str) -> Any:

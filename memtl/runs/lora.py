@@ -119,7 +119,7 @@ def _known(model: Any) -> Sequence[str]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     kind = getattr(getattr(getattr(model, "model", None), "config", None), "model_type", None)
-    found = KNOWN.get(kind)
+    found = KNOWN.get(kind or "")
     return found if isinstance(found, list) else ATTENTION
 
 

@@ -145,6 +145,10 @@ class Packed:
         """The dense approximation, in the original dtype unless told otherwise."""
         return self.format.unpack(self.tensors, self.shape, dtype or self.dtype)
 
+    def to(self, dtype: torch.dtype) -> Packed:
+        """The same, for a tensor of another dtype."""
+        return Packed(self.format, self.tensors, self.shape, dtype)
+
     def weight_grad(self, grad_out: Tensor) -> Tensor:
         """``grad_out^T x`` [O, D]; grad_out [..., O] has as many rows as x [..., D]."""
         return self.format.weight_grad(

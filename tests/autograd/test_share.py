@@ -559,15 +559,14 @@ def test_nothing_dropped_or_clamped_stands_for_more():
     assert (grad - (1 - x.tanh().square())).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("format", [Dense(), Dense("fp32"), TopK(0.1), ONCE], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_no_offer_outlives_its_tensor(format, layout):
-    gc.collect()
+def test_no_offer_outlives_its_tensor():
+    gc.collect()  # slow, late in a long run: once for all formats
     before = len(share._offers)
     kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
-    for _ in range(3):
-        x = torch.randn(2, 3, 8, 8, requires_grad=True).to(memory_format=layout) * 1
-        M.conv2d(x, kernel, padding=1, format=format).sum().backward()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for format in (Dense(), Dense("fp32"), TopK(0.1), ONCE):
+            x = torch.randn(2, 3, 8, 8, requires_grad=True).to(memory_format=layout) * 1
+            M.conv2d(x, kernel, padding=1, format=format).sum().backward()
     del x
     gc.collect()
     assert len(share._offers) == before

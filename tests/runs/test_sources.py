@@ -8,8 +8,8 @@ import torch
 
 from memtl.runs.data import open_data
 from memtl.runs.networks import Wants, create, wants
-from memtl.tasks import load_digits
-from memtl.tasks.text import encode, load_docstrings
+from memtl.tasks import docstrings, load_digits
+from memtl.tasks.text import encode
 from tests.runs.pictures import image, number_of
 
 ENCODER = wants("bert")
@@ -48,14 +48,14 @@ def test_digits_for_another_network():
 
 
 def test_docstrings_are_those_of_the_task():
-    data, task = (
-        open_data("kind", model="bert", tokens=32),
-        load_docstrings("kind", ENCODER.tokenizer, 32),
-    )
+    data = open_data("kind", model="bert", tokens=32)
+    expected = docstrings.texts("kind", "val")
+    coded = encode(ENCODER.tokenizer, expected.texts[:10], 32)
     assert data.kind == "text" and data.classes == ("module", "class", "function", "method")
-    assert len(data.test) == len(task.test)
-    assert torch.equal(inputs(data.val), task.val.images[:10])
-    assert labels(data.val)[:50] == task.val.labels[:50].tolist()
+    assert len(data.test) == len(docstrings.texts("kind", "test").labels)
+    assert torch.equal(inputs(data.val)[:, : coded.shape[1]], coded)
+    few = [data.val.sample(i, None)[1].item() for i in range(50)]
+    assert few == list(expected.labels[:50])
     ids, _ = open_data("pair").train.sample(0, None)
     assert ids.shape == (128,) and (ids == ENCODER.tokenizer.sep_token_id).sum() == 2
 
