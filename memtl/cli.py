@@ -31,7 +31,7 @@ COMMANDS = {
         "fine-tune a model: a folder of results, to go on from", ".runs.command", "train"
     ),
     "eval": Command("how good the model of a run is", ".runs.command", "evaluate"),
-    "predict": Command("what the model of a run says of images or texts", ".runs.predict"),
+    "predict": Command("what the model of a run says of images or texts", ".runs.predictions"),
     "prune": Command("draw a lottery ticket of a model: which weights survive", ".runs.prune"),
     "bench": Command("measurements: fidelity of gradients, kernels, whole steps", ".bench"),
     "demo": Command("fine-tune handwritten digits several ways and compare", ".demo"),

@@ -68,7 +68,7 @@ def offer(x: Tensor, packed: Packed | None, *, dirty: bool = False) -> None:
     """
     if packed is None or not sharing() or x.is_inference() or _wrapped(x, *packed.tensors):
         return
-    if any(torch._C._is_alias_of(x, t) for t in packed.tensors):
+    if any(torch._C._is_alias_of(x, t) for t in packed.tensors):  # type: ignore[attr-defined]
         return  # by reference: it would keep itself alive
     offers, origins = _here()
     versions = _versions(packed.tensors)

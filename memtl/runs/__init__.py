@@ -1,7 +1,7 @@
 """One training run: a network and data by name, settings in, a folder of results out."""
 
 from .loop import Interrupted, train
-from .predict import predict
+from .predictions import predict
 from .results import evaluate, load
 from .settings import RunSettings
 

@@ -59,8 +59,8 @@ def lora(value: Any) -> LoRA | None:
     for name in fields:
         if name not in known:
             raise ValueError(f"lora has no option {name!r}{nearest(name, known)}")
-    options: Any = {k: scalar(v) if isinstance(v, str) else v for k, v in fields.items()}
-    return LoRA(**options)
+    read: dict[str, Any] = {k: scalar(v) if isinstance(v, str) else v for k, v in fields.items()}
+    return LoRA(**read)
 
 
 def with_option(setting: str, given: Any, option: str, text: str) -> Any:

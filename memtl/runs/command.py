@@ -9,10 +9,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..report import Table
 from ..report.arguments import count, writable
 from ..report.calling import call
 from . import settings as reading
@@ -25,6 +26,8 @@ from .results import evaluate as evaluate_run
 from .settings import RunSettings
 
 INSTALL = "memtl[train]"
+FEW = 32
+"""Classes that are shown one by one."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -68,9 +71,23 @@ def _evaluate(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+    classes = result.pop("classes")
     for name, value in result.items():
         print(f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}")
+    if len(classes) <= FEW:
+        print(f"\n{_of_classes(classes)}")
     return 0
+
+
+def _of_classes(classes: Mapping[str, Mapping[str, int]]) -> Table:
+    """Of every class how many samples it has, and how many are predicted; the shares of either that
+    are right."""
+    rows = []
+    for name, of in classes.items():
+        shares = (of["right"] / n if (n := of[key]) else None for key in ("samples", "predicted"))
+        recall, precision = ("-" if share is None else f"{share:.4f}" for share in shares)
+        rows.append((name, str(of["samples"]), recall, str(of["predicted"]), precision))
+    return Table(("class", "samples", "recall", "predicted", "precision"), tuple(rows))
 
 
 def _folder_name(settings: RunSettings) -> str:

@@ -11,6 +11,10 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(Exception):
+    """What was interrupted is given up: it can be done again."""
+
+
 class Interrupt:
     """Inside the context, the first Ctrl-C or SIGTERM is noted as ``signal``; another Ctrl-C raises
     KeyboardInterrupt at once.
@@ -40,7 +44,8 @@ class Interrupt:
         if self.signal is None:
             self.signal = number
             # No print: it may be what was interrupted.
-            text = "\nfinishing this step, then saving; Ctrl-C again ends at once\n"
+            more = "; Ctrl-C again ends at once" if self._again else ""
+            text = f"\nfinishing this step, then saving{more}\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         elif number == signal.SIGINT and self._again:
             raise KeyboardInterrupt

@@ -25,7 +25,7 @@ from ..training import Step, seeded, track
 from ..training.metrics import metric_named
 from . import build, folder
 from .average import Average
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Stopped
 from .order import Batches, Order, loader, mixed
 from .ranks import Ranks, like, whole
 from .records import Records
@@ -153,6 +153,7 @@ class _Run:
         )
         self.ema = None if settings.ema is None else Average(self.model, settings.ema)
         self.best: Score | None = None
+        self.owed = False  # a score, of which an interrupt was in the way
         if found is not None:
             self._restore(found)
 
@@ -165,7 +166,7 @@ class _Run:
         else:
             columns = ("epoch", "loss", "learning_rate", "seconds", "samples_per_second",
                        "val_loss", f"val_{self.data.metric}")  # fmt: skip
-            log = Records(self.out, columns, first, settings.tensorboard)
+            log = Records(self.out, columns, first, settings.tensorboard, not self.owed)
         say(self._beginning() if not first else f"going on after step {first} of {last}")
         batches = iter(
             loader(self.data.train, Batches(self.order, first, last), settings.workers,
@@ -179,6 +180,10 @@ class _Run:
             bar = stack.enter_context(
                 track(range(first, last), "training", progress=shown, total=last, initial=first)
             )
+            if self.owed:
+                epoch = first * self.order.a_step / self.order.samples
+                self._evaluate_and_save(first, epoch, log, bar)
+                self._end_if_interrupted(first)
             said = started = began = time.perf_counter()
             for number in bar:
                 parts = [self._placed(*next(batches)) for _ in range(settings.accumulate)]
@@ -207,17 +212,25 @@ class _Run:
                     said = ended
                 if self._evaluate_and_save(number + 1, row["epoch"], log, bar):
                     started = time.perf_counter()
-                if self.stopping:
-                    raise Interrupted(self.interrupt.signal or 0, number + 1)
+                self._end_if_interrupted(number + 1)
+
+    def _end_if_interrupted(self, step: int) -> None:
+        if self.stopping:
+            raise Interrupted(self.interrupt.signal or 0, step)
 
     def _evaluate_and_save(self, step: int, epoch: float, log: Records | None, bar: Any) -> bool:
         """What is due after that many steps; whether anything was. Every process comes here."""
         last = step == self.recipe.steps
         best = False
         evaluating = last or step % self.eval_every == 0
+        self.owed = False
         if evaluating:
-            with contextlib.nullcontext() if self.ema is None else self.ema.inside():
-                score, loss = self._scored(self.data.val)
+            try:
+                with contextlib.nullcontext() if self.ema is None else self.ema.inside():
+                    score, loss = self._scored(self.data.val, self._interrupted)
+            except Stopped:
+                self.stopping = self.owed = True
+        if evaluating and not self.owed:
             if best := self.best is None or score > self.best.score:
                 self.best = Score(score, step)
             value = None if math.isnan(loss) else loss
@@ -290,12 +303,15 @@ class _Run:
             write_aside(out / folder.SUMMARY, lambda aside: aside.write_text(text))
         return summary
 
-    def _scored(self, samples: Samples) -> tuple[float, float]:
+    def _interrupted(self) -> bool:
+        return self.stopping or self.interrupt.signal is not None
+
+    def _scored(self, samples: Samples, stop: Callable[[], bool] = bool) -> tuple[float, float]:
         settings = self.settings
         return scored(
             self.model, samples, self.data, self.ranks, batch_size=settings.batch_size,
             workers=settings.workers, precision=settings.precision,
-            sharded=settings.fsdp and self.ranks.world > 1,
+            sharded=settings.fsdp and self.ranks.world > 1, stop=stop,
         )  # fmt: skip
 
     def _placed(self, images: Any, labels: Tensor) -> tuple[Any, Tensor]:
@@ -334,6 +350,7 @@ class _Run:
             "scaler": state["scaler"],
             "optimizer": numbers,
             "best": None if self.best is None else dataclasses.asdict(self.best),
+            "owed": self.owed,
         }
         self.checkpoints.save(step, tensors, facts, best=best)
 
@@ -363,6 +380,7 @@ class _Run:
         if self.ema is not None:
             averages = found.under("average")
             self.ema.load({n: like(t, self.ema.tensors[n]) for n, t in averages.items()})
+        self.owed = found.facts.get("owed", False)
         best = found.facts["best"]
         self.best = None if best is None else Score(**best)
 

@@ -24,15 +24,20 @@ class Records:
 
     Args:
         tensorboard: whether to write events for it too.
+        scored: whether scores of the model after that step are kept.
 
     Raises:
         ImportError: ``tensorboard`` is asked for, but not installed.
     """
 
-    def __init__(self, folder: Path, columns: tuple[str, ...], step: int, tensorboard: bool):
+    def __init__(self, folder: Path, columns: tuple[str, ...], step: int, tensorboard: bool,
+                 scored: bool = True):  # fmt: skip
         self._columns = ("step", *columns)
         self._board = _board(folder / EVENTS, step) if tensorboard else None
-        kept = list(rows(folder / JSONL, step))
+        kept = [
+            row for row in rows(folder / JSONL, step)
+            if scored or row["step"] < step or "loss" in row
+        ]  # fmt: skip
         lines = b"".join(_json(row) for row in kept)
         table = b"".join((self._line(dict(zip(self._columns, self._columns, strict=True))),
                           *map(self._line, kept)))  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from ..training import PRECISIONS, loss_of, tally
 from ..training.metrics import metric_named
 from . import build, folder
 from .data.samples import Joined
+from .interrupt import Stopped
 from .order import Order, loader
 from .ranks import Ranks
 from .records import JSONL, rows
@@ -50,29 +53,60 @@ def scored(
     workers: int = 0,
     precision: str = "fp32",
     sharded: bool = False,
+    stop: Callable[[], bool] = bool,
 ) -> tuple[float, float]:
     """The score of ``model`` on ``samples``, by the metric of ``data``, and the mean cross-entropy
     (NaN where there is none); each process does its share of the samples.
 
+    Args:
+        stop: is asked before every batch whether to give up, which all processes then do; not of
+            a sharded model, whose forwards need every process.
+
     Raises:
         ValueError: there are no samples, or labels do not fit.
+        Stopped: ``stop`` said so.
     """
+    counts, loss = counted(
+        model, samples, data, ranks, batch_size=batch_size, workers=workers, precision=precision,
+        sharded=sharded, stop=stop,
+    )  # fmt: skip
+    return metric_named(data.metric)(counts), loss
+
+
+def counted(
+    model: nn.Module,
+    samples: Samples,
+    data: Data,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    precision: str = "fp32",
+    sharded: bool = False,
+    stop: Callable[[], bool] = bool,
+) -> tuple[Tensor, float]:
+    """As :func:`scored`, but what :func:`memtl.training.metrics.count` counts."""
     total = len(samples)
     if not total:
         raise ValueError("cannot evaluate on an empty split")
     mine = [(i, None) for i in range(ranks.rank, total, ranks.world)]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded = loader(samples, batches, workers, ranks.device)
+    given: Any = loader(samples, batches, workers, ranks.device)
+    if not sharded:
+        given = itertools.takewhile(lambda _: not stop(), given)
     with autocast(ranks.device, precision):
-        counts, loss = tally(model, loaded)
-        if not batches:
+        counts, loss = tally(model, given)
+        if not counts.ndim:  # no batch
             counts = torch.zeros(3, len(data.classes), dtype=torch.int64)
         if sharded:  # every process takes part in every forward
             most = math.ceil(math.ceil(total / ranks.world) / batch_size)
             for _ in range(most - len(batches)):
                 tally(model, loader(samples, [[(0, None)]], 0, ranks.device))
-    loss = ranks.sum(torch.tensor([loss], dtype=torch.float64)).item()
-    return metric_named(data.metric)(ranks.sum(counts)), loss / total
+    ended = float(not sharded and stop())
+    loss, stopped = ranks.sum(torch.tensor([loss, ended], dtype=torch.float64)).tolist()
+    if stopped:
+        raise Stopped
+    return ranks.sum(counts), loss / total
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
@@ -103,7 +137,7 @@ def load(
 
 
 def loaded(out: Path, which: str, model: nn.Module | None) -> tuple[nn.Module, Checkpoint]:
-    """As :func:`load`, with the checkpoint that it is of."""
+    """As :func:`load`, and the checkpoint that it is of."""
     settings = folder.read(out)
     if which not in WHICH:
         raise ValueError(f"which must be one of {WHICH}, got {which!r}")
@@ -146,7 +180,8 @@ def evaluate(
         model: as of :func:`load`.
 
     Returns:
-        The score under the metric's name, ``loss``, and what they are of.
+        The score under the metric's name, ``loss``, and what they are of; ``classes``, of each
+        how many ``samples`` it has, how many are ``predicted``, and how many of these ``right``.
 
     Raises:
         ValueError: as :func:`load`; there is no such split, or the classes are others.
@@ -170,14 +205,18 @@ def evaluate(
     if samples is None:
         raise ValueError(f"there is no split {split!r}: it must be one of {SPLITS}, and be there")
     ranks = Ranks.join(device)
-    score, loss = scored(
+    counts, loss = counted(
         trained.to(ranks.device), samples, opened, ranks,
         batch_size=batch_size or settings.batch_size, workers=settings.workers,
         precision=settings.precision,
     )  # fmt: skip
     return {
         "run": str(out), "step": found.step, "data": settings.data, "split": split,
-        "samples": len(samples), opened.metric: score, "loss": loss,
+        "samples": len(samples), opened.metric: metric_named(opened.metric)(counts), "loss": loss,
+        "classes": {
+            name: dict(zip(("right", "samples", "predicted"), column, strict=True))
+            for name, column in zip(opened.classes, counts.T.tolist(), strict=True)
+        },
     }  # fmt: skip
 
 

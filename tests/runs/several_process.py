@@ -6,7 +6,9 @@ torchrun --nproc-per-node 2 several_process.py FOLDER
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +39,25 @@ def back_to_the_first(out: Path, again: Path) -> None:
     (again / folder.SUMMARY).unlink()
 
 
+def interrupt(out: Path, rank: int, training: bool) -> int:
+    """Ctrl-C, twice, in one process: in a step, or in an evaluation, of which there is one at
+    least. Returns after which step the run ended, in this process."""
+    model = small.network(norm=False, dropout=0.0)
+
+    def before(model, _):
+        if model.training == training and dist.get_rank() == rank:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    model.register_forward_pre_hook(before)
+    try:
+        runs.train(small.settings(**FIELDS, batch_size=4), out, model=model, data=small.data(),
+                   say=None)  # fmt: skip
+    except runs.Interrupted as ended:
+        return ended.step
+    raise AssertionError("it was not interrupted")
+
+
 def main() -> None:
     place = Path(sys.argv[1])
     train(place / "ddp", batch_size=4)  # joins the other
@@ -47,6 +68,12 @@ def main() -> None:
             back_to_the_first(place / name, place / f"{name}-again")
         dist.barrier()
         train(place / f"{name}-again", batch_size=4, fsdp=name == "fsdp")
+    # In steps 1 and 2, and in the score after 3, which is owed and given up once more.
+    ends = [
+        interrupt(place / "cut", *how) for how in ((0, True), (1, True), (1, False), (0, False))
+    ]
+    train(place / "cut", batch_size=4)
+    (place / f"ends-{dist.get_rank()}.json").write_text(json.dumps(ends))
 
 
 if __name__ == "__main__":

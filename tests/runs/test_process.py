@@ -85,6 +85,14 @@ def test_two_processes_go_on_bit_for_bit(name, several):
         assert torch.equal(found[weight], t), weight
 
 
+def test_an_interrupt_of_one_process_ends_both(several):
+    for rank in range(2):
+        assert json.loads((several / f"ends-{rank}.json").read_text()) == [1, 2, 3, 3]
+    assert losses(several / "cut") == losses(several / "ddp")
+    one, two = (json.loads((several / n / folder.SUMMARY).read_text()) for n in ("ddp", "cut"))
+    assert one["val_score"] == two["val_score"] and one["best_step"] == two["best_step"]
+
+
 def test_a_run_of_two_processes_is_not_one_of_one(several):
     (several / "ddp" / folder.SUMMARY).unlink()
     with pytest.raises(ValueError, match="a run on 2 processes, not on 1"):
