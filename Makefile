@@ -11,14 +11,17 @@ SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.[ch]*' 2>/dev/null
 install: $(VENV)/.built
 
 $(VENV)/.dependencies: pyproject.toml
+	@echo "memtl: getting what it needs into $(VENV); torch is the largest part"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 "torch>=2.11"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	@echo "memtl: compiling kernels, which takes minutes (MEMTL_CUDA=0 leaves those for GPUs out)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
+	@echo "memtl: done. Next: source $(VENV)/bin/activate; memtl doctor"
 
 demo: install
 	$(BIN)/memtl demo

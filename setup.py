@@ -114,6 +114,7 @@ class BuildNative(build_ext):
 
 
 setup(
+    py_modules=["memtl_command"],
     packages=[*find_packages(include=["memtl", "memtl.*"]), "memtl.kernels"],
     package_dir={"memtl": "memtl", "memtl.kernels": "kernels"},
     ext_modules=[] if why_not_native() else [Extension("memtl._C", sources=[])],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import torch
 
 import memtl
 from memtl import _ops, bench
-from memtl.cli import COMMANDS, main
+from memtl.cli import COMMANDS, main, overview
+from tests.helpers import ROOT
 
 
 def test_what_there_is_without_a_command(capsys):
@@ -22,6 +24,18 @@ def test_what_there_is_without_a_command(capsys):
     lines = alone.splitlines()
     for name, command in COMMANDS.items():
         assert any(line.split() == [name, *command.help.split()] for line in lines)
+
+
+def test_the_script_says_what_there_is_without_torch():
+    program = (
+        "import memtl_command, sys; sys.argv = ['memtl', '--help']; memtl_command.main(); "
+        "assert not {'torch', 'memtl'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"{overview()}\n"
 
 
 def test_doctor(capsys):

@@ -18,6 +18,7 @@ from ..report.arguments import count, writable
 from ..report.calling import call
 from . import settings as reading
 from .chosen import overview
+from .folder import WEIGHTS
 from .loop import Interrupted
 from .loop import train as train_run
 from .results import SPLITS, WHICH
@@ -96,18 +97,32 @@ def _folder_name(settings: RunSettings) -> str:
 
 
 def _text(summary: dict[str, Any], out: Path) -> str:
-    kib = 1024
+    """What came out, and what to do with it."""
+    kib, metric = 1024, summary["metric"]
     saved, peak = summary["saved_bytes_per_sample"], summary["peak_bytes"]
     test = summary["test_score"]
-    lines = [
-        f"val {summary['metric']:9} {summary['val_score']:.4f} (step {summary['best_step']})",
-        f"test {summary['metric']:8} {'-' if test is None else f'{test:.4f}'}",
-        f"saved a sample {'-' if saved is None else f'{saved / kib:,.1f} KiB'}",
-        f"peak           {'-' if peak is None else f'{peak / kib**2:,.1f} MiB'}",
-        f"a step         {summary['seconds_per_step']:.3f} s",
-        f"in             {out}",
-    ]
-    return "\n".join(lines)
+    rows = {
+        f"val {metric}": f"{summary['val_score']:.4f} after step {summary['best_step']}, the best",
+        f"test {metric}": "there is no test split" if test is None else f"{test:.4f} of that step",
+        "kept for backward": "not measured"
+        if saved is None
+        else f"{saved / kib:,.1f} KiB a sample",
+        "peak memory": "not measured" if peak is None else f"{peak / kib**2:,.1f} MiB",
+        "time of a step": f"{summary['seconds_per_step']:.3f} s",
+        "best weights": f"{out / WEIGHTS}",
+    }
+    width = max(map(len, rows))
+    where = shlex.quote(str(out))
+    what = "IMAGE ..." if summary["kind"] == "image" else "TEXT ..."
+    return "\n".join(
+        (
+            *(f"{name:{width}}  {value}" for name, value in rows.items()),
+            "",
+            f"memtl eval {where} [--data NAME]",
+            f"memtl predict {where} {what}",
+            f"model = memtl.runs.load({str(out)!r})  # after `import memtl.runs`",
+        )
+    )
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -143,7 +158,9 @@ def _eval_parser() -> argparse.ArgumentParser:
         prog="memtl eval", description="How good the model of a run is, finished or not."
     )
     parser.add_argument("run", type=Path, help="its folder")
-    parser.add_argument("--split", choices=SPLITS, help="test, if there is one, else val")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="(test, if there is one, else val; all of other data)"
+    )
     parser.add_argument("--data", metavar="NAME", help="other data, of the same classes")
     parser.add_argument("--which", choices=WHICH, default="best", help="checkpoint (best)")
     parser.add_argument("--batch-size", type=count, metavar="N", help="(the run's)")

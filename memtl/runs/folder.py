@@ -60,7 +60,8 @@ def begin(out: Path, settings: RunSettings, fresh: bool) -> None:
         Checkpoints(out / CHECKPOINTS).clear()
         for name in FILES:  # the settings last: so far it is that run's
             (out / name).unlink(missing_ok=True)
-    if path.exists():
+    begun = (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir())
+    if path.exists() and begun:  # a call that failed before that has nothing to lose
         there = read(out)
         if other := own.differences(there, settings):
             name = other[0]
@@ -70,7 +71,7 @@ def begin(out: Path, settings: RunSettings, fresh: bool) -> None:
                 f"{out} is of another run, in which {name} is {was!r}, not {now!r}{more}. Go on "
                 "with its settings, choose another --out, or begin again with --fresh"
             )
-    elif (out / CHECKPOINTS).exists() and any((out / CHECKPOINTS).iterdir()):
+    elif begun:
         raise ValueError(f"{out} has checkpoints, but no {SETTINGS}: choose another --out")
     write_aside(path, lambda aside: own.write_file(aside, settings))
 

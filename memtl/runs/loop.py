@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..files import write_aside
 from ..nn.report import plain_name
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .data import Data, Samples
 
 QUIET = 10.0
-"""Seconds between lines where there is no bar."""
+"""Seconds between lines where there is no bar; in a long run a 20th of the time so far."""
 
 Say = Callable[[str], None]
 
@@ -183,7 +184,7 @@ class _Run:
                 epoch = first * self.order.a_step / self.order.samples
                 self._evaluate_and_save(first, epoch, log, bar)
                 self._end_if_interrupted(first)
-            said = started = time.perf_counter()
+            said = started = began = time.perf_counter()
             for number in bar:
                 parts = [self._placed(*next(batches)) for _ in range(settings.accumulate)]
                 seed_everything(mixed(settings.seed, "step", number, self.ranks.rank))
@@ -203,9 +204,11 @@ class _Run:
                 if log is not None:
                     log.add(row)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if bar.disable and ended - said >= QUIET:
+                if bar.disable and ended - said >= max(QUIET, (ended - began) / 20):
+                    left = (ended - began) / (number + 1 - first) * (last - number - 1)
                     say(f"step {number + 1} of {last}: loss {loss:.4f}, "
-                        f"{row['samples_per_second']:.1f} samples/s")  # fmt: skip
+                        f"{row['samples_per_second']:.1f} samples/s, "
+                        f"about {tqdm.format_interval(left)} left")  # fmt: skip
                     said = ended
                 if self._evaluate_and_save(number + 1, row["epoch"], log, bar):
                     started = time.perf_counter()
@@ -248,10 +251,16 @@ class _Run:
         settings, recipe, order = self.settings, self.recipe, self.order
         trained = sum(p.numel() for p in self.step.parameters)
         passes = recipe.steps * order.a_step / order.samples
+        data, shown = self.data, 8
+        more = f" and {len(data.classes) - shown} more" if len(data.classes) > shown else ""
+        test = f"{len(data.test)} to test on" if data.test is not None else "no test split"
         return (
             f"{settings.model} on {settings.data}, {settings.methods}: {recipe.steps} steps of "
             f"{order.a_step} samples, {passes:.3g} epochs of {order.samples}; {trained:,} of "
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters train"
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters train\n"
+            f"{len(data.train)} samples to train on, {len(data.val)} to validate on, {test}; "
+            f"{len(data.classes)} classes: {', '.join(data.classes[:shown])}{more}\n"
+            f"the run is in {self.out}: ended early, the same call goes on"
         )
 
     def finish(self) -> dict[str, Any]:
@@ -274,6 +283,7 @@ class _Run:
             "data": settings.data,
             "method": settings.methods,
             "classes": list(data.classes),
+            "kind": data.kind,
             "metric": data.metric,
             "val_score": self.best.score,
             "best_step": self.best.step,

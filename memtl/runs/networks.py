@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,7 @@ def _of_name(name: str) -> Wants:
     from timm.models import get_pretrained_cfg, is_model
 
     if name in OWN or not is_model(name):
-        return _of_config(models.timm_model(name).pretrained_cfg)
+        return _of_config(_timm(name).pretrained_cfg)
     config = get_pretrained_cfg(name)
     return _of_config({} if config is None else config.to_dict())
 
@@ -222,7 +223,7 @@ def _shipped(name: str, num_classes: int, pretrained: bool, size: int | None) ->
 def _of_timm(name: str, num_classes: int, pretrained: bool, size: int | None) -> Any:
     options: dict[str, Any] = {"num_classes": num_classes}
     if not pretrained:
-        model = models.timm_model(name, size=size, **options)
+        model = _timm(name, size=size, **options)
     else:
         model = _with_weights_of_timm(name, size, options)
     if size is not None:
@@ -232,11 +233,20 @@ def _of_timm(name: str, num_classes: int, pretrained: bool, size: int | None) ->
     return model
 
 
+def _timm(name: str, **options: Any) -> Any:
+    try:
+        return models.timm_model(name, **options)
+    except ValueError as error:
+        if near := difflib.get_close_matches(name, SHIPPED, 1):
+            raise ValueError(f"{error}; do you mean {near[0]}, which ships with memtl?") from None
+        raise
+
+
 def _with_weights_of_timm(name: str, size: int | None, options: dict[str, Any]) -> Any:
     if name in OWN:
         raise ValueError(f"there are no weights of {name}: {WITHOUT}")
     try:
-        return models.timm_model(name, size=size, pretrained=True, **options)
+        return _timm(name, size=size, pretrained=True, **options)
     except (ImportError, ValueError) as error:
         if "No pretrained weights" in str(error):
             raise ValueError(f"timm has no weights of {name}: {WITHOUT}") from error

@@ -91,12 +91,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    results = predict(options.run, options.inputs, which=options.which, device=options.device)
+    inputs = [
+        path
+        for given in options.inputs
+        for path in (_images_in(Path(given)) if os.path.isdir(given) else [given])
+    ]
+    results = predict(options.run, inputs, which=options.which, device=options.device)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     for found in results:
         print(f"{found['class']}\t{found['probability']:.4f}\t{found['input']}")
     return 0
+
+
+def _images_in(place: Path) -> list[Path]:
+    from .data.folder import images_in
+
+    if not (found := images_in(place)):
+        raise ValueError(f"{place} has no images")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="its folder")
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files of images; for a model of texts, texts"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, or folders of them; for a model of texts, texts",
     )
     parser.add_argument("--which", choices=WHICH, default="best", help="checkpoint (best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")

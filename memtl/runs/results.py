@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import memory
+from ..models.weights import few
 from ..training import PRECISIONS, loss_of, tally
 from ..training.metrics import metric_named
 from . import build, folder
+from .data.samples import Joined
 from .interrupt import Stopped
 from .order import Order, loader
 from .ranks import Ranks
@@ -28,7 +30,8 @@ from .state import Checkpoint, Checkpoints
 if TYPE_CHECKING:
     from .data import Data, Samples
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "all")
+"""What can be evaluated; all of it is as in evaluation, not varied as in training."""
 WHICH = ("best", "latest")
 
 
@@ -168,7 +171,8 @@ def evaluate(
 
     Args:
         run: its folder.
-        split: "train", "val" or "test"; None: "test" if there is one, else "val".
+        split: "train", "val", "test" or "all"; None: "test" if there is one, else "val"; where
+            ``data`` names other data, that is all of it.
         data: other data than the run's, of the same classes: a name, or the data itself.
         which: of the run's checkpoints, "best" or "latest".
         batch_size: None: the run's.
@@ -184,17 +188,20 @@ def evaluate(
     """
     out = Path(run)
     settings = folder.read(out)
+    other = isinstance(data, str) and data != settings.data
     if isinstance(data, str):
         settings = dataclasses.replace(settings, data=data)
     trained, found = loaded(out, which, model)
     opened = build.open_data(settings, model) if data is None or isinstance(data, str) else data
     if list(opened.classes) != found.facts["classes"]:
         raise ValueError(
-            f"the model tells {len(found.facts['classes'])} classes, but the data has "
-            f"{len(opened.classes)}, or others"
+            f"the classes of the data ({few(opened.classes)}) must be those of the model "
+            f"({few(found.facts['classes'])})"
         )
-    split = split or ("val" if opened.test is None else "test")
-    samples = getattr(opened, split) if split in SPLITS else None
+    split = split or ("test" if opened.test is not None else "all" if other else "val")
+    parts = {"train": opened.train, "val": opened.val, "test": opened.test}
+    there = [part for part in parts.values() if part is not None]
+    samples = Joined(tuple(there)) if split == "all" else parts.get(split)
     if samples is None:
         raise ValueError(f"there is no split {split!r}: it must be one of {SPLITS}, and be there")
     ranks = Ranks.join(device)

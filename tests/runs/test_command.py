@@ -29,7 +29,8 @@ def test_a_run_and_its_score(tmp_path, capsys):
     said = capsys.readouterr().out
     out = tmp_path / "runs" / "small-blobs-back_razor"
     assert "small on blobs, back_razor: 4 steps of 8 samples" in said
-    assert f"in             {out.relative_to(tmp_path)}" in said
+    assert "30 samples to train on, 15 to validate on, 12 to test on; 3 classes: dark, mid" in said
+    assert f"memtl predict {out.relative_to(tmp_path)} IMAGE" in said
     summary = json.loads((out / folder.SUMMARY).read_text())
     assert f"test accuracy {summary['test_score']:.4f}" in " ".join(said.split())
     assert read_file(out / folder.SETTINGS)["method"][0]["keep"] == 0.2

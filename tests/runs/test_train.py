@@ -191,7 +191,9 @@ def test_what_does_not_fit_the_run(tmp_path):
     with pytest.raises(ValueError, match="which must be one of"):
         runs.load(tmp_path, which="last", model=small.network())
     other = small.Data(small.Blobs(3, 0), small.Blobs(3, 0), classes=("a", "b", "c", "d"))
-    with pytest.raises(ValueError, match="tells 3 classes, but the data has 4"):
+    with pytest.raises(
+        ValueError, match=r"of the data \(a, b, c and 1 more\) must be those of the model"
+    ):
         runs.evaluate(tmp_path, model=small.network(), data=other)
     with pytest.raises(ValueError, match="no split 'test'"):
         runs.evaluate(tmp_path, model=small.network(), data=small.data(test=0), split="test")

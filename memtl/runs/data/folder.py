@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,9 +62,12 @@ def read(name: str, root: Path | None) -> Found:
         raise ImportError("folders of images need Pillow: pip install memtl[data]") from error
     top = Path(root or "", name)
     if not top.is_dir():
+        beside = [p.name for p in _folders(top.parent)] if top.parent.is_dir() else []
+        near = difflib.get_close_matches(top.name, [*beside, *NAMES], 1)
+        hint = f"; do you mean {near[0]}?" if near else ""
         raise FileNotFoundError(
             f"there is no folder {top}, and no data of that name: there is {', '.join(NAMES)}, "
-            "torchvision:NAME, datasets:NAME"
+            f"torchvision:NAME, datasets:NAME{hint}"
         )
     inside = _folders(top)
     splits = {path: SPLITS[path.name.lower()] for path in inside if path.name.lower() in SPLITS}
@@ -106,17 +110,22 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], Part]:
     paths: list[Path] = []
     labels: list[int] = []
     for label, subfolder in enumerate(inside):
-        images = [
-            Path(place, name)
-            for place, folders, names in os.walk(subfolder, followlinks=True)
-            for name in names
-            if _is_image(name)
-        ]
+        images = images_in(subfolder)
         if not images:
             raise ValueError(f"{subfolder} has no images ({', '.join(sorted(SUFFIXES))})")
-        paths += sorted(images)
+        paths += images
         labels += [label] * len(images)
     return tuple(path.name for path in inside), Part(Files(tuple(paths)), labels)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder, however deep, sorted."""
+    return sorted(
+        Path(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if _is_image(name)
+    )
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -131,7 +140,8 @@ def _is_image(name: str) -> bool:
 def _check_loose(folder: Path) -> None:
     if loose := sorted(p.name for p in folder.iterdir() if p.is_file() and _is_image(p.name)):
         raise ValueError(
-            f"{folder} has images outside its classes' folders ({_few(loose)}): of what class?"
+            f"{folder} has images outside its classes' folders ({_few(loose)}): of what class? "
+            "There must be a subfolder for each"
         )
 
 

@@ -94,6 +94,23 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Joined:
+    """Samples one after the other."""
+
+    parts: tuple[Samples, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def sample(self, index: int, seed: int | None) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            if index < len(part):
+                return part.sample(index, seed)
+            index -= len(part)
+        raise IndexError(f"there is no sample {index} beyond the last")
+
+
+@dataclasses.dataclass(frozen=True)
 class Ink:
     """Small grey images ``[n, 1, h, w]`` in 0..1, resized to what a network takes; not varied."""
 

@@ -40,7 +40,7 @@ class Transform:
     """
 
     wants: Wants
-    min_scale: float = 0.08
+    min_scale: float = 0.5
     flip: float = 0.5
 
     def __post_init__(self) -> None:
