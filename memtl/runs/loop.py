@@ -29,7 +29,7 @@ from .interrupt import Interrupt, Stopped
 from .order import Batches, Order, loader, mixed
 from .ranks import Ranks, like, whole
 from .records import Records
-from .results import Score, cost, evaluated, scored
+from .results import Score, cost, counted, evaluated
 from .settings import RunSettings
 from .state import Checkpoint, Checkpoints
 
@@ -307,12 +307,14 @@ class _Run:
         return self.stopping or self.interrupt.signal is not None
 
     def _scored(self, samples: Samples, stop: Callable[[], bool] = bool) -> tuple[float, float]:
+        """The score on samples, by the metric of the data, and the mean cross-entropy."""
         settings = self.settings
-        return scored(
+        counts, loss = counted(
             self.model, samples, self.data, self.ranks, batch_size=settings.batch_size,
             workers=settings.workers, precision=settings.precision,
             sharded=settings.fsdp and self.ranks.world > 1, stop=stop,
         )  # fmt: skip
+        return metric_named(self.data.metric)(counts), loss
 
     def _placed(self, images: Any, labels: Tensor) -> tuple[Any, Tensor]:
         """A batch where the model is."""

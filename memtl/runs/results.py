@@ -43,36 +43,6 @@ class Score:
     step: int
 
 
-def scored(
-    model: nn.Module,
-    samples: Samples,
-    data: Data,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    precision: str = "fp32",
-    sharded: bool = False,
-    stop: Callable[[], bool] = bool,
-) -> tuple[float, float]:
-    """The score of ``model`` on ``samples``, by the metric of ``data``, and the mean cross-entropy
-    (NaN where there is none); each process does its share of the samples.
-
-    Args:
-        stop: is asked before every batch whether to give up, which all processes then do; not of
-            a sharded model, whose forwards need every process.
-
-    Raises:
-        ValueError: there are no samples, or labels do not fit.
-        Stopped: ``stop`` said so.
-    """
-    counts, loss = counted(
-        model, samples, data, ranks, batch_size=batch_size, workers=workers, precision=precision,
-        sharded=sharded, stop=stop,
-    )  # fmt: skip
-    return metric_named(data.metric)(counts), loss
-
-
 def counted(
     model: nn.Module,
     samples: Samples,
@@ -85,7 +55,17 @@ def counted(
     sharded: bool = False,
     stop: Callable[[], bool] = bool,
 ) -> tuple[Tensor, float]:
-    """As :func:`scored`, but what :func:`memtl.training.metrics.count` counts."""
+    """What :func:`memtl.training.metrics.count` counts of ``model`` on ``samples``, and the mean
+    cross-entropy (NaN where there is none); each process does its share of the samples.
+
+    Args:
+        stop: is asked before every batch whether to give up, which all processes then do; not of
+            a sharded model, whose forwards need every process.
+
+    Raises:
+        ValueError: there are no samples, or labels do not fit.
+        Stopped: ``stop`` said so.
+    """
     total = len(samples)
     if not total:
         raise ValueError("cannot evaluate on an empty split")
