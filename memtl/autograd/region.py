@@ -58,10 +58,11 @@ class Region:
         def note(t: Tensor) -> Tensor:
             if (t.shape, t.dtype) != self._saved[len(values)]:
                 raise self._changed(f"{list(t.shape)} {t.dtype}", len(values))
-            values.append(t.detach() if t.requires_grad else t)
+            # Not t: an output that is kept by what made it would keep itself, and its graph, for ever.
+            values.append(t.detach())
             if len(values) == len(self._saved):
                 raise _Done
-            return t
+            return values[-1]
 
         note.memtl_shares = True  # type: ignore[attr-defined]
         run = Run(values, last=self._keeps if self._ends_in_keep else 0)

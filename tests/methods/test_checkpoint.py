@@ -1,6 +1,7 @@
 """CheckpointConfig: nothing is kept of a block but its input; backward runs it again."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -557,3 +558,26 @@ def test_a_block_that_computes_something_else_the_second_time_is_found_out():
     y = model(torch.randn(4, 4))
     with pytest.raises(RuntimeError, match="must depend on its arguments, its parameters"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("inside", [None, BackRazorConfig(keep=0.1)], ids=["stock", "fast"])
+def test_nothing_of_a_second_run_stays(inside):
+    """Attention and softmax save their own outputs, which must not keep themselves."""
+    model = vit().train()
+    if inside is not None:
+        memtl.apply(model, inside)
+    memtl.apply(model, CheckpointConfig())
+    x = torch.randn(2, 3, 16, 16)
+
+    def tensors_after_a_step():
+        model(x).sum().backward()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # what it would collect is not freed in time, and cycles through C++ never are
+    try:
+        tensors_after_a_step()
+        first, *more = (tensors_after_a_step() for _ in range(3))
+    finally:
+        gc.enable()
+    assert more == [first] * 2
