@@ -58,7 +58,7 @@ class Region:
         def note(t: Tensor) -> Tensor:
             if (t.shape, t.dtype) != self._saved[len(values)]:
                 raise self._changed(f"{list(t.shape)} {t.dtype}", len(values))
-            # Not t: an output that is kept by what made it would keep itself, and its graph, for ever.
+            # Not t: an output that is kept by what made it would keep itself, and its graph.
             values.append(t.detach())
             if len(values) == len(self._saved):
                 raise _Done
