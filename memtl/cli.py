@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,8 +49,25 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; without one, say which there are. Returns the exit status."""
-    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    """Run one command; without one, say which there are. Returns the exit status.
+
+    Where nobody reads the output any more (``memtl ... | head``), the command ends with status 1.
+    """
+    try:
+        status = _run([*(sys.argv[1:] if argv is None else argv)] or ["--help"])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(1, 0)  # errors alone
+        if not output.poll(0):
+            raise  # a pipe of the command's own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more
+        return 1
+
+
+def _run(line: list[str]) -> int:
+    name, *rest = line
     if name in ("-h", "--help", "help"):
         print(overview())
         return 0

@@ -38,6 +38,27 @@ def test_the_script_says_what_there_is_without_torch():
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"{overview()}\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "memtl", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_pipe_of_the_commands_own_that_breaks_is_an_error(monkeypatch):
+    def broken(argv):
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr(memtl.cli, "doctor", broken)
+    with pytest.raises(BrokenPipeError, match="a worker has gone"):
+        main(["doctor"])
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
