@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, in_dtype, keep, kept
+from .keep import Function, constant, first_order, in_dtype, keep, kept
 from .share import offer
 
 
@@ -140,7 +140,7 @@ class ExplicitAttentionFunction(Function):
     def setup_context(ctx, inputs, output):
         q, k, v, mask, ctx.dropout_p, is_causal, scale, ctx.enable_gqa, format = inputs
         _, bits = output
-        ctx.mark_non_differentiable(bits)
+        constant(ctx, bits)
         ctx.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         ctx.mask_shape = None if mask is None else mask.shape
         p = _probabilities(q, k, mask, is_causal, scale, ctx.enable_gqa).to(q.dtype)

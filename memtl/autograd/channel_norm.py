@@ -12,7 +12,7 @@ from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from ..storage import Format, Packed
 from ..storage.quantized import grouped, pack_normalized
-from .keep import Function, first_order, keep, kept
+from .keep import Function, constant, first_order, keep, kept
 from .mask import per_channel
 from .norm import Affine, offer_affine
 
@@ -44,7 +44,7 @@ class BatchNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, _, _, ctx.training, _, _, format, need_x, need_weight = inputs
         y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        constant(ctx, mean, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_weight or (need_x and ctx.training):
@@ -136,7 +136,7 @@ class SyncBatchNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, _, _, _, _, ctx.group, format, need_x, need_weight = inputs
         y, mean, rstd, total = output
-        ctx.mark_non_differentiable(mean, rstd, total)
+        constant(ctx, mean, rstd, total)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         ctx.exact = format.exact
         if ctx.exact:  # x itself, by reference, and what makes x-hat of it
@@ -216,7 +216,7 @@ class GroupNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.groups, _, format, need_x, need_weight = inputs
         y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        constant(ctx, mean, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
         if need_x or need_weight:

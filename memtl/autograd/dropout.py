@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..storage import Bits, Packed
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, keep, kept
+from .keep import Function, constant, first_order, keep, kept
 from .mask import as_laid
 from .share import offer, shared
 
@@ -38,7 +38,7 @@ class DropoutFunction(Function):
     def setup_context(ctx, inputs, output):
         x, ctx.p = inputs
         y, bits = output
-        ctx.mark_non_differentiable(bits)
+        constant(ctx, bits)
         ctx.stride = y.stride()
         packed = Packed(Bits.like(y), (bits,), x.shape, torch.bool)
         keep(ctx, (packed, packed.format))

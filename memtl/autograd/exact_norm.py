@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..storage import Format, Packed
 from ..storage.rebuilt import Recipe, rebuilt
-from .keep import Blank, Function, first_order, keep, kept
+from .keep import Blank, Function, constant, first_order, keep, kept
 from .share import offer, sharing
 
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ class ExactLayerNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.shape, eps, format, need_x, need_weight = inputs
         y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        constant(ctx, mean, rstd)
         ctx.x, ctx.mean = Blank.of(x), Blank.of(mean)
         read = need_x or need_weight
         statistics = (mean, rstd) if read else (None, None)
@@ -97,7 +97,7 @@ class ExactBatchNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, mean, var, ctx.training, _, ctx.eps, format, need_x, need_weight = inputs
         y, *saved, ctx.kernel = output
-        ctx.mark_non_differentiable(*saved)
+        constant(ctx, *saved)
         ctx.x = Blank.of(x)
         read = need_weight or (need_x and ctx.training)
         running = (None, None) if ctx.training else (mean, var)
@@ -153,7 +153,7 @@ class ExactGroupNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.groups, eps, format, need_x, need_weight = inputs
         y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        constant(ctx, mean, rstd)
         ctx.x, ctx.mean = Blank.of(x), Blank.of(mean)
         read = need_x or need_weight
         statistics = (mean, rstd) if read else (None, None)

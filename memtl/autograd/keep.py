@@ -110,6 +110,13 @@ def kept(ctx) -> tuple[list[Any], tuple[Any, ...]]:
     return packed, tuple(saved[: ctx.num_exact])
 
 
+def constant(ctx, *outputs: Tensor) -> None:
+    """These outputs have no gradient, nor are zeros made in its place: backward is given None."""
+    ctx.mark_non_differentiable(*outputs)
+    if not torch.compiler.is_compiling():  # not traced, and what is unread is not made
+        ctx.set_materialize_grads(False)
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, for what a forward returns, and no call where there is nothing to do:
     compiled by torch 2.11, a result that has two names in its forward gets a gradient of zeros."""
@@ -125,6 +132,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def once(ctx, *grads):
+        if grads[0] is None:  # nor has the output itself: see `constant`
+            return (None,) * len(ctx.needs_input_grad)
         device = grads[0].device.type
         if not torch.is_autocast_enabled(device) and not torch.is_grad_enabled():
             return backward(ctx, *grads)  # the rule; what is below costs as much again

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..storage import Format, Packed
 from ..storage.quantized import grouped, pack_normalized
 from ..storage.rebuilt import rebuilt
-from .keep import Function, first_order, in_dtype, keep, kept
+from .keep import Function, constant, first_order, in_dtype, keep, kept
 from .share import offer
 
 
@@ -84,7 +84,7 @@ class LayerNormFunction(Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, shape, eps, format, need_x, need_weight = inputs
         y, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        constant(ctx, mean, rstd)
         ctx.shape = shape
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
         x_hat = None
@@ -288,7 +288,7 @@ class NormalizeFunction(Function):
     def setup_context(ctx, inputs, output):
         x, ctx.dim, ctx.eps, format = inputs
         y, norm = output
-        ctx.mark_non_differentiable(norm)
+        constant(ctx, norm)
         ctx.exact = format.exact
         keep(ctx, (x if ctx.exact else y, format), exact=(norm,))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
-from .keep import Blank, Function, first_order, keep, kept
+from .keep import Blank, Function, constant, first_order, keep, kept
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ class MaxPoolFunction(Function):
         x, *window, ctx.ceil_mode = inputs
         y, places = output
         ctx.window, ctx.x = tuple(window), Blank.of(x)
-        ctx.mark_non_differentiable(places)
+        constant(ctx, places)
         format = places_format(window[0])
         keep(ctx, (Packed(format, (places,), y.shape, torch.float32), format))
 
@@ -96,7 +96,7 @@ class AdaptiveMaxPoolFunction(Function):
     def setup_context(ctx, inputs, output):
         x, _, ctx.dims = inputs
         ctx.x = Blank.of(x)
-        ctx.mark_non_differentiable(output[1])
+        constant(ctx, output[1])
         keep(ctx, (output[1], Dense()))
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .keep import Function, first_order
+from .keep import Function, constant, first_order
 
 
 class QueryAttentionFunction(Function):
@@ -25,7 +25,7 @@ class QueryAttentionFunction(Function):
         q, k, v, mask, ctx.scale, jacobian = inputs
         ctx.shared, ctx.dtype = q.shape[0] == 1 != k.shape[0], q.dtype
         _, j = output
-        ctx.mark_non_differentiable(j)
+        constant(ctx, j)
         ctx.save_for_backward(*((j,) if jacobian else (q, *map(_alone, (k, v, mask)))))
 
     @staticmethod

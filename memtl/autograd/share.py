@@ -131,10 +131,11 @@ def held(weight: Tensor) -> Packed:
 
 def _view(x: Tensor, base: Tensor) -> Packed | None:
     """What stands for a view of a tensor that something stands for."""
-    packed = offered(base)
+    if (packed := offered(base)) is None:
+        return None
     offset = int(x.storage_offset() - base.storage_offset())
     alike = x.dtype == base.dtype and x.is_neg() == base.is_neg()
-    if packed is None or not alike or offset < 0 or _overlaps(base):
+    if not alike or offset < 0 or _overlaps(base):
         return None
     view = View(x.shape, x.stride(), offset, base.stride())
     return rebuilt(view, packed, shape=x.shape, dtype=x.dtype)

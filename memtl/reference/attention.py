@@ -4,6 +4,10 @@ It serves every device: torch's fused kernels, run twice, were faster on an H200
 made no output.
 """
 
+import contextlib
+import operator
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,22 +32,41 @@ def attention_grad(
     log-sum has to be kept. Dropout is replayed from the generator's saved state, and the present
     state restored.
     """
-    cuda = [q.device] if q.is_cuda else []
-    replay = torch.random.fork_rng(cuda, enabled=rng_state is not None)
+    leaves = [_aligned(t).requires_grad_() for t in (q, k, v)]
+    if mask is not None and mask_grad:
+        mask = mask.detach().requires_grad_()
+        leaves.append(mask)
+    q, k, v = leaves[:3]
+    replay = contextlib.nullcontext() if rng_state is None else _replayed(rng_state, q)
     with replay, torch.enable_grad(), _recording():
-        if rng_state is not None:
-            (torch.cuda.set_rng_state if q.is_cuda else torch.set_rng_state)(rng_state)
-        leaves = [_aligned(t).requires_grad_() for t in (q, k, v)]
-        if mask is not None and mask_grad:
-            mask = mask.detach().requires_grad_()
-            leaves.append(mask)
-        q, k, v = leaves[:3]
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        grads = torch.autograd.grad(out, leaves, _aligned(grad_out), materialize_grads=True)
+    grads = _grads(out, leaves, _aligned(grad_out))
     dq, dk, dv = (grad.contiguous() for grad in grads[:3])
     return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
+
+
+def _grads(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Sequence[Tensor]:
+    """The gradients of ``leaves``. Where all of attention is one step of autograd's, that step is
+    taken by itself, which spares a host the engine, started inside a backward."""
+    step = out.grad_fn
+    assert step is not None
+    inputs = [getattr(node, "variable", None) for node, _ in step.next_functions]
+    if len(inputs) >= len(leaves) and all(map(operator.is_, inputs, leaves)):
+        with torch.no_grad():
+            grads = step(grad_out)[: len(leaves)]  # type: ignore[operator]
+        if all(grad is not None for grad in grads):
+            return grads
+    return torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+
+
+@contextlib.contextmanager
+def _replayed(state: Tensor, like: Tensor) -> Iterator[None]:
+    """Random numbers from the generator's ``state``; after it, as if none had been drawn."""
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        (torch.cuda.set_rng_state if like.is_cuda else torch.set_rng_state)(state)
+        yield
 
 
 def _aligned(t: Tensor) -> Tensor:

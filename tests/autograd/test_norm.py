@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtl import functional as M
 from memtl.memory import saved_bytes
@@ -123,3 +124,41 @@ def test_few_bits_keep_the_direction_whatever_the_scale_of_x(kind):
         _, theirs, _ = run(lambda x, w: stock(x, (256,), w), tensors)
         for a, b in zip(ours, theirs, strict=True):
             assert cosine(a, b) > 0.97
+
+
+class _Fills(TorchDispatchMode):
+    """Counts the tensors of zeros that are made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("format", [Quantized(bits=4), Dense()], ids=str)
+def test_no_zeros_stand_for_the_gradients_of_statistics(format):
+    x, weight, g = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    y = M.layer_norm(x, (7,), weight[0], weight[1], format=format)
+    with _Fills() as fills:
+        y.backward(g)
+    assert fills.count == 0
+    assert x.grad.abs().max() > 0
+
+
+def test_an_output_without_a_gradient_gives_none():
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad_out):
+            return None
+
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.ones(7, requires_grad=True)
+    for layer_norm in (M.layer_norm, F.layer_norm):
+        Cut.apply(layer_norm(x, (7,), weight)).sum().backward()
+        assert x.grad is None and weight.grad is None
