@@ -1,6 +1,6 @@
 """Groups that are decoded and used in one pass over memory, in Triton.
 
-``quant_unpack_affine``      decoded * weight[c] + bias[c], 0 where a bit of a mask is clear.
+``quant_unpack_affine``      decoded * weight[c] + bias[c], an end where a bit of a mask is clear.
 ``quant_unpack_activation``  f(decoded).
 ``quant_activation_grad``    grad_out * f'(decoded).
 ``quant_pack_derivative``    f'(x), coded on a fixed range.
@@ -57,6 +57,9 @@ def _quant_unpack_affine_kernel(
     weights,
     biases,
     inner,
+    lo,
+    hi,
+    middle,
     NARROW: tl.constexpr,
     INDEX: tl.constexpr,
     BITS: tl.constexpr,
@@ -77,8 +80,9 @@ def _quant_unpack_affine_kernel(
         byte = group[:, None] * 8 + lane // 8
         low_bits = tl.load(mask_ptr + byte, mask=byte * 8 < numel, other=0).to(tl.int32)
         high_bits = tl.load(mask_ptr + byte + 4, mask=byte * 8 + 32 < numel, other=0).to(tl.int32)
-        low = tl.where((low_bits >> (lane % 8)) & 1 != 0, low, 0.0)
-        high = tl.where((high_bits >> (lane % 8)) & 1 != 0, high, 0.0)
+        low_end, high_end = tl.where(low < middle, lo, hi), tl.where(high < middle, lo, hi)
+        low = tl.where((low_bits >> (lane % 8)) & 1 != 0, low, low_end)
+        high = tl.where((high_bits >> (lane % 8)) & 1 != 0, high, high_end)
     store_halves(x_ptr, group, numel, low, high)
 
 
@@ -162,6 +166,8 @@ def quant_unpack_affine(
     inner: int,
     size: list[int],
     dtype: torch.dtype,
+    lo: float = 0.0,
+    hi: float | None = None,
 ) -> Tensor:
     """The tensor of shape ``size``; flat element i is of channel (i // inner) % C."""
     name = "quant_unpack_affine"
@@ -170,6 +176,10 @@ def quant_unpack_affine(
     check_floating(name, weight=weight, bias=bias)
     check_devices(name, codes=codes, params=params, weight=weight, bias=bias, mask=mask)
     torch._check_value(inner > 0, lambda: f"{name}: expected inner > 0, got {inner}")
+    torch._check_value(
+        hi is None or lo < hi, lambda: f"{name}: expected lo < hi, got lo {lo} and hi {hi}"
+    )
+    ends = (lo, lo, lo) if hi is None else (lo, hi, (lo + hi) / 2)
     x = codes.new_empty(size, dtype=dtype)
     codes = checked_codes(name, codes, bits, x.numel())
     pairs = checked_params(name, params, codes)
@@ -185,7 +195,7 @@ def quant_unpack_affine(
         tables.append(table)
     channels = [0 if table is None else len(table) for table in tables]
     with torch.cuda.device_of(x):
-        arguments = (codes, pairs, *tables, mask, x, x.numel(), *channels, inner)
+        arguments = (codes, pairs, *tables, mask, x, x.numel(), *channels, inner, *ends)
         constants = channel_options(x.numel(), inner) | options(x)
         _quant_unpack_affine_kernel[tiles(x)](*arguments, BITS=bits, **constants)
     return x

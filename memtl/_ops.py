@@ -275,18 +275,25 @@ def _check_activation(name: str, activation: str) -> None:
 @_define(
     "quant_unpack_affine",
     "(Tensor codes, Tensor params, int bits, Tensor? weight, Tensor? bias, Tensor? mask, "
-    "SymInt inner, SymInt[] size, ScalarType dtype) -> Tensor",
+    "SymInt inner, SymInt[] size, ScalarType dtype, float lo=0., float? hi=None) -> Tensor",
 )
-def _(codes, params, bits, weight, bias, mask, inner, size, dtype):
+def _(codes, params, bits, weight, bias, mask, inner, size, dtype, lo=0.0, hi=None):
     """The tensor of shape ``size``: what quant_unpack gives, * weight[c] + bias[c], flat element i
-    being of channel c = (i // inner) % C (a whole number of C * inner); 0 where a bit of ``mask``
-    is clear."""
+    being of channel c = (i // inner) % C (a whole number of C * inner). Where a bit of ``mask`` is
+    clear it is ``lo`` or, where the value is nearer to it, ``hi``."""
     _check_bits("quant_unpack_affine", bits)
     torch._check_value(inner > 0, lambda: f"quant_unpack_affine: expected inner > 0, got {inner}")
+    _check_ends("quant_unpack_affine", lo, hi)
     for t in (weight, bias):
         if t is not None:
             _check_floating("quant_unpack_affine", t)
     return codes.new_empty(size, dtype=dtype)
+
+
+def _check_ends(name: str, lo: float, hi: float | None) -> None:
+    torch._check_value(
+        hi is None or lo < hi, lambda: f"{name}: expected lo < hi, got lo {lo} and hi {hi}"
+    )
 
 
 @_define(

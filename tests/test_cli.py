@@ -43,8 +43,8 @@ def test_a_reader_that_leaves_is_no_error(unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "memtl", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False,
+        [sys.executable, "-m", "memtl", "--help"], stdout=writing, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True, check=False,
     )  # fmt: skip
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")

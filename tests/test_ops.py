@@ -136,7 +136,7 @@ def quant_unpack_affine():
         yield codes, params, bits, w, b, None, 1, size, dtype
         if len(size) == 2:
             column = torch.randn(size[0])
-            yield codes, params, bits, column, None, mask, channels or 1, size, dtype
+            yield codes, params, bits, column, None, mask, channels or 1, size, dtype, 0.0, 6.0
         yield codes, params, bits, None, b, mask, 1, size, dtype
 
 

@@ -84,6 +84,7 @@ MEMTL_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 MEMTL_INLINE Mask greater(Ints a, Ints b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed
+MEMTL_INLINE Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 MEMTL_INLINE Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 MEMTL_INLINE bool any(Mask a) { return a != 0; }
 MEMTL_INLINE Mask mask_of_bits(const uint8_t* bits) {
@@ -223,6 +224,9 @@ MEMTL_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 
 MEMTL_INLINE Mask equal(Ints a, Ints b) { return {_mm256_cmpeq_epi32(a, b)}; }
 MEMTL_INLINE Mask greater(Ints a, Ints b) { return {_mm256_cmpgt_epi32(a, b)}; }  // signed
+MEMTL_INLINE Mask less(Floats a, Floats b) {
+  return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ))};
+}
 MEMTL_INLINE Mask is_nan(Floats a) {
   return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
 }
@@ -364,6 +368,7 @@ MEMTL_INLINE Mask equal(Ints a, Ints b) { return a == b; }
 MEMTL_INLINE Mask greater(Ints a, Ints b) {  // signed
   return static_cast<int32_t>(a) > static_cast<int32_t>(b);
 }
+MEMTL_INLINE Mask less(Floats a, Floats b) { return a < b; }
 MEMTL_INLINE Mask is_nan(Floats a) { return a != a; }
 MEMTL_INLINE bool any(Mask a) { return a; }
 MEMTL_INLINE Ints select(Mask mask, Ints yes, Ints no) { return mask ? yes : no; }

@@ -45,6 +45,12 @@ inline QuantRange range_of(const char* op, int64_t bits, double lo, double hi) {
   return range;
 }
 
+inline Ends ends_of(const char* op, double lo, std::optional<double> hi) {
+  STD_TORCH_CHECK(!hi || lo < *hi, op, ": expected lo < hi, got lo ", lo, " and hi ", *hi);
+  const double high = hi.value_or(lo);
+  return {static_cast<float>(lo), static_cast<float>(high), static_cast<float>((lo + high) / 2)};
+}
+
 inline int64_t numel_of(const std::vector<int64_t>& size) {
   int64_t numel = 1;
   for (int64_t each : size) numel *= each;

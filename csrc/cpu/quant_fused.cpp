@@ -12,8 +12,10 @@ namespace {
 Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_t bits,
                                const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                               int64_t inner, std::vector<int64_t> size, ScalarType dtype) {
+                               int64_t inner, std::vector<int64_t> size, ScalarType dtype,
+                               double lo, std::optional<double> hi) {
   const char* op = "quant_unpack_affine";
+  const Ends ends = ends_of(op, lo, hi);
   const DType out_dtype = floating(op, "a result", dtype);
   check_bits(op, bits);
   STD_TORCH_CHECK(inner > 0, op, ": expected inner > 0, got ", inner);
@@ -43,7 +45,7 @@ Tensor quant_unpack_affine_cpu(const Tensor& codes, const Tensor& params, int64_
   const QuantFusedKernels& kernels = quant_fused_kernels();
   torch::stable::parallel_for(0, packed.size(0), kGroupGrain, [&](int64_t first, int64_t last) {
     kernels.unpack_affine(out_dtype, in_codes, in_params, static_cast<int>(bits), channels, in_mask,
-                          out, numel, first, last);
+                          ends, out, numel, first, last);
   });
   return result;
 }

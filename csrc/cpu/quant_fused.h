@@ -11,14 +11,21 @@ namespace memtl {
 
 enum class Act { gelu, gelu_tanh, silu, quick_gelu, hardswish, mish };
 
+// What stands where a mask has no bit: lo below the middle, else hi. One end: the same twice.
+struct Ends {
+  float lo;
+  float hi;
+  float middle;
+};
+
 struct QuantFusedKernels {
   // All of them work on the groups [first, last) of a flat tensor of numel elements. bits is 8, 4,
   // 3 or 2; codes and params as in QuantKernels.
   //
-  // decoded * weight + bias, and 0 where a bit of mask (null: none) is clear.
+  // decoded * weight + bias, and the nearer end where a bit of mask (null: none) is clear.
   void (*unpack_affine)(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
-                        const Channels& channels, const uint8_t* mask, void* out, int64_t numel,
-                        int64_t first, int64_t last);
+                        const Channels& channels, const uint8_t* mask, Ends ends, void* out,
+                        int64_t numel, int64_t first, int64_t last);
   // f(decoded).
   void (*unpack_activation)(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
                             Act act, void* out, int64_t numel, int64_t first, int64_t last);

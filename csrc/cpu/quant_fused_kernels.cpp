@@ -9,12 +9,14 @@ namespace {
 
 // ------------------------------------------------------------------------------------- affine
 
-// v where a group's 64 bits are set, from element i * kWidth on; else 0.
-MEMTL_INLINE Floats masked(const uint8_t* bits, int i, Floats v) {
+// v where a group's 64 bits are set, from element i * kWidth on; else the nearer end.
+MEMTL_INLINE Floats masked(const uint8_t* bits, int i, Floats v, Ends ends) {
+  const Floats end = select(less(v, floats(ends.middle)), floats(ends.lo), floats(ends.hi));
 #if defined(__AVX2__)
-  return select(mask_of_bits(bits + i * kWidth / 8), v, floats(0));
+  return select(mask_of_bits(bits + i * kWidth / 8), v, end);
 #else
-  return as_floats(as_ints(v) & (0u - (bits[i / 8] >> (i % 8) & 1u)));  // no branch
+  const uint32_t set = 0u - (bits[i / 8] >> (i % 8) & 1u);  // no branch
+  return as_floats((as_ints(v) & set) | (as_ints(end) & ~set));
 #endif
 }
 
@@ -48,7 +50,8 @@ struct Place {
 
 template <DType kType, int kBits>
 void affine_groups(const uint8_t* codes, const uint16_t* params, const Channels& all,
-                   const uint8_t* mask, void* out, int64_t numel, int64_t first, int64_t last) {
+                   const uint8_t* mask, Ends ends, void* out, int64_t numel, int64_t first,
+                   int64_t last) {
   float weights[kGroup + kWidth], biases[kGroup + kWidth];
   Place place(all, first * kGroup);
   const int64_t step = kGroup % all.channels;
@@ -75,17 +78,17 @@ void affine_groups(const uint8_t* codes, const uint16_t* params, const Channels&
       const int64_t left = ceil_div(numel, 8) - g * (kGroup / 8);
       std::memcpy(bits, mask + g * (kGroup / 8), static_cast<size_t>(left < 8 ? left : 8));
       MEMTL_UNROLL
-      for (int i = 0; i < kVectors; ++i) v[i] = masked(bits, i, v[i]);
+      for (int i = 0; i < kVectors; ++i) v[i] = masked(bits, i, v[i], ends);
     }
     store_group<kType>(out, numel, g, v);
   }
 }
 
 void unpack_affine(DType dtype, const uint8_t* codes, const uint16_t* params, int bits,
-                   const Channels& channels, const uint8_t* mask, void* out, int64_t numel,
-                   int64_t first, int64_t last) {
+                   const Channels& channels, const uint8_t* mask, Ends ends, void* out,
+                   int64_t numel, int64_t first, int64_t last) {
   dispatch(dtype, bits, [&]<DType kType, int kBits>() {
-    affine_groups<kType, kBits>(codes, params, channels, mask, out, numel, first, last);
+    affine_groups<kType, kBits>(codes, params, channels, mask, ends, out, numel, first, last);
   });
 }
 

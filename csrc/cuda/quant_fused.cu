@@ -58,8 +58,10 @@ Tensor quant_unpack_affine_cuda(const Tensor& codes, const Tensor& params, int64
                                 const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& mask, int64_t inner,
-                                std::vector<int64_t> size, ScalarType dtype) {
+                                std::vector<int64_t> size, ScalarType dtype, double lo,
+                                std::optional<double> hi) {
   const char* op = "quant_unpack_affine";
+  const Ends ends = ends_of(op, lo, hi);
   const DType out_dtype = floating(op, "a result", dtype);
   STD_TORCH_CHECK(inner > 0, op, ": expected inner > 0, got ", inner);
   const int64_t numel = numel_of(size);
@@ -81,7 +83,7 @@ Tensor quant_unpack_affine_cuda(const Tensor& codes, const Tensor& params, int64
   with_bits(out_dtype, bits, [&]<class T, int kBits>() {
     quant_unpack_affine_kernel<T, kBits><<<group_blocks(numel), kQuantThreads, 0, on.stream()>>>(
         packed.of_codes(), packed.of_params(), tables,
-        bytes ? static_cast<const uint8_t*>(bytes->const_data_ptr()) : nullptr, numel,
+        bytes ? static_cast<const uint8_t*>(bytes->const_data_ptr()) : nullptr, ends, numel,
         static_cast<T*>(out.mutable_data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -35,12 +35,12 @@ __global__ void quant_pack_normalized_kernel(const T* __restrict__ x, int64_t nu
   });
 }
 
-// decoded * weight + bias, and 0 where a bit of mask (null: none) is clear.
+// decoded * weight + bias, and the nearer end where a bit of mask (null: none) is clear.
 template <class T, int kBits>
 __global__ void quant_unpack_affine_kernel(const uint8_t* __restrict__ codes,
                                            const uint32_t* __restrict__ params, ChannelTables all,
-                                           const uint8_t* __restrict__ mask, int64_t numel,
-                                           T* __restrict__ out) {
+                                           const uint8_t* __restrict__ mask, Ends ends,
+                                           int64_t numel, T* __restrict__ out) {
   for_groups(numel, [&](int64_t group, unsigned lane) {
     Own v;
     decode_group<kBits>(codes, params, group, lane, v);
@@ -53,7 +53,9 @@ __global__ void quant_unpack_affine_kernel(const uint8_t* __restrict__ codes,
       }
       if (mask && i < numel) {
         const int bits = mask[i / 8] >> (i % 8);
-        for (int j = 0; j < 4; ++j) v[p][j] = bits >> j & 1 ? v[p][j] : 0;
+        for (int j = 0; j < 4; ++j) {
+          if (!(bits >> j & 1)) v[p][j] = v[p][j] < ends.middle ? ends.lo : ends.hi;
+        }
       }
     }
     store_group(out, numel, group, lane, v);

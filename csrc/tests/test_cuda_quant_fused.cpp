@@ -66,17 +66,18 @@ void test_channels(int64_t outer, int64_t channels, int64_t inner, Random& rando
   CHECK(same_bytes(packed.params, wanted.params), CASE);
 
   const std::vector<uint8_t> mask = random_bits<uint8_t>(ceil_div(numel, 8), random);
-  for (int given = 0; given < 8; ++given) {  // what there is of weight, bias and mask
+  for (int given = 0; given < 12; ++given) {  // what there is of weight, bias, mask, two ends
     Channels some = all;
     cuda::ChannelTables some_on_gpu = on_gpu;
     if (!(given & 1)) some.weight = some_on_gpu.weight = nullptr;
     if (!(given & 2)) some.bias = some_on_gpu.bias = nullptr;
-    const uint8_t* bits = given & 4 ? mask.data() : nullptr;
+    const uint8_t* bits = given & 12 ? mask.data() : nullptr;
+    const Ends ends = given & 8 ? Ends{-0.5f, 0.75f, 0.125f} : Ends{0, 0, 0};
     std::vector<T> wanted_out = random_bits<T>(numel, random), out = wanted_out;
     quant_fused_kernels().unpack_affine(kDType<T>, packed.codes.data(), packed.pairs(), kBits, some,
-                                        bits, wanted_out.data(), numel, 0, groups);
+                                        bits, ends, wanted_out.data(), numel, 0, groups);
     launch(&cuda::quant_unpack_affine_kernel<T, kBits>, shape, packed.codes.data(),
-           packed.params.data(), some_on_gpu, bits, numel, out.data());
+           packed.params.data(), some_on_gpu, bits, ends, numel, out.data());
     CHECK(same_numbers(out, wanted_out), CASE);
   }
 #undef CASE

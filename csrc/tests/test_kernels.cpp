@@ -249,11 +249,11 @@ std::vector<std::vector<uint8_t>> fused(const QuantFusedKernels& kernels, DType 
     const Channels both{weight.data(), bias.data(), channels, inner};
     const Channels factors{weight.data(), nullptr, channels, inner};
     run([&](uint8_t* out, int64_t first, int64_t last) {
-      kernels.unpack_affine(dtype, codes, params, bits, both, nullptr, out, numel, first, last);
+      kernels.unpack_affine(dtype, codes, params, bits, both, nullptr, {}, out, numel, first, last);
     });
     run([&](uint8_t* out, int64_t first, int64_t last) {
-      kernels.unpack_affine(dtype, codes, params, bits, factors, mask.data(), out, numel, first,
-                            last);
+      kernels.unpack_affine(dtype, codes, params, bits, factors, mask.data(), {0, 6, 3}, out, numel,
+                            first, last);
     });
   }
   for (Act act :

@@ -22,8 +22,9 @@ class Mask:
     """An elementwise function whose derivative is ``on`` inside a mask, elsewhere ``off``.
 
     ``mask(x)``: packed. ``of_output``: it can be read off y as well as off x.
-    ``rebuild(x, mask)``: y from an approximate x and the exact mask. ``like_grad``: torch lays the
-    gradient out like the one given, where that says how; else always like x.
+    ``rebuild(x, mask)``: y from an approximate x and the exact mask. ``ends``: where y is x inside,
+    what it is outside: the first or, where there is a second, the nearer one. ``like_grad``: torch
+    lays the gradient out like the one given, where that says how; else always like x.
     """
 
     forward: Callable[..., Tensor]
@@ -31,6 +32,7 @@ class Mask:
     rebuild: Callable[[Tensor, Tensor], Tensor]
     on: float = 1.0
     off: float = 0.0
+    ends: tuple[float, float | None] | None = None
     of_output: bool = True
     like_grad: bool = False
 
@@ -65,17 +67,20 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, inplace=False: F.relu(x, inplace),
         _inside(0.0, None),
         lambda x, mask: torch.where(mask, x, 0),
+        ends=(0.0, None),
     ),
     "relu6": lambda: Mask(
         lambda x, inplace=False: F.relu6(x, inplace),
         _inside(0.0, 6.0),
         _nearest_end(0.0, 6.0),
+        ends=(0.0, 6.0),
         like_grad=True,
     ),
     "hardtanh": lambda lo, hi: Mask(
         lambda x, inplace=False: F.hardtanh(x, lo, hi, inplace),
         _inside(lo, hi),
         _nearest_end(lo, hi),
+        ends=(lo, hi if lo < hi else None),
         of_output=_short(lo) and _short(hi),
         like_grad=True,
     ),
@@ -98,6 +103,7 @@ MASKS: dict[str, Callable[..., Mask]] = {
         lambda x, inplace=False: F.threshold(x, threshold, value, inplace),
         _inside(threshold, None),
         lambda x, mask: torch.where(mask, x, value),
+        ends=(value, None),
         of_output=False,
     ),
 }
@@ -122,16 +128,19 @@ class Masked:
     def decode(
         self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
     ) -> Tensor | None:
-        """For a ReLU: in one pass where x is an affine map of x-hat in groups."""
+        """Where y is x, or an end: in one pass where x is an affine map of x-hat in groups."""
         x, bits = parts
-        if self.name != "relu" or x is None or bits is None:
+        ends = MASKS[self.name](*self.parameters).ends
+        if ends is None or x is None or bits is None:
             return None
         row_major = bits.format == Bits()
         if row_major and isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
             affine = x.format.split(x.tensors)
-            made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0])
+            made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0], ends)
             if made is not None:
                 return made
+        if ends != (0.0, None):
+            return None
         assert isinstance(bits.format, Bits)
         return bits.format.apply(bits.tensors, x.unpack(dtype))
 

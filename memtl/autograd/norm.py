@@ -38,9 +38,10 @@ class Affine:
         shape: torch.Size,
         dtype: torch.dtype,
         mask: Tensor | None = None,
+        ends: tuple[float, float | None] = (0.0, None),
     ) -> Tensor | None:
-        """In one pass where x-hat is in groups with their own scale; 0 where ``mask``, packed, is
-        clear."""
+        """In one pass where x-hat is in groups with their own scale; where ``mask``, packed, is
+        clear the first of ``ends`` or, where there is a second, the nearer one."""
         x_hat, (weight, bias) = grouped(parts[0]), parts[1:]
         if x_hat is None or dtype == torch.float64:
             return None
@@ -48,7 +49,7 @@ class Affine:
         if w is not None and self.one_more:
             w = w.float() + 1
         inner = shape[2:].numel() if self.by_channel else 1
-        return torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, shape, dtype)
+        return torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, shape, dtype, *ends)
 
     def _laid(self, t: Tensor | None, like: Tensor) -> Tensor | None:
         if t is None or not self.by_channel:

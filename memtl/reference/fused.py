@@ -26,9 +26,11 @@ def quant_unpack_affine(
     inner: int,
     size: list[int],
     dtype: torch.dtype,
+    lo: float = 0.0,
+    hi: float | None = None,
 ) -> Tensor:
-    """decoded * weight + bias, 0 where a bit of the mask is clear; flat element i is of channel
-    (i // inner) % C, and there is a whole number of C * inner."""
+    """decoded * weight + bias; where a bit of the mask is clear, lo or the nearer hi. Flat element
+    i is of channel (i // inner) % C, and there is a whole number of C * inner."""
     numel = math.prod(size)
     x = quant_unpack(codes, params, bits, [numel], torch.float32)
     if weight is not None and numel:
@@ -36,7 +38,8 @@ def quant_unpack_affine(
     if bias is not None and numel:
         x = (x.view(-1, bias.numel(), inner) + bias.float().reshape(-1, 1)).flatten()
     if mask is not None:
-        x = torch.where(bits_unpack(mask, numel), x, 0.0)
+        end = torch.full_like(x, lo) if hi is None else torch.where(x < (lo + hi) / 2, lo, hi)
+        x = torch.where(bits_unpack(mask, numel), x, end)
     return x.view(size).to(dtype)
 
 

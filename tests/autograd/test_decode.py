@@ -90,6 +90,8 @@ def test_norms_over_maps_and_a_relu(format, dtype, called):
         assert_rebuilt(M.relu(y), called, "quant_unpack_affine")
         y = M.group_norm(x, 2, w, b, format=format)
         assert_rebuilt(y, called, "quant_unpack_affine")
+        for other in (M.relu6(y), M.hardtanh(y, -0.5, 0.75), M.threshold(y, 0.1, -0.2)):
+            assert_rebuilt(other, called, "quant_unpack_affine")
         z = M.relu(y, inplace=True)
         assert_rebuilt(z, called, "quant_unpack_affine")
 

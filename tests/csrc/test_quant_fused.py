@@ -35,8 +35,11 @@ def test_affine(isa, bits, dtype):
         packed = reference.quant_pack(data("wide", n), bits, 3)
         w, b = data("normal", channels, dtype), data("normal", channels + 1)[1:]
         mask = reference.bits_pack(data("normal", n) > 0)
-        for given in ((w, b, None), (w, None, mask), (None, b, mask), (None, None, None)):
-            arguments = (*packed, bits, *given, inner, [n], dtype)
+        for *given, ends in (
+            (w, b, None, ()), (w, None, mask, (0.0, 6.0)), (None, b, mask, ()),
+            (w, b, mask, (-0.7, 1.1)), (w, b, mask, (0.25, None)), (None, None, None, ()),
+        ):  # fmt: skip
+            arguments = (*packed, bits, *given, inner, [n], dtype, *ends)
             assert_identical(
                 ops.quant_unpack_affine(*arguments), reference.quant_unpack_affine(*arguments)
             )
@@ -46,9 +49,14 @@ def test_affine(isa, bits, dtype):
 def test_affine_of_any_data(isa, kind):
     packed = reference.quant_pack(data(kind, 600), 4, 3)
     w, b = data(kind, 12), data(kind, 12)
-    arguments = (*packed, 4, w, b, None, 10, [5, 12, 10], torch.float32)
-    result = ops.quant_unpack_affine(*arguments)
-    assert_identical(result, reference.quant_unpack_affine(*arguments))
+    mask = reference.bits_pack(data("normal", 600) > 0)
+    for rest in (
+        (None, 10, [5, 12, 10], torch.float32),
+        (mask, 10, [600], torch.float32, 0.0, 6.0),
+    ):
+        arguments = (*packed, 4, w, b, *rest)
+        result = ops.quant_unpack_affine(*arguments)
+        assert_identical(result, reference.quant_unpack_affine(*arguments))
 
 
 def test_affine_of_strided_arguments(isa):
@@ -337,6 +345,8 @@ def test_errors_name_the_tensor():
         affine(*packed, 4, x.long(), None, None, 1, size, torch.float32)
     with pytest.raises(RuntimeError, match="needs 13 bytes of bits"):
         affine(*packed, 4, x, None, torch.zeros(12).byte(), 1, size, torch.float32)
+    with pytest.raises(RuntimeError, match="expected lo < hi, got lo 2 and hi 1"):
+        affine(*packed, 4, x, None, None, 1, size, torch.float32, 2.0, 1.0)
     with pytest.raises(RuntimeError, match="expected gelu, .* or mish, got relu"):
         ops.quant_activation_grad(x, *packed, 4, "relu")
     with pytest.raises(RuntimeError, match=r"130 elements in 4 bits need codes \[3, 32\]"):

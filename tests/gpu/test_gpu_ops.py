@@ -143,6 +143,7 @@ def quant_unpack_affine_cases():
         mask = reference.bits_pack(draw(*size, seed=2) > 0)
         yield codes, params, bits, w, b, None, 1, size, dtype
         yield codes, params, bits, w[:1], None, mask, 1, size, dtype
+        yield codes, params, bits, w, b, mask, 1, size, dtype, 0.0, 6.0
     for inner, channels in itertools.product((3, 49, 64), (1, 5)):
         packed = reference.quant_pack(draw(4, channels, inner), 4, 1)
         w, b = draw(channels, seed=1), draw(channels, seed=2)

@@ -139,8 +139,8 @@ def test_unpack_affine(bits):
         dtype = MADE[i % 3]
         weight = None if weights is None else draw(weights, dtype=dtype, seed=3)
         bias = None if biases is None else draw(biases, seed=4)
-        for given in (None, mask):
-            arguments = (*packed, bits, weight, bias, given, inner, size, dtype)
+        for given, *ends in ((None,), (mask,), (mask, 0.0, 6.0), (mask, -0.25)):
+            arguments = (*packed, bits, weight, bias, given, inner, size, dtype, *ends)
             expected = reference.quant_unpack_affine(*arguments)
             assert_all_same([ops.quant_unpack_affine(*arguments)], [expected])
 

@@ -20,7 +20,8 @@ def variants():
         yield quant_fused._quant_apply_range_kernel, dtype, signature, constants
         tables = {"weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "mask_ptr": "*u8"}
         sizes = dict.fromkeys(("numel", "weights", "biases", "inner"), "i32")
-        signature = codes | params | tables | x | sizes
+        ends = dict.fromkeys(("lo", "hi", "middle"), "fp32")
+        signature = codes | params | tables | x | sizes | ends
         narrow = {"NARROW": dtype == "fp32", "INDEX": tl.int32}
         yield quant_fused._quant_unpack_affine_kernel, dtype, signature, constants | narrow
     for activation in ("gelu", "gelu_tanh", "mish"):  # silu and its kin are less of gelu_tanh
