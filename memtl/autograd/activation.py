@@ -19,7 +19,7 @@ from torch import Tensor
 from ..storage import Format, Packed, Quantized, pack
 from ..storage.outline import outlined
 from ..storage.quantized import grouped
-from ..storage.rebuilt import rebuilt
+from ..storage.rebuilt import Permuted, laid, pack_as_laid, rebuilt
 from .keep import Function, first_order, keep, kept, packed_once
 from .share import offer, shared, sharing
 
@@ -292,10 +292,13 @@ def _pack_derivative(x: Tensor, act: Activation, fused: str | None, format: Quan
     """From x in one pass where an operator knows the function."""
     code = derivative_format(act, format)
     if fused is None or x.dtype == torch.float64:
-        return pack(act.derivative(x), code)
+        return pack_as_laid(act.derivative(x), code)
+    permuted = Permuted.like(x)
+    given = x if permuted is None else permuted.laid(x)
     rounding = (code.bits, fused, act.lo, act.hi, code.seed)
-    codes = torch.ops.memtl.quant_pack_derivative(*outlined(x), *rounding)
-    return Packed(code, (codes,), x.shape, x.dtype)
+    codes = torch.ops.memtl.quant_pack_derivative(*outlined(given), *rounding)
+    packed = Packed(code, (codes,), given.shape, x.dtype)
+    return packed if permuted is None else permuted.of(packed, x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,12 +315,15 @@ class Applied:
         self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
     ) -> Tensor | None:
         """In one pass where x is in groups with their own scale."""
-        x, name = grouped(parts[0]), FUSED.get(self.name)
+        assert parts[0] is not None
+        part, permuted = laid(parts[0])
+        x, name = grouped(part), FUSED.get(self.name)
         if name is None or x is None or dtype == torch.float64:
             return None
         if x[-1] == 8 and name in ("gelu", "silu"):  # torch's are as fast
             return None
-        return torch.ops.memtl.quant_unpack_activation(*x, name, shape, dtype)
+        y = torch.ops.memtl.quant_unpack_activation(*x, name, part.shape, dtype)
+        return y if permuted is None else permuted.back(y)
 
 
 class ActivationFunction(Function):
@@ -353,15 +359,23 @@ class ActivationFunction(Function):
     def backward(ctx, grad_out):
         (saved,), _ = kept(ctx)
         if saved.dtype == grad_out.dtype != torch.float64:
-            ops, x, name = torch.ops.memtl, grouped(saved), FUSED.get(ctx.name)
+            part, permuted = laid(saved)
+            given = grad_out if permuted is None else permuted.laid(grad_out)
+            ops, x, name, made = torch.ops.memtl, grouped(part), FUSED.get(ctx.name), None
             if ctx.derivative_kept:
-                code = (*saved.tensors, saved.format.bits, *saved.format.range)
-                return ops.quant_apply_range(grad_out, *code), *(None,) * 5
-            if x is not None and name is not None:
-                return ops.quant_activation_grad(grad_out, *x, name), *(None,) * 5
-        value = saved.unpack()
+                assert isinstance(part.format, Quantized) and part.format.range is not None
+                code = (*part.tensors, part.format.bits, *part.format.range)
+                made = ops.quant_apply_range(given, *code)
+            elif x is not None and name is not None:
+                made = ops.quant_activation_grad(given, *x, name)
+            if made is not None:
+                return made if permuted is None else permuted.back(made), *(None,) * 5
+        value, act = saved.unpack(), activation(ctx.name, *ctx.parameters)
         if not ctx.derivative_kept:
-            value = activation(ctx.name, *ctx.parameters).derivative(value)
+            alike = value.dtype == grad_out.dtype and FUSED.get(ctx.name) == ctx.name
+            if act.of_input is not None and alike:  # one call
+                return act.of_input(grad_out, value), *(None,) * 5
+            value = act.derivative(value)
         if value.dtype == grad_out.dtype:  # made just now
             return value.mul_(grad_out), *(None,) * 5
         return grad_out * value, *(None,) * 5

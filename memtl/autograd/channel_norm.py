@@ -12,6 +12,8 @@ from torch.nn.modules._functions import SyncBatchNorm as torch_sync_batch_norm
 
 from ..storage import Format, Packed
 from ..storage.quantized import grouped, pack_normalized
+from ..storage.rebuilt import Permuted
+from .convolution import is_channels_last
 from .keep import Function, constant, first_order, keep, kept
 from .mask import per_channel
 from .norm import Affine, offer_affine
@@ -174,10 +176,14 @@ class SyncBatchNormFunction(Function):
 
 
 def _by_channel(x: Tensor, mean: Tensor, rstd: Tensor, format: Format) -> Tensor | Packed:
-    """x-hat, in float32 at least, or packed already."""
-    packed = pack_normalized(x, mean, rstd, x.shape[2:].numel(), format)
+    """x-hat, in float32 at least, or packed already, in the order in which x lies in memory."""
+    permuted = Permuted.like(x) if is_channels_last(x) else None
+    if permuted is None:
+        packed = pack_normalized(x, mean, rstd, x.shape[2:].numel(), format)
+    else:
+        packed = pack_normalized(permuted.laid(x), mean, rstd, 1, format)
     if packed is not None:
-        return packed
+        return packed if permuted is None else permuted.of(packed, x.shape)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - per_channel(mean, x.dim())).mul_(per_channel(rstd, x.dim()))
 
@@ -223,7 +229,7 @@ class GroupNormFunction(Function):
             x_hat = pack_normalized(x, mean, rstd, x.shape[1:].numel() // ctx.groups, format)
             if x_hat is None:
                 wide = torch.promote_types(x.dtype, torch.float32)
-                x_hat = x.to(wide).unflatten(1, (ctx.groups, -1))
+                x_hat = x.contiguous().to(wide).unflatten(1, (ctx.groups, -1))
                 x_hat = ((x_hat - _by_group(mean, x_hat)) * _by_group(rstd, x_hat)).flatten(1, 2)
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         offer_affine(y, packed, weight, bias, format, Affine(by_channel=True))

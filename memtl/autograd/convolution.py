@@ -120,13 +120,15 @@ class ConvolutionFunction(Function):
             grad_x = convolution_backward(grad_out, x_like, w, ctx.geometry, mask)[0]
         if x is not None and ctx.needs_input_grad[1]:
             if ctx.rebuilt:
+                made = x.unpack(grad_out.dtype)
+                channels_last = is_channels_last(made)
                 grad_weight = library_weight_grad(
-                    x.unpack(grad_out.dtype).flatten(1),
+                    (made.movedim(1, -1) if channels_last else made).flatten(1),
                     grad_out,
                     ctx.x.shape[1:],
                     ctx.weight_shape,
                     ctx.geometry,
-                    channels_last=False,
+                    channels_last,
                 )
             elif ctx.patches:  # a linear layer on patches
                 grad_weight = x.weight_grad(grad_out.flatten(2).transpose(1, 2))

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage import Format, Packed, pack
+from ..storage import Format, Packed
+from ..storage.rebuilt import pack_as_laid
 from . import region
 from .share import offer_input, shared
 
@@ -89,7 +90,7 @@ def packed_once(x: Tensor, format: Format) -> Packed:
     """What stands for x already, or x packed, which then does."""
     packed = shared(x, format)
     if packed is None:
-        packed = pack(x, format)
+        packed = pack_as_laid(x, format)
         offer_input(x, packed)
     return packed
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Packed
-from ..storage.rebuilt import Rebuilt, rebuilt
+from ..storage.rebuilt import Rebuilt, laid, rebuilt
 from .keep import Function, first_order, keep, kept
 from .norm import Affine
 from .share import offer
@@ -133,15 +133,16 @@ class Masked:
         ends = MASKS[self.name](*self.parameters).ends
         if ends is None or x is None or bits is None:
             return None
-        row_major = bits.format == Bits()
-        if row_major and isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
+        assert isinstance(bits.format, Bits)
+        if isinstance(x.format, Rebuilt) and isinstance(x.format.recipe, Affine):
             affine = x.format.split(x.tensors)
-            made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0], ends)
-            if made is not None:
-                return made
+            order = None if affine[0] is None else laid(affine[0])[1]
+            if bits.format.order == (None if order is None else order.order):
+                made = x.format.recipe.decode(affine, shape, dtype, bits.tensors[0], ends)
+                if made is not None:
+                    return made
         if ends != (0.0, None):
             return None
-        assert isinstance(bits.format, Bits)
         return bits.format.apply(bits.tensors, x.unpack(dtype))
 
 

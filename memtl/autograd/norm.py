@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..storage import Format, Packed
 from ..storage.quantized import grouped, pack_normalized
-from ..storage.rebuilt import rebuilt
+from ..storage.rebuilt import laid, rebuilt
 from .keep import Function, constant, first_order, in_dtype, keep, kept
 from .share import offer
 
@@ -42,14 +42,21 @@ class Affine:
     ) -> Tensor | None:
         """In one pass where x-hat is in groups with their own scale; where ``mask``, packed, is
         clear the first of ``ends`` or, where there is a second, the nearer one."""
-        x_hat, (weight, bias) = grouped(parts[0]), parts[1:]
+        assert parts[0] is not None
+        part, permuted = laid(parts[0])
+        x_hat, (weight, bias) = grouped(part), parts[1:]
         if x_hat is None or dtype == torch.float64:
             return None
+        inner = shape[2:].numel() if self.by_channel else 1
+        if permuted is not None:  # channels last, or rows in an order that does not matter
+            if permuted.order[-1] != (1 if self.by_channel else len(shape) - 1):
+                return None
+            inner = 1
         w, b = (None if p is None else p.unpack() for p in (weight, bias))
         if w is not None and self.one_more:
             w = w.float() + 1
-        inner = shape[2:].numel() if self.by_channel else 1
-        return torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, shape, dtype, *ends)
+        y = torch.ops.memtl.quant_unpack_affine(*x_hat, w, b, mask, inner, part.shape, dtype, *ends)
+        return y if permuted is None else permuted.back(y)
 
     def _laid(self, t: Tensor | None, like: Tensor) -> Tensor | None:
         if t is None or not self.by_channel:
@@ -93,7 +100,7 @@ class LayerNormFunction(Function):
             x_hat = pack_normalized(x, mean, rstd, math.prod(shape), format)
             if x_hat is None:
                 wide = torch.promote_types(x.dtype, torch.float32)
-                x_hat = (x.to(wide) - mean).mul_(rstd)
+                x_hat = (x.contiguous().to(wide) - mean).mul_(rstd)
         exact = (rstd, weight) if need_x else (None, None)
         (packed,) = keep(ctx, (x_hat, format), exact=exact)
         offer_affine(y, packed, weight, bias, format, Affine())
@@ -119,7 +126,7 @@ class LayerNormFunction(Function):
             # Its weight gradient would need the weight in hand; here that is one product.
             grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(),
-                x_hat,
+                x_hat.contiguous(),
                 ctx.shape,
                 torch.zeros_like(unit),
                 unit,
@@ -225,7 +232,7 @@ class RMSNormFunction(Function):
         if rstd is not None:
             x_hat = pack_normalized(x, torch.zeros_like(rstd), rstd, math.prod(shape), format)
             if x_hat is None:
-                x_hat = wide * rstd
+                x_hat = (wide * rstd).contiguous()
         (packed,) = keep(ctx, (x_hat, format), exact=(rstd, weight) if need_x else (None, None))
         recipe = Affine(one_more=ctx.style == "gemma")
         offer_affine(output, packed, weight, None, format, recipe)

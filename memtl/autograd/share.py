@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from ..storage import Dense, Format, Packed
-from ..storage.rebuilt import View, rebuilt
+from ..storage.rebuilt import View, laid, rebuilt
 from . import region
 
 
@@ -98,7 +98,7 @@ def shared(x: Tensor, format: Format | None = None) -> Packed | None:
 
 
 def _takes(format: Format, found: Packed) -> bool:
-    if found.format == format:
+    if laid(found)[0].format == format:
         return True
     return format.rebuild and found.format.precision >= max(1, format.precision)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import memory
 from ..autograd.keep import Function, kept
-from ..storage.rebuilt import Rebuilt
+from ..storage.rebuilt import Rebuilt, laid
 from .depths import Depths
 
 Step = Callable[[nn.Module], Tensor]
@@ -124,7 +124,8 @@ def _in_formats(loss: Tensor, weights: set[int]) -> tuple[int, int]:
         own = issubclass(getattr(type(node), "_forward_cls", object), Function)
         if not own or not hasattr(node, "specs"):  # another's, or it keeps nothing in a format
             continue
-        for packed in kept(node)[0]:
+        for part in kept(node)[0]:
+            packed = None if part is None else laid(part)[0]
             if packed is None or isinstance(packed.format, Rebuilt):
                 continue
             place = tuple(t.data_ptr() for t in packed.tensors)

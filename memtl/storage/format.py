@@ -90,6 +90,12 @@ class Format(abc.ABC):
         return False
 
     @property
+    def any_order(self) -> bool:
+        """Whether one order of the elements is as good as another: dimensions have no say, and a
+        tensor that is permuted in memory may be packed as it lies there."""
+        return False
+
+    @property
     def _once(self) -> str:
         """For the end of ``str``."""
         return " once" if self.rebuild else ""

@@ -66,6 +66,10 @@ class Quantized(Format):
     def precision(self) -> int:
         return 0 if self.range else self.bits
 
+    @property
+    def any_order(self) -> bool:
+        return True
+
     def finer(self) -> Quantized:
         """Twice the bits or, from 3, the next that there are: 4 from 2, else 8."""
         return dataclasses.replace(self, bits=4 if self.bits == 2 else 8)

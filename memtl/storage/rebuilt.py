@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .dense import Dense
-from .format import Format, Packed
+from .format import Format, Packed, pack
 
 Recipe = Callable[..., Tensor]
 """A frozen dataclass without tensors; called with the parts, dense, it gives the tensor.
@@ -118,3 +118,63 @@ class View:
                 base.shape, self.base_stride, dtype=base.dtype, device=base.device
             ).copy_(base)
         return base.as_strided(self.size, self.stride, self.offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permuted:
+    """A tensor packed in the order in which it lay in memory, and which lies so again.
+
+    ``order``: its dimensions, slowest first: the part has them so, and is row-major.
+    """
+
+    order: tuple[int, ...]
+
+    def __call__(self, part: Tensor) -> Tensor:
+        return self.back(part)
+
+    def decode(
+        self, parts: Sequence[Packed | None], shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor | None:
+        """In the format's own precision."""
+        (part,) = parts
+        return None if part is None else self.back(part.unpack(dtype))
+
+    def laid(self, x: Tensor) -> Tensor:
+        """x with its dimensions in that order."""
+        return x.permute(self.order)
+
+    def back(self, x: Tensor) -> Tensor:
+        """:meth:`laid` undone."""
+        return x.permute(sorted(range(x.dim()), key=self.order.__getitem__))
+
+    @classmethod
+    def like(cls, x: Tensor) -> Permuted | None:
+        """How x lies in memory; None where it is row-major, or has gaps, or is traced by
+        ``torch.compile``, which lays tensors out itself."""
+        if x.is_contiguous() or torch.compiler.is_compiling():
+            return None
+        order = tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
+        return cls(order) if x.permute(order).is_contiguous() else None
+
+    def of(self, part: Packed, shape: torch.Size) -> Packed:
+        """What stands for the tensor of that shape, ``part`` being :meth:`laid` of it."""
+        return rebuilt(self, part, shape=shape, dtype=part.dtype)
+
+
+def pack_as_laid(x: Tensor, format: Format) -> Packed:
+    """``x`` in ``format``, in the order in which it lies in memory where the format has none of its
+    own: it is not copied for that, nor does what is unpacked lie otherwise."""
+    permuted = Permuted.like(x) if format.any_order else None
+    if permuted is None:
+        return pack(x, format)
+    return permuted.of(pack(permuted.laid(x), format), x.shape)
+
+
+def laid(packed: Packed) -> tuple[Packed, Permuted | None]:
+    """What was packed, and how its dimensions were permuted for that, if they were."""
+    format = packed.format
+    if not isinstance(format, Rebuilt) or not isinstance(format.recipe, Permuted):
+        return packed, None
+    (part,) = format.split(packed.tensors)
+    assert part is not None
+    return part.to(packed.dtype), format.recipe
