@@ -129,7 +129,7 @@ def measure_training(
     """Steps of every model, and the largest batches."""
     for workload, modes in scale.pairs:
         if not budget.left():
-            record["left_out"].append(f"training {workload.model}")
+            record["left_out"].append(f"training {workload.title}")
             continue
         pair = [(workload, modes)]
         (rows,) = measure(pair, device, timer, 5 * scale.seconds, autocast=torch.bfloat16)
@@ -138,7 +138,7 @@ def measure_training(
             if device == "cuda" and budget.left():
                 row["largest_batch"] = largest_batch(workload, mode, budget_bytes, torch.bfloat16)
             elif device == "cuda":
-                record["left_out"].append(f"largest batch of {workload.model}, {mode.name}")
+                record["left_out"].append(f"largest batch of {workload.title}, {mode.name}")
         print(f"\n{format_rows(rows, 'autocast bfloat16')}")
         if device == "cuda":
             found = ", ".join(f"{row['mode']} {row['largest_batch']}" for row in rows)
@@ -152,11 +152,11 @@ def measure_graphs(
     """The times of steps recorded in CUDA graphs, into their rows."""
     for workload, modes in scale.pairs:
         if not budget.left():
-            record["left_out"].append(f"{workload.model} in CUDA graphs")
+            record["left_out"].append(f"{workload.title} in CUDA graphs")
             continue
         seconds, failed = measure_replays(workload, modes, timer, 2 * scale.seconds, torch.bfloat16)
         for row in record["training"]:
-            if row["model"] == workload.model:
+            if row["model"] == workload.title:
                 row["graph_seconds"] = seconds.get(row["mode"])
         stock = seconds.get(modes[0].name)
         times = (
@@ -164,10 +164,10 @@ def measure_graphs(
             for n, s in seconds.items()
         )
         print(
-            f"{workload.model}, ms/step in a CUDA graph: {', '.join(times) or 'none'}", flush=True
+            f"{workload.title}, ms/step in a CUDA graph: {', '.join(times) or 'none'}", flush=True
         )
         record["left_out"] += [
-            f"{workload.model}, {n} in a CUDA graph: {e}" for n, e in failed.items()
+            f"{workload.title}, {n} in a CUDA graph: {e}" for n, e in failed.items()
         ]
 
 

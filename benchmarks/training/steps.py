@@ -227,7 +227,7 @@ def measure(
         yield [
             {
                 "mode": mode.name,
-                "model": workload.model,
+                "model": workload.title,
                 "batch": workload.batch,
                 "seconds": medians[mode.name],
                 "relative_time": medians[mode.name] / medians[modes[0].name],

@@ -39,7 +39,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="threads of torch and of the kernels")
     parser.add_argument(
-        "--only", choices=[w.model for w in WORKLOADS], metavar="MODEL", help="%(choices)s"
+        "--only",
+        choices=dict.fromkeys(w.model for w in WORKLOADS),
+        metavar="MODEL",
+        help="%(choices)s",
     )
     parser.add_argument("--quick", action="store_true", help="a few turns on small batches")
     parser.add_argument(

@@ -23,13 +23,23 @@ class Workload:
 
     ``model`` is a name of timm, or ``hf:`` and a type of transformers, whose default configuration
     is taken: ``hf:bert`` is BERT base. ``options`` change it. Weights and inputs are random, of
-    torch's global generator.
+    torch's global generator; with ``channels_last`` they lie so in memory.
     """
 
     model: str
     batch: int
     tokens: int = 128  # of a text
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channels_last: bool = False
+
+    @property
+    def title(self) -> str:
+        """What results call it."""
+        return f"{self.model}, channels last" if self.channels_last else self.model
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
 
     @property
     def is_text(self) -> bool:
@@ -41,7 +51,8 @@ class Workload:
         if not self.is_text:
             import timm
 
-            return timm.create_model(self.model, num_classes=CLASSES, **self.options).train()
+            model = timm.create_model(self.model, num_classes=CLASSES, **self.options).train()
+            return model.to(memory_format=self._layout)
         import transformers
 
         options = {"num_labels": CLASSES, "use_cache": False, **self.options}
@@ -52,7 +63,8 @@ class Workload:
         """Inputs and labels."""
         labels = torch.randint(CLASSES, (self.batch,), device=device)
         if not self.is_text:
-            return torch.randn(self.batch, 3, 224, 224, device=device), labels
+            images = torch.randn(self.batch, 3, 224, 224, device=device)
+            return images.to(memory_format=self._layout), labels
         words = model.config.vocab_size
         return torch.randint(words, (self.batch, self.tokens), device=device), labels
 
@@ -171,7 +183,9 @@ TICKET_MODES = (
 WORKLOADS = (
     Workload("vit_base_patch16_224", 4),
     Workload("resnet50", 8),
+    Workload("resnet50", 8, channels_last=True),
     Workload("mobilenetv2_100", 8),
+    Workload("mobilenetv2_100", 8, channels_last=True),
     Workload("hf:bert", 4),
 )
 
@@ -200,7 +214,7 @@ GPU_VIT = (*GPU_TRANSFORMER, Mode("VQT, 1 query", config=memtl.VQTConfig(num_que
 GPU_CNN = (*GPU_MODES, Mode("Rep-Net", config=memtl.RepNetConfig()))
 GPU_PAIRS = (
     (Workload("vit_base_patch16_224", 64), GPU_VIT),
-    (Workload("resnet50", 64), GPU_CNN),
+    (Workload("resnet50", 64, channels_last=True), GPU_CNN),
     (Workload("hf:bert", 64), GPU_TRANSFORMER),
 )
 GPU_QUICK_PAIRS = (

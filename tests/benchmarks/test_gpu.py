@@ -98,7 +98,7 @@ def test_every_goal_finds_its_row():
         baselines = ("as released: kthvalue", "scaled_dot", "cat of magnitudes")
         rows += [row(op, what, shape, baseline=baseline) for baseline in baselines]
     training = [
-        dict(model=workload.model, mode=mode.name, peak_bytes=1, seconds=1.0, graph_seconds=1.0)
+        dict(model=workload.title, mode=mode.name, peak_bytes=1, seconds=1.0, graph_seconds=1.0)
         for workload, modes in GPU_PAIRS
         for mode in modes
     ]

@@ -82,7 +82,16 @@ def test_every_mode_starts_from_the_same_loss(workload):
     assert saved["fast, keep 0.03"] < saved["fast, keep 0.1"]
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.model)
+def test_channels_last():
+    workload = Workload("mobilenetv2_035", 2, channels_last=True)
+    assert workload.title == "mobilenetv2_035, channels last"
+    model = workload.build()
+    images, _ = workload.batch_of(model, "cpu")
+    for t in (images, model.get_parameter("conv_stem.weight"), model.forward_features(images)):
+        assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.title)
 def test_checkpointing_is_on_in_every_model(workload):
     """Of the models as they are, on one sample: their own switch has to do something."""
     small = Workload(workload.model, 2, tokens=8, options=TEXT if workload.is_text else {})
@@ -153,7 +162,7 @@ def test_program(tmp_path):
     assert record["unchecked"] is True and record["seed"] == 0 and record["threads"] == 1
     found = [(row["model"], row["mode"]) for row in record["rows"]]
     assert found == [
-        (workload.model, mode.name) for workload, modes in QUICK_PAIRS for mode in modes
+        (workload.title, mode.name) for workload, modes in QUICK_PAIRS for mode in modes
     ]
     for row in record["rows"]:
         forward_only = row["mode"] == FORWARD.name
