@@ -55,13 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         status = _run([*(sys.argv[1:] if argv is None else argv)] or ["--help"])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
-        output = select.poll()
-        output.register(1, 0)  # errors alone
-        if not output.poll(0):
-            raise  # a pipe of the command's own
+        if hasattr(select, "poll"):  # not on Windows
+            output = select.poll()
+            output.register(1, 0)  # errors alone
+            if not output.poll(0):
+                raise  # a pipe of the command's own
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more
         return 1
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..storage import Bits, Dense, Format, Packed, Quantized
-from ..storage.rebuilt import rebuilt
+from ..storage.rebuilt import laid, rebuilt
 from .keep import Function, constant, first_order, in_dtype, keep, kept
 from .share import offer
 
@@ -53,7 +53,7 @@ def stored_probabilities(p: Tensor, format: Format) -> Tensor:
 def read_probabilities(kept: Packed) -> Tensor:
     """p from what :func:`stored_probabilities` made."""
     value = kept.unpack()
-    return value.square() if isinstance(kept.format, Quantized) else value
+    return value.square() if isinstance(laid(kept)[0].format, Quantized) else value
 
 
 def softmax_grad(grad_out: Tensor, y: Tensor, dim: int) -> Tensor:

@@ -75,8 +75,8 @@ class _Decoded(Function):
     """A kept tensor, as the result of something: a leaf could not be changed in place."""
 
     @staticmethod
-    def forward(anchor, packed):
-        return packed.unpack().detach()
+    def forward(anchor, packed, given):
+        return given.back(packed.unpack()).detach()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -88,32 +88,71 @@ def _anchor() -> Tensor:
 
 
 class _Given(NamedTuple):
-    """How one tensor was given: whether it is a parameter, whether it needs a gradient, and the
-    order of its dimensions in memory, in which it is packed (None: their own)."""
+    """How one tensor was given: whether it is a parameter, whether it needs a gradient, and how it
+    lay in memory (None: row-major, or as nothing but its kind knows), which decides how layers keep
+    it and has to be the same in the second run."""
 
     parameter: bool
     needs_grad: bool
-    order: tuple[int, ...] | None
+    layout: _Layout | None
 
     @classmethod
     def of(cls, t: Tensor) -> _Given:
-        order = None
-        if _is_plain(t) and not t.is_contiguous():
-            order = tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
-        return cls(is_parameter(t), t.requires_grad, order)
+        layout = None
+        if _is_plain(t) and not is_parameter(t) and not t.is_contiguous():
+            layout = _Layout.of(t)
+        return cls(is_parameter(t), t.requires_grad, layout)
 
     def laid(self, t: Tensor) -> Tensor:
         """What is to be packed."""
-        return t if self.order is None else t.permute(self.order)
+        return t if self.layout is None else self.layout.laid(t)
+
+    def back(self, t: Tensor) -> Tensor:
+        """The tensor, lying as it did, from what was packed, dense."""
+        return t if self.layout is None else self.layout.back(t)
 
     def restore(self, packed: Packed) -> Tensor:
         """The tensor, as it was given, from what was packed."""
         if self.parameter:
             return packed.tensors[0]
-        t = _Decoded.apply(_anchor(), packed) if self.needs_grad else packed.unpack()
-        if self.order is None:
-            return t
-        return t.permute(sorted(range(t.dim()), key=self.order.__getitem__))
+        if self.needs_grad:
+            return _Decoded.apply(_anchor(), packed, self)
+        return self.back(packed.unpack())
+
+
+class _Layout(NamedTuple):
+    """How a tensor lies in memory; ``order``: its dimensions, slowest first."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Layout | None:
+        """None where elements overlap otherwise than by expansion (``Tensor.unfold``): there is no
+        second such tensor, and the second run has a row-major one."""
+        order = sorted(range(t.dim()), key=t.stride, reverse=True)
+        reach = 1
+        for dim in reversed(order):
+            n, stride = t.shape[dim], t.stride(dim)
+            if n > 1 and 0 < stride < reach:
+                return None
+            reach += (n - 1) * stride
+        return cls(t.shape, t.stride(), tuple(order))
+
+    def laid(self, t: Tensor) -> Tensor:
+        """t in that order, once where it is expanded."""
+        for dim, stride in enumerate(self.stride):
+            t = t if stride else t.narrow(dim, 0, 1)
+        return t.permute(self.order)
+
+    def back(self, t: Tensor) -> Tensor:
+        """:meth:`laid` undone, gaps included."""
+        t = t.permute(sorted(range(t.dim()), key=self.order.__getitem__))
+        if t.stride() != self.stride:
+            once = torch.empty_strided(t.shape, self.stride, dtype=t.dtype, device=t.device)
+            t = once.copy_(t)
+        return t.expand(self.size)
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -81,7 +81,7 @@ def keep(
         saved.extend(packed.tensors)
     ctx.specs = tuple(specs)
     ctx.num_exact = len(exact)
-    region.keeps(saved)
+    region.keeps(saved, ctx.specs)
     ctx.save_for_backward(*saved)
     return kept
 

@@ -48,10 +48,10 @@ class Affine:
         if x_hat is None or dtype == torch.float64:
             return None
         inner = shape[2:].numel() if self.by_channel else 1
-        if permuted is not None:  # channels last, or rows in an order that does not matter
-            if permuted.order[-1] != (1 if self.by_channel else len(shape) - 1):
+        if permuted is not None:
+            if not self.by_channel or permuted.order[-1] != 1:
                 return None
-            inner = 1
+            inner = 1  # channels last
         w, b = (None if p is None else p.unpack() for p in (weight, bias))
         if w is not None and self.one_more:
             w = w.float() + 1

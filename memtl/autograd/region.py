@@ -28,7 +28,7 @@ class Region:
         self._again = again
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._values: dict[int, Tensor] = {}
-        self._keeps = 0  # how often memtl's Functions kept something
+        self._specs: list[Any] = []  # of each time that one of memtl's Functions kept something
         self._ends_in_keep = False
 
     def run(self, first: Callable[[], Any]) -> Any:
@@ -36,7 +36,7 @@ class Region:
         run = Run(self._saved)
         with saved_tensors_hooks(self._place, self._value), outlines(), _running(run):
             result = first()
-        self._keeps = run.keeps
+        self._specs = run.specs
         self._ends_in_keep = run.kept_until == len(self._saved) > 0
         return result
 
@@ -57,7 +57,7 @@ class Region:
 
         def note(t: Tensor) -> Tensor:
             if (t.shape, t.dtype) != self._saved[len(values)]:
-                raise self._changed(f"{list(t.shape)} {t.dtype}", len(values))
+                raise changed(f"{list(t.shape)} {t.dtype}", self._at(len(values)))
             # Not t: an output that is kept by what made it would keep itself, and its graph.
             values.append(t.detach())
             if len(values) == len(self._saved):
@@ -65,21 +65,27 @@ class Region:
             return values[-1]
 
         note.memtl_shares = True  # type: ignore[attr-defined]
-        run = Run(values, last=self._keeps if self._ends_in_keep else 0)
+        run = Run(values, last=len(self._specs) if self._ends_in_keep else 0)
+        run.first = self._specs
         hooks = saved_tensors_hooks(note, lambda t: t)
         with contextlib.suppress(_Done):
             with torch.enable_grad(), hooks, outlines(False), _running(run):
                 self._again()
-            raise self._changed("nothing more", len(values))
+            raise changed("nothing more", self._at(len(values)))
         self._values = dict(enumerate(values))
 
-    def _changed(self, found: str, place: int) -> RuntimeError:
+    def _at(self, place: int) -> str:
         shape, dtype = self._saved[place]
-        return RuntimeError(
-            f"a checkpointed block kept {found} in the place of {list(shape)} {dtype} when it was "
-            "run again in backward: what it computes must depend on its arguments, its parameters "
-            "and torch's random numbers alone"
-        )
+        return f"{list(shape)} {dtype}"
+
+
+def changed(found: object, was: object) -> RuntimeError:
+    """The error of a second run that is not the first one again."""
+    return RuntimeError(
+        f"a checkpointed block kept {found} in the place of {was} when it was run again in "
+        "backward: what it computes must depend on its arguments, its parameters and torch's "
+        "random numbers alone"
+    )
 
 
 class _Done(Exception):
@@ -87,8 +93,8 @@ class _Done(Exception):
 
 
 class Run:
-    """One run of a region: how often memtl's Functions kept something, and how many tensors were
-    saved by the end of the last time.
+    """One run of a region: how often memtl's Functions kept something, and in which way; and how
+    many tensors were saved by the end of the last time.
 
     Args:
         saved: the tensors so far.
@@ -98,7 +104,8 @@ class Run:
     def __init__(self, saved: Sequence[Any], last: int = 0):
         self.saved = saved
         self.last = last
-        self.keeps = 0
+        self.specs: list[Any] = []  # a time that something was kept, each: how
+        self.first: Sequence[Any] | None = None  # those of the first run
         self.kept_until = 0
         self.offers: Any = None  # what is shared in this run, and in no other: see share.py
 
@@ -125,15 +132,25 @@ def current() -> Run | None:
     return None if torch.compiler.is_compiling() else _current.run
 
 
-def keeps(saved: Sequence[Tensor | None]) -> None:
-    """To be told by a Function that is about to save these for its backward."""
-    if (run := current()) is not None:
-        run.keeps += 1
-        run.kept_until = len(run.saved) + sum(t is not None for t in saved)
+def keeps(saved: Sequence[Tensor | None], specs: Any) -> None:
+    """To be told by a Function that is about to save these for its backward, ``specs`` being all
+    that it knows of them. The context of the first run reads what the second one kept."""
+    if (run := current()) is None:
+        return
+    place = len(run.specs)
+    run.specs.append(specs)
+    if run.first is not None and (place >= len(run.first) or run.first[place] != specs):
+        raise changed(_told(specs), _told(run.first[place] if place < len(run.first) else ()))
+    run.kept_until = len(run.saved) + sum(t is not None for t in saved)
+
+
+def _told(specs: Sequence[Any]) -> str:
+    kept = (spec for spec in specs if spec is not None)
+    return ", ".join(f"{list(shape)} as {format!r}" for format, shape, *_ in kept) or "nothing"
 
 
 def at_the_end() -> bool:
     """Whether the Function that runs now saves the last tensors of a region that is run again:
     what it returns, nobody reads."""
     run = current()
-    return run is not None and run.keeps + 1 == run.last
+    return run is not None and len(run.specs) + 1 == run.last

@@ -11,6 +11,7 @@ from torch import nn
 from ..methods import (
     BackRazorConfig,
     BitFitConfig,
+    CheckpointConfig,
     FrozenConfig,
     LinearProbeConfig,
     LowBitConfig,
@@ -96,6 +97,11 @@ def _frozen_lora(model: Any, step: Step) -> None:
     apply(model, FrozenConfig())
 
 
+def _blocks(model: Any, step: Step) -> None:
+    apply(model, BackRazorConfig(keep=0.1))
+    apply(model, CheckpointConfig())
+
+
 WAYS: dict[str, Way] = {
     "stock": Way("stock", lambda model, step: None),
     "checkpointing": Way("checkpointing", lambda model, step: checkpoint(model)),
@@ -106,6 +112,7 @@ WAYS: dict[str, Way] = {
         "Back Razor 0.1, small",
         lambda model, step: apply(model, BackRazorConfig.preset("small", keep=0.1)),
     ),
+    "blocks": Way("Back Razor 0.1, blocks in 8 bits", _blocks),
     "low-bit": Way("4 bits, once", lambda model, step: apply(model, LowBitConfig(bits=4))),
     "lora": Way("LoRA", lambda model, step: lora(model)),
     "lora-frozen": Way("LoRA, frozen", _frozen_lora),

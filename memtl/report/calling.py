@@ -29,6 +29,8 @@ def call(name: str, extras: Mapping[str, str], install: str, run: Callable[[], i
     except FloatingPointError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except BrokenExecutor:
         print(
             f"{name}: a process ended before its work did; was there memory enough for so many "

@@ -164,7 +164,7 @@ class Permuted:
 def pack_as_laid(x: Tensor, format: Format) -> Packed:
     """``x`` in ``format``, in the order in which it lies in memory where the format has none of its
     own: it is not copied for that, nor does what is unpacked lie otherwise."""
-    permuted = Permuted.like(x) if format.any_order else None
+    permuted = Permuted.like(x) if format.any_order and not hasattr(x, "placements") else None
     if permuted is None:
         return pack(x, format)
     return permuted.of(pack(permuted.laid(x), format), x.shape)

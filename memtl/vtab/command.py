@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options, argv)
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except (ImportError, NotImplementedError, ValueError, OSError) as error:
         print(f"memtl vtab: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,5 @@
-"""The same run by DDP and by FSDP, and both again from their first checkpoint; under torchrun.
+"""The same run by DDP and by FSDP, whole and by LoRA; the first two again from their first
+checkpoint. Under torchrun.
 
 torchrun --nproc-per-node 2 several_process.py FOLDER
 """
@@ -21,6 +22,7 @@ from memtl.runs import folder
 from memtl.runs.state import POINTER
 from tests.runs import small
 
+LORA = {"lora": {"rank": 2, "targets": "5"}, "method": "frozen"}
 FIELDS = {"steps": 6, "eval_every": 3, "save_every": 3, "ema": 0.8}
 
 
@@ -63,6 +65,8 @@ def main() -> None:
     train(place / "ddp", batch_size=4)  # joins the other
     train(place / "fsdp", batch_size=4, fsdp=True)  # where it is joined already
     train(place / "parts", batch_size=2, accumulate=2)
+    train(place / "lora-ddp", batch_size=4, **LORA)
+    train(place / "lora-fsdp", batch_size=4, fsdp=True, **LORA)
     for name in ("ddp", "fsdp"):
         if dist.get_rank() == 0:
             back_to_the_first(place / name, place / f"{name}-again")

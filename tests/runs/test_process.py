@@ -61,12 +61,13 @@ def several(tmp_path_factory) -> Path:
     call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
          HERE / "several_process.py", place)  # fmt: skip
     several_process.train(place / "alone", batch_size=8)
+    several_process.train(place / "lora-alone", batch_size=8, **several_process.LORA)
     return place
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "parts", "lora-ddp", "lora-fsdp"])
 def test_two_processes_are_one_with_twice_the_batch(name, several):
-    alone, both = several / "alone", several / name
+    alone, both = several / ("lora-alone" if "lora" in name else "alone"), several / name
     assert losses(both) == pytest.approx(losses(alone), rel=1e-4) and len(losses(both)) == 6
     one, two = (json.loads((out / folder.SUMMARY).read_text()) for out in (alone, both))
     assert (one["processes"], two["processes"]) == (1, 2)
