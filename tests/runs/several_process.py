@@ -15,21 +15,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from memtl import runs
 from memtl.runs import folder
 from memtl.runs.state import POINTER
 from tests.runs import small
 
-LORA = {"lora": {"rank": 2, "targets": "5"}, "method": "frozen"}
+LORA = {"lora": {"rank": 2}, "method": "frozen"}
 FIELDS = {"steps": 6, "eval_every": 3, "save_every": 3, "ema": 0.8}
 
 
 def train(out: Path, **fields: object) -> None:
     """As :func:`tests.runs.small.settings`, of a network whose loss no split of a batch changes."""
-    model = small.network(norm=False, dropout=0.0)
+    model = transformer() if "lora" in fields else small.network(norm=False, dropout=0.0)
     runs.train(small.settings(**FIELDS, **fields), out, model=model, data=small.data(), say=None)
+
+
+def transformer() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(
+            img_size=4, patch_size=2, in_chans=1, num_classes=3, embed_dim=32, depth=2, num_heads=2
+        )
 
 
 def back_to_the_first(out: Path, again: Path) -> None:
