@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -203,6 +205,25 @@ def largest_batch(
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def in_a_child(made: Callable[[], Any]) -> Any:
+    """What ``made`` returns, computed by a fork of this process.
+
+    Raises:
+        RuntimeError: it did not return; what it printed stands above.
+    """
+    forking = multiprocessing.get_context("fork")  # what is called need not be pickled
+    receiving, sending = forking.Pipe(duplex=False)
+    child = forking.Process(target=lambda: sending.send(made()))
+    child.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        raise RuntimeError("a measurement ended without a result") from None
+    finally:
+        child.join()
+
+
 def measure(
     pairs: Sequence[tuple[Workload, Sequence[Mode]]],
     device: str,
@@ -212,15 +233,20 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each workload with its modes, the first of which is the baseline.
 
-    Memory comes first, of everything: see :func:`measure_memory`.
+    Memory comes first, of everything (see :func:`measure_memory`); on a CPU each workload's in a
+    process of its own, since what another one has left in pieces would show.
     """
-    memory = []
-    with memtl.memory.freed_memory_returned():
-        for workload, modes in pairs:
+
+    def memory_of(workload: Workload, modes: Sequence[Mode]) -> list[dict[str, Any]]:
+        rows = []
+        with memtl.memory.freed_memory_returned():
             for mode in modes:
-                memory.append(measure_memory(workload, mode, device, autocast))
+                rows.append(measure_memory(workload, mode, device, autocast))
                 gc.collect()  # modules and their hooks are cycles
-    taken = iter(memory)
+        return rows
+
+    apart = in_a_child if device == "cpu" and hasattr(os, "fork") else lambda made: made()
+    taken = iter([row for pair in pairs for row in apart(partial(memory_of, *pair))])
     for workload, modes in pairs:
         medians = measure_times(workload, modes, device, timer, seconds, autocast)
         gc.collect()

@@ -13,7 +13,7 @@ import torch
 import memtl
 from benchmarks.kernels import harness
 from benchmarks.training import table
-from benchmarks.training.steps import format_rows, make_step, measure
+from benchmarks.training.steps import format_rows, in_a_child, make_step, measure
 from benchmarks.training.workloads import (
     CHECKPOINTING,
     FORWARD,
@@ -126,6 +126,18 @@ def test_released_vqt_computes_what_ours_does():
     torch.testing.assert_close(*grads)
     saved = [saved_bytes(lambda m: m(x).logsumexp(1).sum(), m) for m in (a, b)]
     assert saved[0] < saved[1] / 5
+
+
+def test_what_a_child_returns_and_that_it_failed(capfd):
+    parent = os.getpid()
+    assert in_a_child(lambda: (os.getpid() != parent, "made")) == (True, "made")
+
+    def fails():
+        raise ValueError("no such thing")
+
+    with pytest.raises(RuntimeError, match="ended without a result"):
+        in_a_child(fails)
+    assert "no such thing" in capfd.readouterr().err
 
 
 def test_rows(monkeypatch):
