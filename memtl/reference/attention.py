@@ -42,9 +42,9 @@ def attention_grad(
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    grads = _grads(out, leaves, _aligned(grad_out))
-    dq, dk, dv = (grad.contiguous() for grad in grads[:3])
-    return dq, dk, dv, grads[3].contiguous() if mask_grad else q.new_empty((0,))
+    given = list(_grads(out, leaves, _aligned(grad_out)))
+    dq, dk, dv, *rest = (given.pop(0).contiguous() for _ in leaves)  # one copy at a time
+    return dq, dk, dv, rest[0] if mask_grad else q.new_empty((0,))
 
 
 def _grads(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Sequence[Tensor]:
