@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -156,8 +157,10 @@ class _Layout(NamedTuple):
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether memtl's operators take it, which know no sparse tensors and no subclasses."""
-    return type(t) is Tensor and t.layout == torch.strided and t.is_floating_point()
+    """Whether memtl's operators take it, which know no sparse tensors, and no subclasses but that
+    which has a shape and no memory."""
+    known = type(t) in (Tensor, FakeTensor)
+    return known and t.layout == torch.strided and t.is_floating_point()
 
 
 class _Arguments:

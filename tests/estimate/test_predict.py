@@ -56,6 +56,9 @@ def with_data(step, change, batch_size, autocast=None):
         ("convnext_atto", "stock"),
         ("hf:bert", "back-razor"),
         ("hf:bert", "checkpointing"),
+        ("vit_tiny_patch16_224", "blocks"),
+        ("hf:bert", "blocks"),
+        ("resnet18", "blocks"),
         ("hf:gpt2", "low-bit"),
     ],
 )
