@@ -51,10 +51,14 @@ def checkpointed(
     surroundings = _Surroundings(tensors)
     members = _Members(module)
 
-    def again() -> None:
+    def again() -> Callable[[], None]:
         given, named = arguments.restored()
-        with surroundings.restored(), members.restored(), _statistics_kept(module):
-            forward(*given, **named)
+
+        def second() -> None:
+            with surroundings.restored(), members.restored(), _statistics_kept(module):
+                forward(*given, **named)
+
+        return second
 
     return Region(again).run(lambda: forward(*args, **kwargs))
 

@@ -21,10 +21,12 @@ class Region:
     the same ones in the same order; it stops at the last.
 
     Args:
-        again: runs the region a second time, with autograd recording.
+        again: reads what the region was given, and returns what runs it a second time. (Another
+            checkpoint around it may have to run everything again for that reading, which is no part
+            of the second run.)
     """
 
-    def __init__(self, again: Callable[[], Any]):
+    def __init__(self, again: Callable[[], Callable[[], Any]]):
         self._again = again
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._values: dict[int, Tensor] = {}
@@ -68,9 +70,10 @@ class Region:
         run = Run(values, last=len(self._specs) if self._ends_in_keep else 0)
         run.first = self._specs
         hooks = saved_tensors_hooks(note, lambda t: t)
-        with contextlib.suppress(_Done):
-            with torch.enable_grad(), hooks, outlines(False), _running(run):
-                self._again()
+        with contextlib.suppress(_Done), torch.enable_grad():
+            second = self._again()
+            with hooks, outlines(False), _running(run):
+                second()
             raise changed("nothing more", self._at(len(values)))
         self._values = dict(enumerate(values))
 

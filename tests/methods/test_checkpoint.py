@@ -323,9 +323,11 @@ def test_the_peak_is_that_of_one_block():
     with memtl.memory.freed_memory_returned():
         for m in (blocks, model):
             step(m)()
-        peaks = [memtl.memory.peak_bytes(step(m)) for m in (blocks, model)]
-    if peaks[0] is None:
+        # The smallest of a few: whatever else the process has begun may grow meanwhile.
+        peaks = [[memtl.memory.peak_bytes(step(m)) for _ in range(3)] for m in (blocks, model)]
+    if None in peaks[0]:
         pytest.skip("no peak is to be had here")
+    peaks = [min(several) for several in peaks]
     assert peaks[0] > 80e6  # 12 blocks of 4 tensors of 2 MiB
     assert peaks[1] < 0.4 * peaks[0]
 
