@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..storage import Dense, Format, Packed
+from ..storage.order import memory_order, unpermuted
 from .keep import Function, is_parameter, keep, kept
 from .region import Region
 
@@ -136,14 +137,14 @@ class _Layout(NamedTuple):
     def of(cls, t: Tensor) -> _Layout | None:
         """None where elements overlap otherwise than by expansion (``Tensor.unfold``): there is no
         second such tensor, and the second run has a row-major one."""
-        order = sorted(range(t.dim()), key=t.stride, reverse=True)
+        order = memory_order(t)
         reach = 1
         for dim in reversed(order):
             n, stride = t.shape[dim], t.stride(dim)
             if n > 1 and 0 < stride < reach:
                 return None
             reach += (n - 1) * stride
-        return cls(t.shape, t.stride(), tuple(order))
+        return cls(t.shape, t.stride(), order)
 
     def laid(self, t: Tensor) -> Tensor:
         """t in that order, once where it is expanded."""
@@ -153,7 +154,7 @@ class _Layout(NamedTuple):
 
     def back(self, t: Tensor) -> Tensor:
         """:meth:`laid` undone, gaps included."""
-        t = t.permute(sorted(range(t.dim()), key=self.order.__getitem__))
+        t = unpermuted(t, self.order)
         if t.stride() != self.stride:
             once = torch.empty_strided(t.shape, self.stride, dtype=t.dtype, device=t.device)
             t = once.copy_(t)

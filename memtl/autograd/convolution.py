@@ -59,6 +59,11 @@ class Rows:
         return rows.view(batch, *spatial, channels).movedim(-1, 1)
 
 
+def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    """x as [B, C H W], or in the order [B, H W C]."""
+    return (x.movedim(1, -1) if channels_last else x).flatten(1)
+
+
 def _shared_rows(x: Tensor, format: Format, channels_last: bool) -> Packed | None:
     """The rows of x, if another convolution has packed the same ones."""
     found = shared(x)
@@ -104,7 +109,7 @@ class ConvolutionFunction(Function):
         if need_weight and packed is None and ctx.patches:
             packed = pack(cut_patches(x, weight.shape[2:], ctx.geometry.stride), format)
         elif need_weight and packed is None:
-            packed = pack((x.movedim(1, -1) if ctx.channels_last else x).flatten(1), format)
+            packed = pack(_rows(x, ctx.channels_last), format)
             rows = Rows(x.shape, ctx.channels_last)
             offer_input(x, rebuilt(rows, packed, shape=x.shape, dtype=x.dtype))
         keep(ctx, (packed, format), (held(weight) if need_x else None, Dense()))
@@ -123,7 +128,7 @@ class ConvolutionFunction(Function):
                 made = x.unpack(grad_out.dtype)
                 channels_last = is_channels_last(made)
                 grad_weight = library_weight_grad(
-                    (made.movedim(1, -1) if channels_last else made).flatten(1),
+                    _rows(made, channels_last),
                     grad_out,
                     ctx.x.shape[1:],
                     ctx.weight_shape,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._ops import ceil_div
 from .format import Format, check_rebuild
+from .order import memory_order, unpermuted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +43,14 @@ class Bits(Format):
             return cls(order=(0, *range(2, x.dim()), 1))
         if torch.compiler.is_compiling():
             return cls()
-        return cls(order=tuple(sorted(range(x.dim()), key=x.stride, reverse=True)))
+        return cls(order=memory_order(x))
 
     def laid(self, x: Tensor) -> Tensor:
         """x with its dimensions in that order."""
         return x if self.order is None else x.permute(self.order)
 
     def _back(self, x: Tensor) -> Tensor:
-        if self.order is None:
-            return x
-        return x.permute(sorted(range(x.dim()), key=self.order.__getitem__))
+        return x if self.order is None else unpermuted(x, self.order)
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         return (torch.ops.memtl.bits_pack(self.laid(x)),)

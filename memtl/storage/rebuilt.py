@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .dense import Dense
 from .format import Format, Packed, pack
+from .order import memory_order, unpermuted
 
 Recipe = Callable[..., Tensor]
 """A frozen dataclass without tensors; called with the parts, dense, it gives the tensor.
@@ -145,7 +146,7 @@ class Permuted:
 
     def back(self, x: Tensor) -> Tensor:
         """:meth:`laid` undone."""
-        return x.permute(sorted(range(x.dim()), key=self.order.__getitem__))
+        return unpermuted(x, self.order)
 
     @classmethod
     def like(cls, x: Tensor) -> Permuted | None:
@@ -153,7 +154,7 @@ class Permuted:
         ``torch.compile``, which lays tensors out itself."""
         if x.is_contiguous() or torch.compiler.is_compiling():
             return None
-        order = tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
+        order = memory_order(x)
         return cls(order) if x.permute(order).is_contiguous() else None
 
     def of(self, part: Packed, shape: torch.Size) -> Packed:
